@@ -1,0 +1,19 @@
+"""maestlib: MAEST, the Music Audio Efficient Spectrogram Transformer, as an interactive research package.
+
+The only hand-written module. Everything is imported when it is first used, so that `import maestlib` is light.
+"""
+
+import lazy_loader
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["curate", "datasets", "files", "mel", "metrics", "model", "store", "train", "weights"],
+    submod_attrs={
+        "mel": ["decode", "logmel", "normalise"],
+        "store": ["MelStore", "extract"],
+        "model": ["MAEST", "Patchout"],
+        "weights": ["load"],
+    },
+)
