@@ -255,8 +255,8 @@ def plot_mel(
     centres = mel_edges(config)[1:-1]
     ticks = [f for f in (100, 250, 500, 1000, 2000, 4000, 6000, 8000) if centres[0] <= f <= centres[-1] * 1.05]
     hertz = dict(tickvals=np.interp(ticks, centres, range(config.bands)), ticktext=[f"{f:,}" for f in ticks])
-    figure.update_layout(template="plotly_white", title=title, xaxis_title="time (s)", yaxis_title="frequency (Hz)")
-    return figure.update_yaxes(**hertz)
+    axes = dict(xaxis_title="time (s)", yaxis_title="frequency (Hz)", yaxis=hertz)
+    return figure.update_layout(template="plotly_white", title=title, height=380, **axes)
 
 # %% ../nbs/mel.ipynb #34991c4e
 def check_mel(

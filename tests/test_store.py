@@ -1,0 +1,321 @@
+"""What a notebook cannot show of the mel store: kills, full disks, crashes, ranks, and damage of every kind."""
+
+import errno
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import soundfile
+import torch
+
+import maestlib.store as room
+from maestlib.mel import MelConfig
+from maestlib.store import MelStore, extract, verify
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["maestlib.store"])
+quick = partial(extract, seconds=1.5, min_seconds=0.2, workers=0, chunk=3)
+
+
+def content(store):
+    return {f.name: f.read_bytes() for f in Path(store).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    "Forty short recordings; one is not audio, one is too short."
+    folder, rng, rows = tmp_path_factory.mktemp("audio"), np.random.default_rng(0), []
+    for i in range(40):
+        path = folder / f"{i}.wav"
+        soundfile.write(path, rng.normal(0, 0.1, (rng.integers(4000, 20000), 2)), 8000)
+        rows.append((f"t{i}", str(path), ["Genre---Style"] * (i % 3)))
+    (folder / "7.wav").write_text("not audio")
+    soundfile.write(folder / "20.wav", np.zeros(800), 8000)
+    return pl.DataFrame(rows, ["track_id", "path", "labels"], orient="row")
+
+
+@pytest.fixture(scope="module")
+def whole(table, tmp_path_factory):
+    "An undisturbed store."
+    store = tmp_path_factory.mktemp("whole") / "store"
+    report = quick(table, store)
+    assert report["track_id"].to_list() == ["t7", "t20"]
+    assert "7.wav" in report["error"][0] and "min_seconds=0.2" in report["error"][1]
+    return store
+
+
+def test_ten_kills(table, whole, tmp_path):
+    def start(store):
+        process = CONTEXT.Process(target=quick, args=(table, store))
+        process.start()
+        while not store.exists():
+            time.sleep(0.001)
+        return process, time.monotonic()
+
+    for name in ("warm", "timed"):
+        process, begun = start(tmp_path / name)
+        process.join()
+        takes = time.monotonic() - begun
+    states = []
+    for i, moment in enumerate(np.random.default_rng().uniform(0, takes, 10)):
+        process, _ = start(tmp_path / f"{i}")
+        time.sleep(moment)
+        process.kill()
+        process.join()
+        states.append(len(list((tmp_path / f"{i}/parts").glob("0*"))))
+        quick(table, tmp_path / f"{i}")
+        assert content(tmp_path / f"{i}") == content(whole), f"killed after {moment:.3f} s"
+    print(f"pieces committed when the kill came: {states}, of 14, in {takes:.2f} s")
+    assert any(0 < n < 14 for n in states), "no kill came in the middle"
+
+
+def test_every_state_that_a_kill_can_leave(table, tmp_path, monkeypatch):
+    "Stop before each rename and each deletion in turn; resume; the same bytes."
+    small, real, states = table.head(12), {}, 0
+    quick(small, tmp_path / "whole", chunk=6)
+    for stop_at in range(1, 99):
+        calls = 0
+
+        def stopping(name, *arguments, at=stop_at, **options):
+            nonlocal calls
+            calls += 1
+            if calls >= at:  # and nothing after it: the process is gone
+                raise KeyboardInterrupt
+            return real[name](*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (shutil, "rmtree")):
+                real[name] = getattr(owner, name)
+                patch.setattr(owner, name, lambda *a, _n=name, **o: stopping(_n, *a, **o))
+            try:
+                quick(small, tmp_path / f"{stop_at}", chunk=6)
+                break
+            except KeyboardInterrupt:
+                states += 1
+        quick(small, tmp_path / f"{stop_at}", chunk=6)
+        assert content(tmp_path / f"{stop_at}") == content(tmp_path / "whole"), f"stopped at step {stop_at}"
+    assert states > 20
+
+
+def _session(process):
+    "The session of a process in /proc; 0 when it has ended."
+    try:
+        state, _, _, session = process.joinpath("stat").read_text().rpartition(")")[2].split()[:4]
+        return int(session) * (state != "Z")
+    except OSError:
+        return 0
+
+
+SCRIPT = """
+import sys
+import polars as pl
+from maestlib.store import extract
+if __name__ == "__main__":
+    extract(pl.read_parquet(sys.argv[1]), sys.argv[2], 1.5, 0.2, workers=2, chunk=3)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+def test_workers_give_the_same_and_do_not_outlive_a_kill(table, whole, tmp_path):
+    table.write_parquet(tmp_path / "table.parquet")
+    (tmp_path / "run.py").write_text(SCRIPT)
+    command = [sys.executable, tmp_path / "run.py", tmp_path / "table.parquet", tmp_path / "store"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob("store/parts/0*")):
+        time.sleep(0.01)
+    group = [p for p in Path("/proc").glob("[0-9]*") if _session(p) == process.pid]
+    process.kill()
+    process.wait()
+    assert len(group) >= 3, "main, server and a worker"
+    for _ in range(100):
+        group = [p for p in group if _session(p) == process.pid]
+        if not group:
+            break
+        time.sleep(0.1)
+    assert not group, "processes were left behind"
+    extract(table, tmp_path / "store", 1.5, 0.2, workers=2, chunk=5)
+    assert content(tmp_path / "store") == content(whole)
+
+
+def _ends_on_purpose(path):
+    if "abort" in path:
+        os.abort()
+    if "stall" in path:
+        room.TIMEOUT = 1
+        return room._timed(time.sleep, 30)
+    return path.encode(), ""
+
+
+def test_a_crash_or_a_stall_costs_one_file():
+    paths = [f"{i}" for i in range(12)]
+    paths[3], paths[4], paths[9] = "abort 3", "stall 4", "abort 9"
+    results = list(room._results(_ends_on_purpose, paths, 2))
+    assert [mel.decode() for mel, _ in results] == [p if len(p) < 3 else "" for p in paths]
+    assert [bool(error) for _, error in results] == [len(p) > 2 for p in paths]
+    assert "abort 3: decoding it crashed" in results[3][1]
+
+
+def _with_small_files(table, store):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    try:
+        quick(table, store)
+    except OSError as e:
+        (store / "said").write_text(str(e))
+
+
+def test_full_disk(table, whole, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(OSError, match="40 tracks need about 0.0 GB and 0.0 GB are free"):
+            quick(table, tmp_path / "a")
+    process = CONTEXT.Process(target=_with_small_files, args=(table, tmp_path / "a"))
+    process.start()
+    process.join()
+    said = (tmp_path / "a/said").read_text()
+    assert re.search(r"cannot go on \(.*\); the \d+ tracks before are kept; make room", said), said
+    (tmp_path / "a/said").unlink()
+    assert 0 < len(list((tmp_path / "a/parts").glob("0*"))) < 14
+    with pytest.raises(FileNotFoundError, match="no finished mel store"):
+        MelStore(tmp_path / "a")
+    quick(table, tmp_path / "a")
+    assert content(tmp_path / "a") == content(whole)
+
+
+def test_no_space_reaches_the_caller(table, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(room, "_plan", lambda *_: dict(index=0, report=0))
+    with pytest.raises(OSError, match="No space left on device.*0 tracks before are kept") as caught:
+        quick(table, tmp_path / "a")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def _one_rank(table, store, rank):
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2")
+    quick(table, store)
+
+
+def test_two_ranks(table, whole, tmp_path):
+    ranks = [CONTEXT.Process(target=_one_rank, args=(table, tmp_path / "two", r)) for r in (1, 0)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+        assert process.exitcode == 0
+    two, one = MelStore(tmp_path / "two"), MelStore(whole)
+    assert verify(tmp_path / "two").is_empty()
+    assert two.tracks.equals(one.tracks) and two.report.equals(one.report)
+    assert two.index["shard"].unique().to_list() == [0, 1]
+    assert all(np.array_equal(two.read(i), one.read(i)) for i in range(len(one)))
+
+
+def test_growing_and_new_labels(table, whole, tmp_path):
+    for rows in (10, 25, 40):
+        quick(table.head(rows), tmp_path / "grown")
+        assert verify(tmp_path / "grown").is_empty()
+    assert content(tmp_path / "grown") == content(whole)
+    before = (tmp_path / "grown/mels.000.f16").stat().st_mtime_ns
+    relabelled = table.with_columns(labels=pl.lit(["New---Label"]))
+    quick(relabelled, tmp_path / "grown")
+    assert MelStore(tmp_path / "grown").tracks["labels"].to_list() == [["New---Label"]] * 38
+    assert verify(tmp_path / "grown").is_empty()
+    assert (tmp_path / "grown/mels.000.f16").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "change, options, words",
+    [
+        (lambda t: t.reverse(), {}, "holds 40 other tracks"),
+        (lambda t: t.head(9), {}, "holds 40 other tracks"),
+        (lambda t: t, dict(seconds=2.0), "seconds=1.5, now 2.0"),
+        (lambda t: t, dict(config=MelConfig(frontend="torchaudio")), "frontend essentia against torchaudio"),
+        (lambda t: t.drop("path"), {}, "needs track_id and path"),
+        (lambda t: t.vstack(t.head(1)), {}, "track_id t0 more than once"),
+        (lambda t: t.clear(), {}, "no rows"),
+        (lambda t: t, dict(min_seconds=0.1), "min_seconds=0.2, now 0.1"),
+        (lambda t: t, dict(seconds=0.01), "seconds=0.01"),
+    ],
+)
+def test_refused(table, whole, change, options, words):
+    before = content(whole)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        quick(change(table), whole, **options)
+    assert content(whole) == before
+
+
+def test_refuses_another_table_while_unfinished(table, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(room, "_join", stop)
+        quick(table, tmp_path / "a")
+    with pytest.raises(ValueError, match="begun with another table"):
+        quick(table.head(30), tmp_path / "a")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="begun by 1 ranks, WORLD_SIZE is 2"):
+        quick(table, tmp_path / "a")
+
+
+def test_verify_finds_any_flipped_byte(whole, tmp_path):
+    store = Path(shutil.copytree(whole, tmp_path / "a"))
+    assert verify(store).is_empty()
+    rng = np.random.default_rng()
+    for name, good in content(store).items():
+        for place in rng.integers(len(good), size=8):
+            bad = bytearray(good)
+            bad[place] ^= 1 << rng.integers(8)
+            (store / name).write_bytes(bad)
+            assert not verify(store).is_empty(), f"{name}, byte {place}"
+        for wrong in (good[:-1], good + b"\0", b""):
+            (store / name).write_bytes(wrong)
+            assert not verify(store).is_empty(), f"{name}, {len(wrong)} bytes"
+        (store / name).unlink()
+        assert not verify(store).is_empty(), f"without {name}"
+        (store / name).write_bytes(good)
+    assert verify(store).is_empty()
+
+
+class _Crops(torch.utils.data.Dataset):
+    def __init__(self, store):
+        self.store = store
+
+    def __len__(self):
+        return len(self.store)
+
+    def __getitem__(self, row):
+        return self.store.crops([row], 50)[0]
+
+
+def test_crops(whole):
+    store = MelStore(whole)
+    for start, row in ((0, 0), (3, 5)):
+        assert np.array_equal(store.read(row, start, 10), store.read(row)[start : start + 10])
+    long = store.crops(range(len(store)), 200)
+    for crop, frames, row in zip(long, store.index["frames"], range(len(store)), strict=True):
+        assert np.array_equal(crop[:, :frames].T, store.read(row)) and not crop[:, frames:].any()
+    random = [store.crops([1, 2], 20, np.random.default_rng(4)) for _ in range(2)]
+    assert torch.equal(*random) and not torch.equal(random[0], store.crops([1, 2], 20))
+    batches = torch.utils.data.DataLoader(_Crops(store), 8, num_workers=2, multiprocessing_context=CONTEXT)
+    assert torch.equal(torch.cat(list(batches)), store.crops(range(len(store)), 50))
+    assert store.rows(["t3", "t0", "t39"]).tolist() == [3, 0, 37]
+    with pytest.raises(ValueError, match="1 tracks are not in it .t7"):
+        store.rows(["t1", "t7"])
+    with pytest.raises(ValueError, match="row=99"):
+        store.read(99)
