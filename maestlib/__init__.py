@@ -9,10 +9,13 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["curate", "datasets", "files", "mel", "metrics", "model", "store", "train", "weights"],
+    submodules=[
+        "curate", "datasets", "dumps", "files", "mel", "metrics", "model", "players", "splits", "store", "train",
+        "tunes", "weights",
+    ],
     submod_attrs={
-        "mel": ["decode", "logmel", "normalise"],
-        "store": ["MelStore", "extract"],
+        "mel": ["MelConfig", "decode", "logmel", "normalise"],
+        "store": ["MelStore", "extract", "verify"],
         "model": ["MAEST", "Patchout"],
         "weights": ["load"],
     },

@@ -1,0 +1,286 @@
+"""Curation against the standard library, against broken and hostile files, and against the rules of a fair split."""
+
+import gzip
+import os
+import xml.etree.ElementTree as ET
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from maestlib import curate as c
+from maestlib.dumps import Refused
+from maestlib.files import data
+
+FULL = Path(os.environ.get("MAESTLIB_DATA", "/nonexistent"), "discogs")
+FILES = [(data("discogs_masters.xml.gz"), data("discogs_releases.xml.gz"))]
+if FULL.is_dir():
+    FILES.append(tuple(next(FULL.glob(f"*{kind}.xml.gz")) for kind in ("masters", "releases")))
+
+
+@pytest.fixture(scope="module", params=FILES, ids=lambda files: files[0].name)
+def dumps(request):
+    masters, releases = request.param
+    trees = [ET.fromstring(gzip.decompress(path.read_bytes())) for path in request.param]
+    return c.read_masters(masters), c.read_releases(releases), *trees
+
+
+def texts(record, path):
+    return [e.text for e in record.findall(path)]
+
+
+def seconds(text):
+    return sum(int(p) * 60**i for i, p in enumerate(reversed(text.split(":")))) if text else None
+
+
+def leaves(record):  # the tracks that can be heard, by the standard library
+    tracks = [t for t in record.iter("track") if t.find("sub_tracks") is None]
+    return [t for t in tracks if t.findtext("position") or t.findtext("duration")]
+
+
+def test_tables_are_what_the_standard_library_reads(dumps):
+    masters, releases, master_tree, release_tree = dumps
+    for table, tree, key, year in ((masters, master_tree, "master_id", "year"),
+                                   (releases, release_tree, "release_id", "released")):
+        for row, record in zip(table.iter_rows(named=True), tree, strict=True):
+            assert row[key] == int(record.get("id")) and row["title"] == record.findtext("title")
+            assert row["year"] == (int((record.findtext(year) or "0")[:4]) or None)
+            assert row["artist_ids"] == [int(i) for i in texts(record, "artists/artist/id")]
+            assert row["artists"] == texts(record, "artists/artist/name")
+            assert row["genres"] == texts(record, "genres/genre") and row["styles"] == texts(record, "styles/style")
+    assert masters["main_release"].to_list() == [int(r.findtext("main_release")) for r in master_tree]
+    assert releases["master_id"].to_list() == [int(r.findtext("master_id") or 0) or None for r in release_tree]
+    assert releases["seconds"].to_list() == [[seconds(t.findtext("duration")) for t in leaves(r)] for r in release_tree]
+    assert releases["track_artists"].to_list() == [[texts(t, "artists/artist/name") for t in leaves(r)]
+                                                   for r in release_tree]
+
+
+def test_labels_and_drops_agree_with_ten_lines_of_python(dumps):
+    masters, releases, master_tree, release_tree = dumps
+    work = {r: int(r.findtext("master_id") or -int(r.get("id"))) for r in release_tree}
+    work |= {m: int(m.get("id")) for m in master_tree}
+    styles, genres, pool = defaultdict(set), defaultdict(set), Counter()
+    for record, w in work.items():
+        styles[w] |= {*texts(record, "styles/style")}
+        genres[w] |= {*texts(record, "genres/genre")}
+    tracks = [(work[r], seconds(t.findtext("duration"))) for r in release_tree for t in leaves(r)]
+    pool.update(w for w, s in tracks if s and s > 20)
+    listed = defaultdict(list)
+    for line in data("discogs_519.txt").read_text(encoding="utf8").splitlines():
+        listed[line.split("---")[1]].append(line.split("---")[0])
+    votes = defaultdict(Counter)
+    for record in work:
+        for style in {*texts(record, "styles/style")} - {*listed}:
+            votes[style].update({g: 1 / len(texts(record, "genres/genre")) for g in texts(record, "genres/genre")})
+    listed.update((s, [min(v, key=lambda g: (-round(v[g], 6), g))]) for s, v in votes.items())
+    labels = {w: {f"{g}---{s}" for s in styles[w] for g in (genres[w] & {*listed[s]} or listed[s][:1])} for w in styles}
+    tally = Counter()
+    for w, n in pool.items():
+        tally.update({label: n for label in labels[w]})
+    k = 60
+    frequent = {label for label, _ in sorted(tally.items(), key=lambda item: (-item[1], item[0]))[:k]}
+
+    def reason(w, s):
+        return next(i for i, holds in enumerate((w not in styles, s is None, (s or 0) <= 20, not styles[w],
+                                                 len(styles[w]) > 5, not labels[w] & frequent, True)) if holds)
+
+    dropped = Counter(reason(w, s) for w, s in tracks)
+    table, drops = c.curate(masters, releases, c.tracklists(releases), k=k)
+    assert drops["dropped_tracks"].to_list() == [0, *(dropped[i] for i in range(6))]
+    assert table.height == dropped[6] and drops["step"].to_list() == ["pool", *c.REASONS]
+    assert all(row["labels"] == sorted(labels[row["work"]] & frequent) for row in table.iter_rows(named=True))
+    assert Counter(table["labels"].explode()) == Counter(
+        label for w, s in tracks if reason(w, s) == 6 for label in labels[w] & frequent)
+    assert c.check_split(table)["tracks"].sum() == table.height
+
+
+# Broken and hostile files
+
+RELEASES = data("discogs_releases.xml.gz")
+
+
+@pytest.mark.parametrize("out", [None, "out.parquet"])
+@pytest.mark.parametrize("kind", ["cut", "damaged", "plain cut", "tag", "empty"])
+def test_a_broken_dump_says_where_and_keeps_the_rest(kind, out, tmp_path, monkeypatch):
+    monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path / "cache"))
+    packed, plain = RELEASES.read_bytes(), gzip.decompress(RELEASES.read_bytes())
+    half = len(packed) // 2
+    path = tmp_path / f"broken.xml{'.gz' if kind in ('cut', 'damaged') else ''}"
+    path.write_bytes({
+        "cut": packed[:half],
+        "damaged": packed[:half] + b"\xff" * 64 + packed[half + 64 :],
+        "plain cut": plain[: len(plain) // 2],
+        "tag": plain.replace(b"</release>", b"</relase>", 101).replace(b"</relase>", b"</release>", 100),
+        "empty": b"",
+    }[kind])
+    with pytest.raises(ValueError, match=r"broken\.xml.*broke after record \d+ \(release \w+\)") as error:
+        c.read_releases(path, out=tmp_path / out if out else None)
+    assert "\n" not in str(error.value)
+    count = int(str(error.value).split("after record ")[1].split()[0])
+    [kept] = tmp_path.rglob("*.partial.parquet")
+    assert str(kept) in str(error.value) and not (tmp_path / "out.parquet").exists()
+    whole = c.read_releases(RELEASES)
+    assert pl.read_parquet(kept).equals(whole.head(count))
+    assert count == {"tag": 100, "empty": 0}.get(kind, count) and (count >= 90 or kind == "empty")
+    if count:
+        assert f"(release {whole['release_id'][count - 1]})" in str(error.value)
+
+
+def test_plain_and_packed_lazy_and_eager_are_the_same(tmp_path):
+    plain = tmp_path / "releases.xml"
+    plain.write_bytes(gzip.decompress(RELEASES.read_bytes()))
+    lazy = c.read_releases(plain, out=tmp_path / "releases.parquet")
+    assert isinstance(lazy, pl.LazyFrame) and lazy.collect().equals(c.read_releases(RELEASES))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["releases.parquet", "releases.xml"]
+
+
+@pytest.mark.parametrize("doctype", [
+    '<!DOCTYPE masters [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;"><!ENTITY x "&b;&b;&b;&b;">]>',
+    '<!DOCTYPE masters [<!ENTITY x SYSTEM "file://{secret}">]>',
+    '<!DOCTYPE masters SYSTEM "file://{secret}">',
+])
+def test_documents_that_declare_a_type_are_refused(doctype, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("the secret")
+    path, entity = tmp_path / "masters.xml", "&x;" if "ENTITY" in doctype else ""
+    head = doctype.format(secret=secret)
+    path.write_text(f'{head}<masters><master id="1"><title>{entity}</title></master></masters>')
+    with pytest.raises(Refused, match="DOCTYPE") as error:
+        c.read_masters(path, out=tmp_path / "out.parquet")
+    assert "the secret" not in str(error.value) and {p.name for p in tmp_path.iterdir()} == {"secret", "masters.xml"}
+
+
+def test_the_wrong_dump_and_no_dump():
+    with pytest.raises(Refused, match="<releases>"):
+        c.read_masters(RELEASES)
+    with pytest.raises(FileNotFoundError, match="nowhere.xml"):
+        c.read_masters("/nowhere.xml")
+
+
+# Tables of one's own
+
+
+@pytest.mark.parametrize("lines, message", [
+    (["track_id,path,duration_s", "a,a.wav,30"], "master_id or release_id"),
+    (["track_id,master_id,duration_s", "a,1,30"], "no column path"),
+    (["track_id,path,release_id,duration_s", "a,a.wav,1,30", "a,b.wav,2,30"], "'a' occurs more than once"),
+    (["track_id,path,release_id,duration_s", "a,a.wav,r7,30"], "release_id is 'r7' for track a"),
+])
+def test_malformed_catalogues_are_named(lines, message, tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message) as error:
+        c.read_tracks(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_own_tracks_match_by_master_or_release(tmp_path):
+    masters, releases = c.read_masters(data("discogs_masters.xml.gz")), c.read_releases(RELEASES)
+    own = pl.DataFrame({"track_id": ["a", "b", "c", "d", "e"], "path": ["x.wav"] * 5,
+                        "master_id": [113, None, None, 10**9, None], "release_id": [None, 1, 10**9, None, None],
+                        "artist": [None, "A guest", None, None, None], "duration_s": [30.0, 21, 99, 99, 99]})
+    own.write_parquet(tmp_path / "own.parquet")
+    table, drops = c.curate(masters, releases, c.read_tracks(tmp_path / "own.parquet"), validation=0, test=0)
+    assert dict(drops.select("step", "dropped_tracks").rows())["not in the dumps"] == 3
+    assert table["work"].to_list() == [113, 1660109] and table["split"].to_list() == ["train", "train"]
+    assert table["artists"].to_list() == [["Vince Watson"], ["A guest", "The Persuader"]]
+    labels = [["Tech House", "Techno"], ["Deep House"]]
+    assert table["labels"].to_list() == [[f"Electronic---{style}" for style in styles] for styles in labels]
+    assert c.curate(masters, releases, own, vocabulary=["Electronic---Techno"], test=0, validation=0)[0].height == 1
+
+
+# Splits
+
+
+def catalogue(n=20_000, seed=1):
+    random = np.random.default_rng(seed)
+    artists = [[f"artist {int(a)}" for a in n / 4 * random.power(0.6, 2 if i % 12 == 0 else 1)] for i in range(n)]
+    artists = [["Various"] if i % 20 == 0 else a for i, a in enumerate(artists)]
+    labels = [[f"G---{int(s)}" for s in {*(40 * random.power(0.5, 2)).astype(int)}] for _ in range(n)]
+    return pl.DataFrame({"track_id": [f"t{i}" for i in range(n)], "artists": artists, "labels": labels,
+                         "work": np.arange(n) // 8})
+
+
+def test_splits_are_disjoint_stratified_and_seeded():
+    tracks = c.split(catalogue(), validation=2000, test=0.1)
+    seen = defaultdict(set)
+    for names, part in tracks.select("artists", "split").rows():
+        for name in names:
+            seen[name].add(part)
+    assert seen.pop("Various") == {"train", "validation", "test"}  # it ties nothing together
+    assert all(len(parts) == 1 for parts in seen.values())
+    assert tracks.filter(pl.col("artists").list.contains("Various")).group_by("work").agg(
+        pl.col("split").n_unique())["split"].max() == 1
+    size = dict(tracks["split"].value_counts().rows())
+    assert all(abs(size[name] - 2000) < 100 for name in ("validation", "test"))
+    each = tracks.explode("labels").group_by("labels").agg(pl.len().alias("n"), (pl.col("split") == "test").mean())
+    assert (each.filter(pl.col("n") > 300)["split"] - 0.1).abs().max() < 0.02
+    again = c.split(catalogue().sample(fraction=1, shuffle=True, seed=5), validation=2000, test=0.1)
+    assert c.fingerprint(again) == c.fingerprint(tracks) != c.fingerprint(c.split(catalogue(), 2000, 0.1, seed=1))
+
+
+def test_a_giant_component_goes_to_training_and_is_reported(capsys):
+    with_hub = pl.concat_list("artists", pl.lit("The hub"))
+    artists = pl.when(pl.int_range(pl.len()) < 6000).then(with_hub).otherwise("artists")
+    tracks = catalogue().with_columns(artists.alias("artists"))
+    tracks = c.split(tracks)
+    assert "in training: 1 of" in capsys.readouterr().out
+    assert {*tracks.filter(pl.col("artists").list.contains("The hub"))["split"]} == {"train"}
+    assert c.check_split(tracks)["largest_component"].max() >= 6000
+
+
+def test_a_leak_is_found():
+    tracks = c.split(catalogue(2000))
+    c.check_split(tracks)
+    held = tracks.filter((pl.col("split") == "test") & (pl.col("artists").list.first() != "Various")).head(1)
+    leak = held.with_columns(track_id=pl.lit("one more"), split=pl.lit("train"))
+    with pytest.raises(ValueError, match="1 artists are in two splits, such as 'artist") as error:
+        c.check_split(pl.concat([tracks, leak]))
+    assert held["artists"][0][0] in str(error.value)
+    with pytest.raises(ValueError, match="validation=5000"):
+        c.split(catalogue(2000), validation=5000)
+
+
+# Balanced sampling
+
+
+def test_weights_are_the_papers():
+    tracks = catalogue()
+    tally = Counter(tracks["labels"].explode())
+    expected = [sum(1000 / (tally[label] + 100) for label in labels) for labels in tracks["labels"]]
+    names = sorted(tally)
+    hot = np.array([[name in labels for name in names] for labels in tracks["labels"].to_list()], float)
+    assert np.allclose(c.balanced_weights(tracks), expected) and np.allclose(c.balanced_weights(hot), expected)
+
+
+def test_draws_are_seeded_without_replacement_and_by_weight():
+    weights = np.array([1.0, 2, 3, 4, 0] * 200)
+    draw = c.balanced_epoch(weights, n=100, epoch=1)
+    assert len({*draw}) == 100 and (draw == c.balanced_epoch(weights, n=100, epoch=1)).all()
+    assert {*c.balanced_epoch(weights, n=10_000)} == {*np.flatnonzero(weights)}
+    assert (np.sort(draw) != np.sort(c.balanced_epoch(weights, n=100, epoch=2))).any()
+    assert (np.sort(draw) != np.sort(c.balanced_epoch(weights, n=100, epoch=1, seed=1))).any()
+    drawn = np.concatenate([c.balanced_epoch(weights, n=10, epoch=e) for e in range(3000)])
+    counts = np.bincount(drawn, minlength=1000)
+    share = counts.reshape(-1, 5).sum(0) / counts.sum()
+    assert np.abs(share - np.array([0.1, 0.2, 0.3, 0.4, 0])).max() < 0.01  # 10 of 800: nearly with replacement
+
+
+# Figures
+
+
+def test_figures_show_what_the_tables_say(dumps):
+    masters, releases, *_ = dumps
+    table, drops = c.curate(masters, releases, c.tracklists(releases))
+    assert sum(c.plot_labels_per_track(table).data[0].y) == table.height
+    top = c.plot_top(table, "labels", top=3).data[0]
+    assert top.x[-1] == max(Counter(table["labels"].explode()).values()) and len(top.x) == 3
+    steps = c.plot_drops(drops).data[0]
+    assert sum(steps.y[:-1]) == steps.y[-1] == table.height
+    assert len(c.plot_splits(table, top=5).data[0].x) == 5
+    z = np.array(c.plot_cooccurrence(table, top=10).data[0].z, float)
+    assert z.shape == (10, 10) and np.nanmax(z) <= 100 and np.isnan(np.diag(z)).all()
+    before, after = c.plot_balance(table, [np.arange(table.height)]).data
+    assert np.allclose(before.y, after.y)  # an epoch of everything changes nothing
