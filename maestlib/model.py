@@ -242,15 +242,20 @@ class MAEST(nn.Module):
         self,
         seed: int = 0,  # the same seed gives the same weights
     ) -> "MAEST":
-        "Random weights as in ViT: truncated normal of deviation 0.02, zero biases."
+        "Random weights that keep the variance of what passes through, with positions as loud as the patches."
         generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.ndim > 1:
-                nn.init.trunc_normal_(p, std=0.02, generator=generator)
-            else:
-                nn.init.constant_(p, 1.0 if "norm" in name or name == "head.0.weight" else 0.0)
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if p.ndim < 2:
+                    p.fill_(1.0 if name.endswith("weight") else 0.0)  # the norms; biases
+                else:
+                    p.normal_(std=0.02 if p.shape[0] == 1 else p[0].numel() ** -0.5, generator=generator)
+            self.freq_new_pos_embed.normal_(std=0.5, generator=generator)
+            angle = (
+                torch.arange(self.time_new_pos_embed.shape[-1])
+                * torch.logspace(0.5, -1.5, self.config.width // 2)[:, None]
+            )
+            self.time_new_pos_embed[0, :, 0] = torch.cat([angle.sin(), angle.cos()]) / 2
         return self
 
     def tokens(

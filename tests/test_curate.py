@@ -42,8 +42,10 @@ def leaves(record):  # the tracks that can be heard, by the standard library
 
 def test_tables_are_what_the_standard_library_reads(dumps):
     masters, releases, master_tree, release_tree = dumps
-    for table, tree, key, year in ((masters, master_tree, "master_id", "year"),
-                                   (releases, release_tree, "release_id", "released")):
+    for table, tree, key, year in (
+        (masters, master_tree, "master_id", "year"),
+        (releases, release_tree, "release_id", "released"),
+    ):
         for row, record in zip(table.iter_rows(named=True), tree, strict=True):
             assert row[key] == int(record.get("id")) and row["title"] == record.findtext("title")
             assert row["year"] == (int((record.findtext(year) or "0")[:4]) or None)
@@ -53,8 +55,9 @@ def test_tables_are_what_the_standard_library_reads(dumps):
     assert masters["main_release"].to_list() == [int(r.findtext("main_release")) for r in master_tree]
     assert releases["master_id"].to_list() == [int(r.findtext("master_id") or 0) or None for r in release_tree]
     assert releases["seconds"].to_list() == [[seconds(t.findtext("duration")) for t in leaves(r)] for r in release_tree]
-    assert releases["track_artists"].to_list() == [[texts(t, "artists/artist/name") for t in leaves(r)]
-                                                   for r in release_tree]
+    assert releases["track_artists"].to_list() == [
+        [texts(t, "artists/artist/name") for t in leaves(r)] for r in release_tree
+    ]
 
 
 def test_labels_and_drops_agree_with_ten_lines_of_python(dumps):
@@ -83,8 +86,21 @@ def test_labels_and_drops_agree_with_ten_lines_of_python(dumps):
     frequent = {label for label, _ in sorted(tally.items(), key=lambda item: (-item[1], item[0]))[:k]}
 
     def reason(w, s):
-        return next(i for i, holds in enumerate((w not in styles, s is None, (s or 0) <= 20, not styles[w],
-                                                 len(styles[w]) > 5, not labels[w] & frequent, True)) if holds)
+        return next(
+            i
+            for i, holds in enumerate(
+                (
+                    w not in styles,
+                    s is None,
+                    (s or 0) <= 20,
+                    not styles[w],
+                    len(styles[w]) > 5,
+                    not labels[w] & frequent,
+                    True,
+                )
+            )
+            if holds
+        )
 
     dropped = Counter(reason(w, s) for w, s in tracks)
     table, drops = c.curate(masters, releases, c.tracklists(releases), k=k)
@@ -92,7 +108,8 @@ def test_labels_and_drops_agree_with_ten_lines_of_python(dumps):
     assert table.height == dropped[6] and drops["step"].to_list() == ["pool", *c.REASONS]
     assert all(row["labels"] == sorted(labels[row["work"]] & frequent) for row in table.iter_rows(named=True))
     assert Counter(table["labels"].explode()) == Counter(
-        label for w, s in tracks if reason(w, s) == 6 for label in labels[w] & frequent)
+        label for w, s in tracks if reason(w, s) == 6 for label in labels[w] & frequent
+    )
     assert c.check_split(table)["tracks"].sum() == table.height
 
 
@@ -108,13 +125,15 @@ def test_a_broken_dump_says_where_and_keeps_the_rest(kind, out, tmp_path, monkey
     packed, plain = RELEASES.read_bytes(), gzip.decompress(RELEASES.read_bytes())
     half = len(packed) // 2
     path = tmp_path / f"broken.xml{'.gz' if kind in ('cut', 'damaged') else ''}"
-    path.write_bytes({
-        "cut": packed[:half],
-        "damaged": packed[:half] + b"\xff" * 64 + packed[half + 64 :],
-        "plain cut": plain[: len(plain) // 2],
-        "tag": plain.replace(b"</release>", b"</relase>", 101).replace(b"</relase>", b"</release>", 100),
-        "empty": b"",
-    }[kind])
+    path.write_bytes(
+        {
+            "cut": packed[:half],
+            "damaged": packed[:half] + b"\xff" * 64 + packed[half + 64 :],
+            "plain cut": plain[: len(plain) // 2],
+            "tag": plain.replace(b"</release>", b"</relase>", 101).replace(b"</relase>", b"</release>", 100),
+            "empty": b"",
+        }[kind]
+    )
     with pytest.raises(ValueError, match=r"broken\.xml.*broke after record \d+ \(release \w+\)") as error:
         c.read_releases(path, out=tmp_path / out if out else None)
     assert "\n" not in str(error.value)
@@ -136,11 +155,14 @@ def test_plain_and_packed_lazy_and_eager_are_the_same(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["releases.parquet", "releases.xml"]
 
 
-@pytest.mark.parametrize("doctype", [
-    '<!DOCTYPE masters [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;"><!ENTITY x "&b;&b;&b;&b;">]>',
-    '<!DOCTYPE masters [<!ENTITY x SYSTEM "file://{secret}">]>',
-    '<!DOCTYPE masters SYSTEM "file://{secret}">',
-])
+@pytest.mark.parametrize(
+    "doctype",
+    [
+        '<!DOCTYPE masters [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;"><!ENTITY x "&b;&b;&b;&b;">]>',
+        '<!DOCTYPE masters [<!ENTITY x SYSTEM "file://{secret}">]>',
+        '<!DOCTYPE masters SYSTEM "file://{secret}">',
+    ],
+)
 def test_documents_that_declare_a_type_are_refused(doctype, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("the secret")
@@ -162,12 +184,15 @@ def test_the_wrong_dump_and_no_dump():
 # Tables of one's own
 
 
-@pytest.mark.parametrize("lines, message", [
-    (["track_id,path,duration_s", "a,a.wav,30"], "master_id or release_id"),
-    (["track_id,master_id,duration_s", "a,1,30"], "no column path"),
-    (["track_id,path,release_id,duration_s", "a,a.wav,1,30", "a,b.wav,2,30"], "'a' occurs more than once"),
-    (["track_id,path,release_id,duration_s", "a,a.wav,r7,30"], "release_id is 'r7' for track a"),
-])
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (["track_id,path,duration_s", "a,a.wav,30"], "master_id or release_id"),
+        (["track_id,master_id,duration_s", "a,1,30"], "no column path"),
+        (["track_id,path,release_id,duration_s", "a,a.wav,1,30", "a,b.wav,2,30"], "'a' occurs more than once"),
+        (["track_id,path,release_id,duration_s", "a,a.wav,r7,30"], "release_id is 'r7' for track a"),
+    ],
+)
 def test_malformed_catalogues_are_named(lines, message, tmp_path):
     path = tmp_path / "own.csv"
     path.write_text("\n".join(lines))
@@ -178,9 +203,16 @@ def test_malformed_catalogues_are_named(lines, message, tmp_path):
 
 def test_own_tracks_match_by_master_or_release(tmp_path):
     masters, releases = c.read_masters(data("discogs_masters.xml.gz")), c.read_releases(RELEASES)
-    own = pl.DataFrame({"track_id": ["a", "b", "c", "d", "e"], "path": ["x.wav"] * 5,
-                        "master_id": [113, None, None, 10**9, None], "release_id": [None, 1, 10**9, None, None],
-                        "artist": [None, "A guest", None, None, None], "duration_s": [30.0, 21, 99, 99, 99]})
+    own = pl.DataFrame(
+        {
+            "track_id": ["a", "b", "c", "d", "e"],
+            "path": ["x.wav"] * 5,
+            "master_id": [113, None, None, 10**9, None],
+            "release_id": [None, 1, 10**9, None, None],
+            "artist": [None, "A guest", None, None, None],
+            "duration_s": [30.0, 21, 99, 99, 99],
+        }
+    )
     own.write_parquet(tmp_path / "own.parquet")
     table, drops = c.curate(masters, releases, c.read_tracks(tmp_path / "own.parquet"), validation=0, test=0)
     assert dict(drops.select("step", "dropped_tracks").rows())["not in the dumps"] == 3
@@ -199,8 +231,9 @@ def catalogue(n=20_000, seed=1):
     artists = [[f"artist {int(a)}" for a in n / 4 * random.power(0.6, 2 if i % 12 == 0 else 1)] for i in range(n)]
     artists = [["Various"] if i % 20 == 0 else a for i, a in enumerate(artists)]
     labels = [[f"G---{int(s)}" for s in {*(40 * random.power(0.5, 2)).astype(int)}] for _ in range(n)]
-    return pl.DataFrame({"track_id": [f"t{i}" for i in range(n)], "artists": artists, "labels": labels,
-                         "work": np.arange(n) // 8})
+    return pl.DataFrame(
+        {"track_id": [f"t{i}" for i in range(n)], "artists": artists, "labels": labels, "work": np.arange(n) // 8}
+    )
 
 
 def test_splits_are_disjoint_stratified_and_seeded():
@@ -211,8 +244,13 @@ def test_splits_are_disjoint_stratified_and_seeded():
             seen[name].add(part)
     assert seen.pop("Various") == {"train", "validation", "test"}  # it ties nothing together
     assert all(len(parts) == 1 for parts in seen.values())
-    assert tracks.filter(pl.col("artists").list.contains("Various")).group_by("work").agg(
-        pl.col("split").n_unique())["split"].max() == 1
+    assert (
+        tracks.filter(pl.col("artists").list.contains("Various"))
+        .group_by("work")
+        .agg(pl.col("split").n_unique())["split"]
+        .max()
+        == 1
+    )
     size = dict(tracks["split"].value_counts().rows())
     assert all(abs(size[name] - 2000) < 100 for name in ("validation", "test"))
     each = tracks.explode("labels").group_by("labels").agg(pl.len().alias("n"), (pl.col("split") == "test").mean())

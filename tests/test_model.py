@@ -1,4 +1,4 @@
-"""MAEST against an independent reference: a convolution, an explicit softmax and float64, written without maestlib.model."""
+"""MAEST against an independent reference in float64: a convolution and an explicit softmax."""
 
 import math
 import os
@@ -36,8 +36,8 @@ def reference(state, mel, heads, depth, rows, columns):
     for i in range(depth):
         q, k, v = linear(norm(x, f"blocks.{i}.norm1", 1e-6), f"blocks.{i}.attn.qkv").chunk(3, -1)
         out = []
-        for q, k, v in zip(*(t.chunk(heads, -1) for t in (q, k, v)), strict=True):
-            out.append(torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1) @ v)
+        for a, b, c in zip(*(t.chunk(heads, -1) for t in (q, k, v)), strict=True):
+            out.append(torch.softmax(a @ b.transpose(1, 2) / math.sqrt(a.shape[-1]), -1) @ c)
         x = x + linear(torch.cat(out, -1), f"blocks.{i}.attn.proj")
         hidden = linear(norm(x, f"blocks.{i}.norm2", 1e-6), f"blocks.{i}.mlp.fc1")
         x = x + linear(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2, f"blocks.{i}.mlp.fc2")
