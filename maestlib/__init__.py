@@ -10,13 +10,15 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "curate", "datasets", "dumps", "files", "mel", "metrics", "model", "players", "splits", "store", "train",
-        "tunes", "weights",
+        "cli", "curate", "datasets", "dumps", "embedding", "export", "files", "hub", "mel", "metrics", "model",
+        "players", "splits", "store", "train", "tunes", "weights",
     ],
     submod_attrs={
         "mel": ["MelConfig", "decode", "logmel", "normalise"],
         "store": ["MelStore", "extract", "verify"],
         "model": ["MAEST", "Patchout"],
+        "hub": ["models"],
         "weights": ["load"],
+        "embedding": ["embed", "nearest", "tag"],
     },
 )

@@ -85,6 +85,7 @@ def kept(
     bad = [r for r in patchout.drop_rows if not 0 <= r < shape[0]]
     check(not bad, f"drop_rows={patchout.drop_rows}: row {bad and bad[0]} is outside 0…{shape[0] - 1}")
     rows = torch.tensor([r for r in range(shape[0]) if r not in patchout.drop_rows], dtype=torch.long)
+    check(len(rows) > 0, f"drop_rows={patchout.drop_rows}: nothing is kept of {shape[0]} rows; leave at least one")
     columns = torch.arange(0, shape[1], patchout.keep_every)
     return _thin(rows, patchout.rows, "rows", generator), _thin(columns, patchout.columns, "columns", generator)
 
@@ -195,7 +196,10 @@ class MAESTConfig:
     def __post_init__(self):
         object.__setattr__(self, "labels", tuple(self.labels))
         check(grid(self.frames)[1] > 0 and self.seconds <= 600, f"seconds={self.seconds}: give a length up to 600")
-        check(self.width % self.heads == 0, f"width={self.width}: must be a multiple of heads={self.heads}")
+        check(
+            self.heads > 0 and self.width % self.heads == 0,
+            f"width={self.width}: must be a multiple of heads={self.heads}",
+        )
 
     frames = property(lambda self: self.mel.frames(self.seconds))
     grid = property(lambda self: grid(self.frames, self.mel.bands))
@@ -299,10 +303,14 @@ class MAEST(nn.Module):
         generator: torch.Generator | None = None,  # see `tokens`
     ) -> torch.Tensor:  # (batch, labels) logits
         "Tag logits: the head over the mean of cls and dist; two heads averaged where they are separated."
-        cls, dist = self.features(mel, patchout, generator).unbind(1)
         if self.config.separated:
-            return (self.head(cls) + self.head_dist(dist)) / 2
-        return self.head((cls + dist) / 2)
+            return sum(self.heads(mel, patchout, generator)) / 2
+        return self.head(self.features(mel, patchout, generator).mean(1))
+
+    def heads(self, mel, patchout=None, generator=None) -> tuple[torch.Tensor, torch.Tensor]:  # (batch, labels) each
+        "Logits of cls through `head` and of dist through `head_dist`: the two outputs of a separated model."
+        cls, dist = self.features(mel, patchout, generator).unbind(1)
+        return self.head(cls), self.head_dist(dist)
 
     def embed(
         self,

@@ -1,0 +1,517 @@
+"""Every layout of the same weights gives the same model, what is no model says so, and a broken download goes on."""
+
+import hashlib
+import json
+import os
+import pickle
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from maestlib import hub
+from maestlib.hub import REGISTRY, Released, fetch, label_names, models
+from maestlib.mel import MelConfig
+from maestlib.model import MAEST, MAESTConfig, Patchout
+from maestlib.weights import FREQUENCY, TIME, load, save
+
+PARITY = Path(os.environ.get("MAESTLIB_DATA", Path(__file__).parents[2] / "shared")) / "parity"
+DISCOGS = label_names(400)
+
+
+def trained(model, seed=2):
+    "Away from the initial values, so that no tensor can be ignored."
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return trained(MAEST(MAESTConfig(seconds=5, labels=DISCOGS, width=96, heads=3, depth=3)).init_weights(1))
+
+
+@pytest.fixture(scope="module")
+def state(model):
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def outputs(model):
+    "Logits, and all blocks under patchout."
+    return answers(model, random_mel(312))
+
+
+@torch.no_grad()
+def answers(model, mel):
+    return {"logits": model(mel), "blocks": model.embed(mel, blocks=range(3), patchout=Patchout(keep_every=2))}
+
+
+def random_mel(frames, batch=2, seed=7):
+    return torch.randn(batch, 96, frames, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the layouts, written without maestlib.weights ----
+
+
+def as_ast(state, columns):
+    "Hugging Face's names; `columns` of the time table are unrolled."
+    prefix, width = "audio_spectrogram_transformer.", state["cls_token"].shape[-1]
+    grid = state["time_new_pos_embed"][..., :columns] + state["freq_new_pos_embed"]
+    positions = torch.cat([state["new_pos_embed"], grid.flatten(2).transpose(1, 2)], 1)
+    embeddings = {
+        "cls_token": state["cls_token"],
+        "distillation_token": state["dist_token"],
+        "position_embeddings": positions,
+        "patch_embeddings.projection.weight": state["patch_embed.proj.weight"],
+        "patch_embeddings.projection.bias": state["patch_embed.proj.bias"],
+    }
+    out = {f"{prefix}embeddings.{k}": v for k, v in embeddings.items()}
+    plain = {"attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    plain |= {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+    for i in range(depth(state)):
+        layer = f"{prefix}encoder.layer.{i}."
+        for kind in ("weight", "bias"):
+            qkv = state[f"blocks.{i}.attn.qkv.{kind}"]
+            for j, name in enumerate(("query", "key", "value")):
+                out[f"{layer}attention.attention.{name}.{kind}"] = qkv[j * width : (j + 1) * width].clone()
+            for ours, theirs in plain.items():
+                out[f"{layer}{theirs}.{kind}"] = state[f"blocks.{i}.{ours}.{kind}"]
+    for kind in ("weight", "bias"):
+        out[f"{prefix}layernorm.{kind}"] = state[f"norm.{kind}"]
+        out[f"classifier.layernorm.{kind}"] = state[f"head.0.{kind}"]
+        out[f"classifier.dense.{kind}"] = state[f"head.1.{kind}"]
+    return out
+
+
+def depth(state):
+    return sum(k.endswith("norm1.bias") for k in state)
+
+
+def write(layout, state, folder):
+    "One of the layouts, as a file; returns what to load."
+    file = folder / f"{layout}.ckpt"
+    worse = {f"net.{k}": torch.zeros_like(v) for k, v in state.items()}
+    averaged = {f"net_swa.{k}": v for k, v in state.items()}
+    columns = state["time_new_pos_embed"].shape[-1]
+    wrapped = {
+        "bare": state,
+        "state_dict": {"state_dict": state, "epoch": 129, "loss": 0.1},
+        "net": {"state_dict": {f"net.{k}": v for k, v in state.items()}},
+        "net_swa": averaged,
+        "training": {"state_dict": worse | averaged},
+    }
+    if layout in wrapped:
+        torch.save(wrapped[layout], file)
+    elif layout == "old":  # what PyTorch wrote before 1.6
+        torch.save(state, file, _use_new_zipfile_serialization=False)
+    elif layout == "ours":
+        config = MAESTConfig(columns * 0.16 // 1 + 1, DISCOGS, width=96, heads=3, depth=depth(state))
+        model = MAEST(config)
+        model.load_state_dict(state)
+        save(model, file := folder / "best.safetensors", run="test")
+    elif layout == "safetensors":
+        save_file(state, file)
+    elif layout == "ast":
+        save_file(as_ast(state, columns), file := folder / "model.safetensors")
+    elif layout == "ast_folder":
+        file = folder / "hf"
+        file.mkdir()
+        torch.save(as_ast(state, columns - 1), file / "pytorch_model.bin")
+        names = {str(i): name for i, name in reversed(list(enumerate(DISCOGS)))}
+        notes = {"id2label": names, "num_attention_heads": 3, "num_mel_bins": 96}
+        (file / "config.json").write_text(json.dumps(notes))
+    return file
+
+
+LAYOUTS = ("bare", "state_dict", "net", "net_swa", "training", "old", "ours", "safetensors", "ast", "ast_folder")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_the_same_model(model, state, outputs, layout, tmp_path):
+    again = load(write(layout, state, tmp_path))
+    assert again.config == model.config and not again.training
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in again.parameters())
+    tolerance = 1e-5 if "ast" in layout else 0
+    torch.testing.assert_close(answers(again, random_mel(312)), outputs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.skipif(not PARITY.exists(), reason="needs the folder parity/ of reference outputs (MAESTLIB_DATA)")
+@pytest.mark.parametrize("layout", ["bare", "state_dict", "training", "ours", "ast", "ast_folder"])
+def test_parity_through_load(layout, tmp_path):
+    "What the released code computes, to 1e-4, whatever the file."
+    state = torch.load(PARITY / "official_layout_dim96.pt", weights_only=True)
+    model = load(PARITY / "official_layout_dim96.pt" if layout == "bare" else write(layout, state, tmp_path))
+    assert model.config == MAESTConfig(seconds=30, labels=DISCOGS, width=96, heads=3)
+    want, mel = np.load(PARITY / "reference_outputs.npz"), random_mel(1875)
+    with torch.no_grad():
+        ours = {f"block{i}": x.flatten(1) for i, x in enumerate(model.embed(mel, blocks=range(12)).unbind(1))}
+        ours |= {"logits": model(mel), "logits_625": model(mel[..., :625])}
+        ours["po_t5f3_logits"] = model(mel, Patchout(keep_every=5, drop_rows=(0, 7, 8)))
+    for name, value in ours.items():
+        np.testing.assert_allclose(value.numpy(), want[name], atol=1e-4, err_msg=name)
+
+
+def test_full_size_against_maest_infer(tmp_path):
+    "The 768-wide model on random weights; its own package takes the mel as normalised already."
+    maest_infer = pytest.importorskip("maest_infer")
+    theirs = trained(maest_infer.get_maest(arch="discogs-maest-10s-pw-129e", pretrained=False))
+    torch.save(theirs.state_dict(), tmp_path / "full.ckpt")
+    ours, mel = load(tmp_path / "full.ckpt"), random_mel(625, batch=1)
+    assert ours.config == MAESTConfig(seconds=10, labels=DISCOGS)
+    with torch.no_grad():
+        logits, _ = theirs(mel.clone(), melspectrogram_input=True)
+        _, block6 = theirs(mel.clone(), transformer_block=6, melspectrogram_input=True)
+        torch.testing.assert_close(ours(mel), logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.embed(mel, blocks=(6,)).flatten(1), block6, atol=1e-4, rtol=0)
+    (tmp_path / "full.ckpt").unlink()
+
+
+# ---- adapting ----
+
+
+def cubic(old, new):
+    "(new, old) bicubic interpolation in float64: Keys' kernel, a = -0.75, pixel centres aligned, edges repeated."
+    matrix, a = np.zeros((new, old)), -0.75
+    for i in range(new):
+        x = (i + 0.5) * old / new - 0.5
+        for j in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+            d = abs(x - j)
+            near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+            matrix[i, min(max(j, 0), old - 1)] += near if d <= 1 else far if d < 2 else 0
+    return matrix
+
+
+def test_passt_is_stretched(state, tmp_path, capsys):
+    generator = torch.Generator().manual_seed(3)
+    time, frequency = torch.randn(1, 96, 1, 99, generator=generator), torch.randn(1, 96, 12, 1, generator=generator)
+    heads = {k: torch.randn(527, *v.shape[1:], generator=generator) for k, v in state.items() if len(v) == 400}
+    torch.save(state | heads | {TIME: time, FREQUENCY: frequency}, tmp_path / "passt.pt")
+    model = load(tmp_path / "passt.pt", seconds=30)
+    assert "12 rows, 99 columns to 9 rows, 187 columns" in capsys.readouterr().out
+    assert len(model.config.labels) == 527 and model.config.grid == (9, 186)
+    want = time[0, :, 0].numpy() @ cubic(99, 187).T, frequency[0, :, :, 0].numpy() @ cubic(12, 9).T
+    np.testing.assert_allclose(model.state_dict()[TIME][0, :, 0], want[0], atol=2e-4)
+    np.testing.assert_allclose(model.state_dict()[FREQUENCY][0, :, :, 0], want[1], atol=2e-4)
+    assert torch.equal(model.head[1].weight, heads["head.1.weight"])
+    assert load(tmp_path / "passt.pt").config.seconds == 10
+    whole = load(tmp_path / "passt.pt", mel=MelConfig(bands=128))  # its own height: the rows stay
+    assert torch.equal(whole.state_dict()[FREQUENCY], frequency)
+
+
+def test_deit_becomes_a_maest(tmp_path, capsys):
+    "timm's model, narrow."
+    import timm
+
+    deit = timm.create_model(
+        "deit_base_distilled_patch16_384", pretrained=False, embed_dim=96, depth=2, num_heads=3, num_classes=1000
+    )
+    theirs = trained(deit).state_dict()
+    torch.save({"model": theirs}, tmp_path / "deit.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="no head for music"):
+        load(tmp_path / "deit.pth")
+    model = load(tmp_path / "deit.pth", labels=["jig", "reel"], new_head=True, seconds=10)
+    assert "untrained head for 2 labels" in capsys.readouterr().out
+    assert (model.config.depth, model.config.heads, model.config.labels) == (2, 3, ("jig", "reel"))
+    ours = model.state_dict()
+    grid = theirs["pos_embed"][0, 2:].reshape(24, 24, 96).permute(2, 0, 1).numpy()
+    grid = cubic(24, 9) @ grid @ cubic(24, 62).T
+    np.testing.assert_allclose(ours[FREQUENCY][0, :, :, 0], grid.mean(2), atol=2e-4)
+    np.testing.assert_allclose(ours[TIME][0, :, 0], grid.mean(1), atol=2e-4)
+    assert torch.equal(ours["new_pos_embed"], theirs["pos_embed"][:, :2])
+    torch.testing.assert_close(ours["patch_embed.proj.weight"][:, 0], theirs["patch_embed.proj.weight"].sum(1))
+    shared = [k for k in theirs if k.startswith(("blocks.", "norm.", "cls", "dist"))]
+    assert len(shared) == 28 and all(torch.equal(ours[k], theirs[k]) for k in shared)
+
+
+def test_another_length_keeps_everything_else(model, state, tmp_path, capsys):
+    longer = load(write("ours", state, tmp_path), seconds=20)
+    changed = {k for k, v in longer.state_dict().items() if not torch.equal(v, state[k])}
+    assert changed == {TIME} and longer.config.seconds == 20 and longer.config.labels == DISCOGS
+    want = state[TIME][0, :, 0].numpy() @ cubic(31, 125).T
+    np.testing.assert_allclose(longer.state_dict()[TIME][0, :, 0], want, atol=2e-4)
+    assert "31 columns to 9 rows, 125 columns" in capsys.readouterr().out
+
+
+def test_a_new_head_only_on_request(state, tmp_path, capsys):
+    file = write("bare", state, tmp_path)
+    with pytest.raises(ValueError, match=r"bare\.ckpt: 400 labels, but 2 were given; new_head=True"):
+        load(file, labels=["jig", "reel"])
+    model = load(file, labels=["jig", "reel"], new_head=True, seed=3)
+    assert "untrained head for 2 labels in place of 400" in capsys.readouterr().out
+    assert model(random_mel(312)).shape == (2, 2) and torch.equal(model.norm.weight, state["norm.weight"])
+    assert torch.equal(model.head[1].weight, load(file, labels=["a", "b"], new_head=True, seed=3).head[1].weight)
+    mine = [f"mine {i}" for i in range(400)]
+    assert (
+        load(file, labels=mine).config.labels[1] == "mine 1"
+    )  # this layout holds no names, so that these may be right
+    with pytest.raises(ValueError, match="labels are others: 'Blues---Boogie Woogie'"):
+        load(write("ours", state, tmp_path), labels=DISCOGS[::-1])
+
+
+def test_training_checkpoints_prefer_the_average(state, tmp_path):
+    "`net.` holds zeros in this file."
+    assert load(write("training", state, tmp_path)).cls_token.abs().sum() > 0
+
+
+def test_separated_heads(state, tmp_path):
+    model, mel = load(write("bare", state, tmp_path), separated=True), random_mel(312)
+    with torch.no_grad():
+        cls, dist = model.features(mel).unbind(1)
+        both = (model.head(cls) + model.head_dist(dist)) / 2
+        torch.testing.assert_close(model(mel), both)
+    with pytest.raises(ValueError, match="no second head"):
+        load(write("ast", state, tmp_path), separated=True)
+
+
+def test_random_weights(tmp_path):
+    model = load("random", size="tiny", seconds=5, dtype=torch.bfloat16, heads=6)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config == MAESTConfig(5, DISCOGS, width=192, heads=6)
+    same, other = (load("random", size="tiny", seconds=5, heads=6, seed=s).head[1].weight for s in (0, 1))
+    assert torch.equal(same.bfloat16(), model.head[1].weight) and not torch.equal(same, other)
+    save(model, tmp_path / "half.safetensors", run="test")
+    again = load(tmp_path / "half.safetensors")  # heads, which no shape tells, come from the file
+    assert again.config == model.config and torch.equal(again.cls_token, model.cls_token.float())
+
+
+def test_half_precision_copies(state, tmp_path):
+    "A copy in float16 or bfloat16 comes back as float32, Hugging Face's layout included."
+    for dtype in (torch.float16, torch.bfloat16):
+        half = {k: v.to(dtype) for k, v in as_ast(state, 31).items()}
+        save_file(half, tmp_path / "half.safetensors")
+        model = load(tmp_path / "half.safetensors")
+        assert model.cls_token.dtype == torch.float32
+        grids = [s[TIME] + s[FREQUENCY] for s in (model.state_dict(), state)]
+        torch.testing.assert_close(*grids, atol=8 * torch.finfo(dtype).eps, rtol=0)
+
+
+# ---- what is no checkpoint ----
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def nan(state):
+    return state | {"norm.bias": torch.full((96,), float("nan"))}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda s: {k: v for k, v in s.items() if k != "norm.bias"}, r"norm\.bias is missing"),
+        (lambda s: s | {"blocks.2.extra": torch.zeros(1)}, r"blocks\.2\.extra is left over"),
+        (lambda s: s | {"norm.bias": torch.zeros(7)}, r"norm\.bias is \(7,\) instead of \(96,\)"),
+        (lambda s: s | {"head_dist.bias": torch.zeros(399)}, r"head_dist\.bias is \(399,\)"),
+        (lambda s: s | {TIME: torch.zeros(96, 31)}, "not the shapes of a MAEST"),
+        (lambda s: {k: v for k, v in s.items() if k != TIME}, "another architecture"),
+        (nan, r"norm\.bias holds"),
+        (lambda s: s | {"norm.bias": torch.zeros(96, dtype=torch.int32)}, r"norm\.bias is no floats"),
+        (lambda s: s | {"epoch": 3}, "epoch is no floats"),
+        (lambda s: {f"net.{k}": v for k, v in s.items()} | {"mel.window": torch.zeros(1)}, r"mel\.window"),
+        (lambda s: {"conv1.weight": torch.zeros(3)}, "another architecture"),
+        (lambda s: {"cls_token": s["cls_token"], "pos_embed": torch.zeros(1, 197, 96)}, "another architecture"),
+        (lambda s: {}, "no named tensors"),
+        (lambda s: [s["cls_token"]], "no named tensors"),
+        (lambda s: s["cls_token"], "no named tensors"),
+        (lambda s: {**as_ast(s, 31), "audio_spectrogram_transformer.pooler": torch.zeros(1)}, "pooler is left over"),
+        (
+            lambda s: {k: v for k, v in as_ast(s, 31).items() if ".2.attention.attention.key.w" not in k},
+            r"blocks\.2\.attn\.query\.weight is left over",
+        ),
+        (
+            lambda s: {k: v.flip(1) ** 2 if "position" in k else v for k, v in as_ast(s, 31).items()},
+            "not time plus frequency",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(state, make, words, tmp_path):
+    torch.save(make(state), tmp_path / "wrong.ckpt")
+    with pytest.raises(ValueError, match=words) as error:
+        load(tmp_path / "wrong.ckpt")
+    assert "wrong.ckpt" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["released", "ast", "deit"])
+def test_any_tensor_missing_or_mangled(state, layout, tmp_path):
+    "One key at a time: always a ValueError that names the file, never another error, never a model."
+    small = {k: v for k, v in state.items() if not k.startswith("blocks.") or k.startswith("blocks.0.")}
+    if layout == "ast":
+        small = as_ast(small, 31)
+    if layout == "deit":
+        small = {k: v for k, v in small.items() if "pos_embed" not in k and not k.startswith("head")}
+        small |= {"pos_embed": torch.randn(1, 27, 96), "patch_embed.proj.weight": torch.randn(96, 3, 16, 16)}
+    wish = {"labels": ["jig"], "new_head": True} if layout == "deit" else {}
+    file = tmp_path / "wrong.safetensors"
+    save_file(small, file)
+    load(file, **wish)
+    for k in small:
+        for change in ({}, {k: torch.zeros(())}, {k: torch.zeros(2, 3)}):
+            save_file({other: t for other, t in small.items() if other != k} | change, file)
+            with pytest.raises(ValueError, match=r"wrong\.safetensors") as error:
+                load(file, **wish)
+            assert "\n" not in str(error.value)
+
+
+def test_damaged_files_say_so(state, tmp_path):
+    whole = {name: write(name, state, tmp_path).read_bytes() for name in ("bare", "old", "ours")}
+    files = {
+        f"{name} {part}": data[: int(len(data) * part)] for name, data in whole.items() for part in (0.01, 0.5, 0.999)
+    }
+    files |= {"text": b"<html>404</html>" * 50, "empty": b"", "noise": os.urandom(4000), "brace": b"12345678{"}
+    for name, data in files.items():
+        (tmp_path / "bad.ckpt").write_bytes(data)
+        with pytest.raises(ValueError, match=r"bad\.ckpt") as error:
+            load(tmp_path / "bad.ckpt")
+        assert "\n" not in str(error.value) and "weights_only" not in str(error.value), name
+
+
+def test_a_pickle_that_runs_code_does_not_run(state, tmp_path):
+    sprung = tmp_path / "sprung"
+    torch.save(state | {"epoch": Trap(sprung)}, tmp_path / "zip.ckpt")
+    torch.save(state | {"epoch": Trap(sprung)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    for protocol in (2, 4):
+        (tmp_path / f"plain{protocol}.ckpt").write_bytes(pickle.dumps({"a": Trap(sprung)}, protocol))
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.ckpt")
+    for name in ("zip", "old", "plain2", "plain4", "module"):
+        with pytest.raises(ValueError, match=rf"{name}\.ckpt: holds Python objects, which could run code"):
+            load(tmp_path / f"{name}.ckpt")
+    assert not sprung.exists()
+
+
+def test_names_that_are_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="did you mean 'discogs-maest-30s-pw-129e'"):
+        load("discogs-maest-30s-pw-129")
+    with pytest.raises(FileNotFoundError, match=r"best\.safetensors"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="size='huge'"):
+        load("random", size="huge")
+
+
+# ---- downloads ----
+
+
+@contextmanager
+def serve(content, ranges=True, stop_at=None):
+    "A file server; yields a dict: `url`, `asked` (the first byte of each request), `stop_at` (break off there)."
+    plan = {"asked": [], "stop_at": stop_at}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if ranges else 0
+            plan["asked"].append(start)
+            if start >= len(content):
+                self.send_error(416)
+                return
+            self.send_response(206 if ranges else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start : plan["stop_at"]])
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield plan | {"url": f"http://127.0.0.1:{server.server_port}/a/model.ckpt", "plan": plan}
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "An empty cache, and no proxy between this machine and itself."
+    monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return tmp_path / "cache/weights"
+
+
+def entry(url, content, sha256=None, **fields):
+    return Released("model", url, len(content), sha256 or hashlib.sha256(content).hexdigest(), 5, 400, "none", **fields)
+
+
+CONTENT = np.random.default_rng(0).bytes(3_500_000)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_is_continued(here, ranges):
+    with serve(CONTENT, ranges, stop_at=2_500_000) as server:
+        wanted = entry(server["url"], CONTENT)
+        with pytest.raises(ConnectionError, match="loading again continues") as error:
+            fetch(wanted)
+        assert server["url"] in str(error.value) and not wanted.path.exists()
+        server["plan"]["stop_at"] = None
+        assert fetch(wanted).read_bytes() == CONTENT
+        assert server["asked"] == ([0, 2_500_000] if ranges else [0, 0])
+        assert fetch(wanted) == here / "model.ckpt" and len(server["asked"]) == 2
+    assert [p.name for p in here.iterdir()] == ["model.ckpt"]
+
+
+def test_a_download_that_lacked_only_its_name(here):
+    here.mkdir(parents=True)
+    (here / "model.ckpt.part").write_bytes(CONTENT)
+    with serve(CONTENT) as server:
+        assert fetch(entry(server["url"], CONTENT)).read_bytes() == CONTENT
+
+
+def test_a_wrong_download_is_not_kept(here):
+    with serve(CONTENT) as server:
+        wanted = entry(server["url"], CONTENT, sha256="0" * 64)
+        with pytest.raises(ValueError, match=hashlib.sha256(CONTENT).hexdigest()) as error:
+            fetch(wanted)
+        assert "0" * 64 in str(error.value) and not wanted.path.exists()
+
+
+def test_many_processes_download_once(here):
+    results = []
+    with serve(CONTENT) as server:
+        wanted = entry(server["url"], CONTENT)
+        threads = [threading.Thread(target=lambda: results.append(fetch(wanted))) for _ in range(4)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert results == [here / "model.ckpt"] * 4 and server["asked"] == [0]
+    assert [p.name for p in here.iterdir()] == ["model.ckpt"]
+
+
+def test_offline_and_by_hand(here, state, tmp_path, monkeypatch):
+    "Nothing answers: the error says what to put where; a file put there is verified, then used."
+    content = write("bare", state, tmp_path).read_bytes()
+    with serve(content) as server:
+        url = server["url"]
+    monkeypatch.setitem(REGISTRY, "model", entry(url, content, separated=True))
+    with pytest.raises(ConnectionError) as error:
+        load("model")
+    assert url in str(error.value) and str(here / "model.ckpt") in str(error.value)
+    (here / "model.ckpt").write_bytes(content)
+    model = load("model")
+    assert model.config.separated and torch.equal(model.norm.bias, state["norm.bias"])
+    (here / "model.ckpt").write_bytes(content[:-1] + b"?")
+    with pytest.raises(ValueError, match=REGISTRY["model"].sha256):
+        load("model")
+    (here / "model.ckpt").write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="bytes"):
+        load("model")
+
+
+def test_the_registry():
+    table = models()
+    assert len(table) == 10 and table["name"].n_unique() == table["url"].n_unique() == table["sha256"].n_unique() == 10
+    maest = table.filter(table["layout"] == "released")
+    assert len(maest) == 8 and set(maest["licence"]) == {"CC BY-NC-SA 4.0"}
+    assert maest["seconds"].to_list() == [5, 10, 10, 10, 20, 30, 30, 30]
+    assert [name for name, e in REGISTRY.items() if e.separated] == ["discogs-maest-30s-pw-73e-ts"]
+    assert hub.label_names(519)[-1] in hub.label_names(519) and "---" in hub.label_names(519)[-1]
