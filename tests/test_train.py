@@ -11,9 +11,11 @@ import polars as pl
 import pytest
 import soundfile
 
+from maestlib import datasets
 from maestlib.files import resolve
 from maestlib.metrics import evaluate
-from maestlib.train import TrainConfig, prepare, run_test, windows
+from maestlib.store import extract
+from maestlib.train import TrainConfig, fit, prepare, run_test, start, windows
 
 TOP = Path(__file__).parents[1]
 
@@ -66,6 +68,18 @@ def test_the_same_seed_gives_the_same_numbers(folder, tmp_path, monkeypatch):
     assert again.equals(stored)
 
 
+def test_a_store_is_a_dataset(folder, tmp_path):
+    store = tmp_path / "store"
+    report = extract(datasets.load(folder), store, seconds=5, workers=0)
+    assert len(report) == 1  # the text file
+    out = tmp_path / "run"
+    config = TrainConfig(seconds=5, dataset=str(store), size="tiny", steps=2, batch_size=4, out=str(out)).settle()
+    corpus = prepare(config.dataset)
+    metrics = fit(config, corpus, start(config, corpus))
+    assert metrics["step"][-1] == 2 and len(corpus.table) == 29
+    assert run_test(out, corpus).shape == (len(corpus.split("test")), 4)
+
+
 def test_bad_parameters_end_before_anything_is_built(folder, tmp_path):
     ended = papermill(folder, tmp_path / "x", "-p", "dataset", "nowhere", to=tmp_path / "x.ipynb")
     last = ended.stderr.strip().splitlines()[-1]
@@ -109,8 +123,8 @@ def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
 def test_windows_cover_every_frame():
     for length in (1, 311, 312, 313, 1875, 1876, 10_000):
         seen = np.zeros(length, bool)
-        for start in windows(length, 312):
-            seen[start : start + 312] = True
+        for first in windows(length, 312):
+            seen[first : first + 312] = True
         assert seen.all()
 
 
