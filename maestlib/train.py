@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from . import datasets
-from .files import cache, check, resolve, rng, root, say, write_json
+from .files import cache, check, resolve, rng, say, write_json
 from .mel import MelConfig, normalise
 from .metrics import difference, evaluate
 from .model import MAEST, PALETTE, SIZES, MAESTConfig, Patchout, best_device, best_dtype, cost, grid
@@ -99,7 +99,7 @@ def _number(value):
 
 
 def _free(name):
-    taken = {p.name for p in (root() / "runs").glob(f"{name}*")}
+    taken = {p.name for p in resolve("runs").glob(f"{name}*")}
     return "runs/" + next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)
 
 # %% ../nbs/train.ipynb #e9a6808b
