@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from . import players
-from .files import check, resolve, rng, say
+from .files import AUDIO, check, resolve, rng, say
 
 # %% ../nbs/datasets.ipynb #d49d05d6
 COLUMNS = {
@@ -66,9 +66,6 @@ def load(
     return folder(path, **({"tags": tags} | options))
 
 # %% ../nbs/datasets.ipynb #04c46525
-_AUDIO = {".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff", ".m4a", ".opus"}
-
-
 def folder(
     path: str | Path,  # a folder with audio, in sub-folders if you like
     tags: str = "tags.csv",  # in that folder: .csv with labels separated by `;`, or .parquet with lists
@@ -93,7 +90,7 @@ def folder(
     there = table["path"].map_elements(lambda p: Path(p).is_file(), pl.Boolean)
     _tell("missing files are left out", table.filter(~there)["name"].to_list())
     table = table.filter(there)
-    heard = {str(p) for p in path.rglob("*") if p.suffix.lower() in _AUDIO}
+    heard = {str(p) for p in path.rglob("*") if p.suffix.lower() in AUDIO}
     _tell(
         f"audio files have no row in {tags}", sorted(str(Path(p).relative_to(path)) for p in heard - set(table["path"]))
     )

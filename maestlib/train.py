@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from . import datasets
-from .files import cache, check, resolve, rng, say, write_json
+from .files import atomic, cache, check, resolve, rng, say, write_json
 from .mel import MelConfig, normalise
 from .metrics import difference, evaluate
 from .model import MAEST, PALETTE, SIZES, MAESTConfig, Patchout, best_device, best_dtype, cost, grid
@@ -323,7 +323,8 @@ def fit(
                 if score["map"] == max(r["map"] for r in rows):
                     save(model, out / "best.safetensors", **notes)
                 save(model, out / "last.safetensors", **notes)
-                pl.DataFrame(rows).write_parquet(out / "metrics.parquet")
+                with atomic(out / "metrics.parquet") as temporary:
+                    pl.DataFrame(rows).write_parquet(temporary)
                 losses, started = [], time.perf_counter()
             if done == 1:
                 break
