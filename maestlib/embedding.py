@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .files import AUDIO, atomic, check, resolve, say
+from .files import AUDIO, atomic, check, resolve, say, world
 from .mel import MelConfig, decode, duration, logmel, normalise
 from .model import MAEST, PATCH, Patchout, best_device, best_dtype
 from .weights import load
@@ -112,7 +112,7 @@ def _run(
     jobs = (windows(source, mel, frames, step) for source in sources)
     pool, ended, results = [], [], defaultdict(list)
     length = lambda item: item[-1].shape[-1]  # noqa: E731
-    bar = tqdm(unit="window", delay=2, disable=int(os.environ.get("RANK", 0)) > 0)
+    bar = tqdm(unit="window", delay=2, disable=world()[0] > 0)
     for i, found in _ahead(jobs, batch_size, workers or os.cpu_count()):
         if isinstance(found, list):
             pool += [(i, *window) for window in found]
@@ -296,7 +296,7 @@ def _join(out: Path, parts: Path, settings: str):
 # %% ../nbs/embed.ipynb #52652a20
 def _to_parquet(out: Path, paths: list[str], run, table, schema: dict, settings: str) -> pl.LazyFrame:
     "Embed `paths` into `out`, going on where an earlier call was stopped."
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, ranks = world()
     parts, known, began = out.with_name(out.name + ".parts"), {}, time.monotonic()
     if missing := set(paths) - _done(out, parts, settings, known):
         parts.mkdir(parents=True, exist_ok=True)

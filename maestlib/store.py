@@ -29,7 +29,7 @@ import polars as pl
 import torch
 from tqdm.auto import tqdm
 
-from .files import atomic, check, resolve, write_json
+from .files import atomic, check, resolve, world, write_json
 from .mel import MEL, MelConfig, check_mel, decode, duration, logmel
 
 # %% ../nbs/store.ipynb #5ed5563b
@@ -288,7 +288,7 @@ def extract(
     check(twice.is_empty(), f"table: track_id {', '.join(map(str, twice))} more than once; ids must be unique")
     check(seconds is None or seconds * config.sample_rate >= config.frame, f"seconds={seconds}: less than a frame")
     check(chunk > 0 and (workers is None or workers >= 0), f"chunk={chunk}, workers={workers}: cannot be negative")
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = world()
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -372,13 +372,14 @@ class MelStore:
         self,
         rows,  # (n,) row numbers
         frames: int,  # of each crop
-        rng: np.random.Generator | None = None,  # random places; None: the middle of each track
+        rng: np.random.Generator | np.ndarray | None = None,  # random places, or (n,) numbers 0…1; None: the middle
     ) -> torch.Tensor:  # (n, bands, frames) float32; shorter tracks end in zeros, which is silence
         "A batch of crops, log10(1 + gain * mel), not normalised."
         check(frames > 0, f"frames={frames}: must be positive")
         rows = np.asarray(rows)
         spare = np.maximum(self._frames[rows] - frames, 0)
-        starts = spare // 2 if rng is None else (rng.random(len(rows)) * (spare + 1)).astype(np.int64)
+        places = rng.random(len(rows)) if isinstance(rng, np.random.Generator) else rng
+        starts = spare // 2 if places is None else (places * (spare + 1)).astype(np.int64)
         crops = np.zeros((len(rows), frames, self.config.bands), np.float16)
         for i, (row, start) in enumerate(np.stack([rows, starts], 1).tolist()):
             part = self.read(row, start, frames)

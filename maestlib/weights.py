@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .effnet import EffNet, EffNetConfig
 from .files import atomic, check, resolve, say
 from .hub import REGISTRY, fetch, label_names
 from .mel import MEL, MelConfig
@@ -39,6 +40,7 @@ def save(
     "Write weights, config and labels into one safetensors file, atomically."
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     header = {"format": FORMAT, "config": json.dumps(model.config.to_dict()), "notes": json.dumps(notes)}
+    header["model"] = type(model).__name__
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata=header)
 
@@ -369,6 +371,8 @@ def load(
     entry = REGISTRY.get(str(name))
     path = fetch(entry) if entry else find(name)
     found, header = read(path)
+    if header.get("model") == "EffNet":
+        return _effnet(found, header, asked | {"labels": labels}, path).to(device=device, dtype=dtype)
     with _naming(path):
         tensors, known = describe(unwrap(found), header, path)
         if entry:
@@ -378,6 +382,15 @@ def load(
         tensors, config = rehead(tensors, config, labels, new_head, seed, certain=bool(entry) or "labels" in known)
         model = fill(tensors, config)
     return model.to(device=device, dtype=dtype)
+
+
+def _effnet(tensors, header, asked, path):
+    config = EffNetConfig.from_dict(json.loads(header["config"]))
+    other = [k for k, v in asked.items() if v is not None and tuple(v) != config.labels]
+    check(not other, f"{path}: the baseline effnet-b0 is loaded as it is; leave out {', '.join(other)}")
+    model = EffNet(config)
+    model.load_state_dict(tensors, strict=True)
+    return model.eval()
 
 
 @contextlib.contextmanager

@@ -2,20 +2,27 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import soundfile
+import torch
 
 from maestlib import datasets
+from maestlib.corpus import prepare, windows
 from maestlib.files import resolve
 from maestlib.metrics import evaluate
+from maestlib.runs import compare, run_test
+from maestlib.settings import TrainConfig
 from maestlib.store import extract
-from maestlib.train import TrainConfig, fit, prepare, run_test, start, windows
+from maestlib.train import Trainer, fit, start
+from maestlib.weights import load
 
 TOP = Path(__file__).parents[1]
 
@@ -80,6 +87,175 @@ def test_a_store_is_a_dataset(folder, tmp_path):
     assert run_test(out, corpus).shape == (len(corpus.split("test")), 4)
 
 
+EVERYTHING = {
+    "seconds": 5, "steps": 24, "batch_size": 4, "patchout_columns": 20, "mixup": 0.3, "time_masks": 20,
+    "frequency_masks": 5, "balanced": True, "swa": True, "schedule": "recipe", "dtype": "float32",
+}  # fmt: skip
+
+
+def options(settings):
+    return [str(x) for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", v)]
+
+
+def module(folder, *arguments, processes=0, **how):
+    "Start `maestlib.train` without a notebook, with all of the recipe."
+    command = [sys.executable, "-m"]
+    if processes:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command += ["maestlib.train", *map(str, arguments)]
+    env = os.environ | {"MAESTLIB_CACHE": str(folder.parent / "cache"), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, cwd=TOP, **pipes | how)
+
+
+def ended(process):
+    out, err = process.communicate(timeout=280)
+    return process.returncode, out, err
+
+
+def read(run, name):
+    return pl.read_parquet(run / f"{name}.parquet").drop("seconds", "clips_per_s", strict=False)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    code, out, err = ended(module(folder, *options(EVERYTHING | {"dataset": folder, "validations": 6, "out": run})))
+    assert code == 0, err[-2000:]
+    return run
+
+
+def test_killed_and_resumed_it_learns_the_same(folder, undisturbed, tmp_path):
+    run, draw, kills = tmp_path / "killed", np.random.default_rng(0), 0
+    start = options(EVERYTHING | {"dataset": folder, "validations": 6, "out": run})
+    while not (run / "last.safetensors").exists():
+        begun = (run / "config.json").exists()
+        process = module(folder, *(["--resume", run] if begun else start))
+        while not kills and process.poll() is None and not (run / "metrics.parquet").exists():
+            time.sleep(0.02)  # the first time, kill it in the middle
+        try:
+            wait = process.communicate(timeout=draw.uniform(4, 7) + kills if kills else 0.1)
+            assert process.returncode == 0, wait[1][-2000:]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            assert kills < 12
+    assert kills > 0
+    for name in ("steps", "metrics"):
+        assert read(run, name).equals(read(undisturbed, name)), name
+    for name in ("best", "last", "swa"):
+        assert (run / f"{name}.safetensors").stat().st_size == (undisturbed / f"{name}.safetensors").stat().st_size
+    assert not (run / "state.pt").exists()
+
+
+def test_asked_to_end_it_saves(folder, undisturbed, tmp_path):
+    run = tmp_path / "asked"
+    process = module(folder, *options(EVERYTHING | {"dataset": folder, "validations": 6, "out": run}), bufsize=1)
+    while not (run / "metrics.parquet").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    code, out, err = ended(process)
+    assert code == 0, err[-2000:]
+    assert f"go on with -p resume {run}" in out and (run / "state.pt").exists(), out
+    code, out, err = ended(module(folder, "--resume", run))
+    assert code == 0 and "goes on at step" in out, err[-2000:]
+    assert read(run, "steps").equals(read(undisturbed, "steps"))
+    code, out, err = ended(module(folder, "--resume", run, "--size", "base"))
+    assert code == 1 and "size=base: the run to resume has tiny" in err
+
+
+def test_two_processes_learn_what_one_does(folder, undisturbed, tmp_path):
+    run = tmp_path / "two"
+    settings = EVERYTHING | {"dataset": folder, "validations": 6, "out": run}
+    code, out, err = ended(module(folder, *options(settings), processes=2))
+    assert code == 0, err[-2000:]
+    for name in ("steps", "metrics"):
+        one, two = read(undisturbed, name), read(run, name)
+        assert one.columns == two.columns and len(one) == len(two)
+        for column in one.columns:
+            np.testing.assert_allclose(
+                one[column].to_numpy(), two[column].to_numpy(), rtol=2e-3, atol=1e-5, err_msg=column
+            )
+    code, out, err = ended(module(folder, *options(settings | {"out": tmp_path / "x", "batch_size": 5}), processes=2))
+    assert code != 0 and "batch_size=5: give a multiple of the 2 processes" in err
+
+
+@pytest.fixture
+def small(folder, monkeypatch):
+    monkeypatch.setenv("MAESTLIB_CACHE", str(folder.parent / "cache"))
+
+    def small(**settings):
+        given = {"seconds": 5, "dataset": str(folder), "steps": 4, "batch_size": 4, "dtype": "float32"}
+        config = TrainConfig(**given | settings).settle()
+        corpus = prepare(config.dataset)
+        return config, corpus, start(config, corpus)
+
+    return small
+
+
+def test_out_of_memory_takes_smaller_pieces(small, tmp_path, monkeypatch, capsys):
+    plain = fit(*small(out=str(tmp_path / "plain"), mixup=0.3))
+    whole = Trainer.loss
+
+    def short_of_memory(self, mel, *rest):
+        if len(mel) > 2:
+            raise torch.OutOfMemoryError("no")
+        return whole(self, mel, *rest)
+
+    monkeypatch.setattr(Trainer, "loss", short_of_memory)
+    short = fit(*small(out=str(tmp_path / "short"), mixup=0.3))
+    assert "2 clips at once from here on, the same 4 in a step" in capsys.readouterr().out
+    np.testing.assert_allclose(short["loss"].to_numpy(), plain["loss"].to_numpy(), rtol=1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "loss", lambda self, mel, *_: (self.net(mel) * torch.nan).sum())
+    with pytest.raises(FloatingPointError, match="at step 0: give a smaller learning_rate"):
+        fit(*small(out=str(tmp_path / "nan")))
+    assert not (tmp_path / "nan/best.safetensors").exists()
+
+
+def test_a_full_disk_does_not_end_the_run(small, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as once:
+        once.setattr("maestlib.train.torch.save", full)
+        metrics = fit(*small(out=str(tmp_path / "full"), steps=8, validations=4))
+    assert metrics["step"][-1] == 8 and "make room" in capsys.readouterr().out
+    assert (tmp_path / "full/last.safetensors").exists()
+
+
+def test_a_student_hears_its_teacher(small, tmp_path):
+    fit(*small(out=str(tmp_path / "teacher")))
+    config, corpus, student = small(out=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), steps=2)
+    before = student.head_dist.weight.detach().clone()
+    fit(config, corpus, student, load(config.teacher))
+    assert student.config.separated and not torch.equal(before, student.head_dist.weight)
+    assert load(tmp_path / "student").config.separated
+
+
+def test_fine_tuning_starts_from_a_run(small, tmp_path):
+    fit(*small(out=str(tmp_path / "first")))
+    config, corpus, model = small(out=str(tmp_path / "second"), init=str(tmp_path / "first"), freeze=6, layer_decay=0.8)
+    first = load(tmp_path / "first")
+    assert torch.equal(model.head[1].weight, first.head[1].weight)
+    fit(config, corpus, model)
+    same = [torch.equal(a.attn.qkv.weight, b.attn.qkv.weight) for a, b in zip(model.blocks, first.blocks, strict=True)]
+    assert same == [True] * 6 + [False] * 6
+    with pytest.raises(ValueError, match="it is tiny, not small; give size=tiny"):
+        small(out=str(tmp_path / "x"), init=str(tmp_path / "first"), size="small")
+
+
+def test_the_baseline_is_trained_by_the_same_loop(small, tmp_path):
+    config, corpus, model = small(out=str(tmp_path / "cnn"), model="effnet-b0", steps=2, swa=True)
+    fit(config, corpus, model)
+    assert run_test(tmp_path / "cnn", corpus).shape == (len(corpus.split("test")), 4)
+    fit(*small(out=str(tmp_path / "maest"), steps=2))
+    assert set(compare(tmp_path)["model"]) == {"effnet-b0", "maest"}
+
+
 def test_bad_parameters_end_before_anything_is_built(folder, tmp_path):
     ended = papermill(folder, tmp_path / "x", "-p", "dataset", "nowhere", to=tmp_path / "x.ipynb")
     last = ended.stderr.strip().splitlines()[-1]
@@ -101,6 +277,11 @@ def test_bad_parameters_end_before_anything_is_built(folder, tmp_path):
         ({"epochs": 0}, "epochs=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"learning_rate": -1}, "learning_rate=-1"),
+        ({"preset": "maest-7s"}, "preset='maest-7s'.*maest-5s"),
+        ({"model": "effnet-b0", "patchout_rows": 3}, "patchout_rows=3.*effnet-b0"),
+        ({"gpus": 99}, "gpus=99"),
+        ({"schedule": "steps"}, "schedule='steps'"),
+        ({"teacher": "runs/nobody"}, "teacher=runs/nobody"),
         ({"init": "runs/nowhere"}, "runs/nowhere"),
         ({"dataset": "nowhere"}, "nowhere"),
     ],
@@ -111,13 +292,16 @@ def test_bad_parameters_are_named(wrong, words):
 
 
 def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
-    import torch
-
-    monkeypatch.setattr("maestlib.train.best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("maestlib.settings.best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("maestlib.settings.best_dtype", lambda device: torch.bfloat16)
     for seconds, columns in {5: 15, 10: 30, 20: 60, 30: 90}.items():
         config = TrainConfig(seconds=seconds).settle()
         assert (config.size, config.patchout_rows, config.patchout_columns) == ("base", 3, columns)
         assert config.minutes is None
+        assert (config.mixup, config.time_masks, config.frequency_masks, config.balanced) == (0.3, 20, 5, True)
+        assert config.swa and config.schedule == "recipe" and config.epochs == 130
+        same = TrainConfig(preset=f"maest-{seconds}s").settle()
+        assert (same.seconds, same.patchout_columns) == (seconds, columns)
 
 
 def test_windows_cover_every_frame():
