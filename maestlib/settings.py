@@ -71,7 +71,7 @@ class TrainConfig:
     layer_decay: float = 1.0
     freeze: int = 0
     validations: int | str = "auto"
-    validate_every: int | str = "auto"  # validation reads one patch column of so many
+    validate_every: int | str = "auto"
     dtype: str = "auto"
     compile: bool | str = "auto"
     workers: int | str = "auto"

@@ -1,5 +1,6 @@
 """Whole runs, as a user starts them: papermill, a folder of one's own, the same numbers twice, bad parameters."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -289,6 +290,13 @@ def test_bad_parameters_end_before_anything_is_built(folder, tmp_path):
 def test_bad_parameters_are_named(wrong, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         TrainConfig(**wrong).settle()
+
+
+def test_the_parameters_are_the_fields():
+    cells = json.loads((TOP / "nbs/train.ipynb").read_text())["cells"]
+    names, values = {f.name: f.default for f in dataclasses.fields(TrainConfig)}, {}
+    exec("".join(next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", []))), values)
+    assert {k: v for k, v in values.items() if k not in ("__builtins__", "resume")} == names
 
 
 def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
