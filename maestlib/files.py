@@ -100,8 +100,9 @@ def say(
 ):
     "Print where the notebook keeps it and, in a kernel, on the terminal that started it too."
     print(*words, flush=True)
-    if "ipykernel" in sys.modules and sys.__stderr__ is not None:
-        print(*words, file=sys.__stderr__, flush=True)
+    terminal = getattr(sys.stderr, "_original_stdstream_copy", None)  # ipykernel keeps it; nothing captures it
+    if terminal is not None:
+        os.write(terminal, (" ".join(map(str, words)) + "\n").encode())
 
 
 def check(

@@ -416,6 +416,6 @@ def plot_cost(
         template="plotly_white",
         height=420,
         title="Patchout sets the price of a clip",
-        legend=dict(orientation="h", y=-0.2),
-        margin=dict(l=60, r=20, t=60, b=40),
+        legend=dict(orientation="h", y=-0.25),
+        margin=dict(l=60, r=20, t=60, b=110),
     )
