@@ -10,8 +10,9 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "cli", "corpus", "curate", "datasets", "dumps", "effnet", "embedding", "export", "files", "hub", "mel",
-        "metrics", "model", "players", "recipe", "runs", "settings", "splits", "store", "train", "tunes", "weights",
+        "cli", "corpus", "curate", "datasets", "downstream", "dumps", "effnet", "embedding", "export", "files", "hub", "mel",
+        "metrics", "model", "pace", "players", "recipe", "runs", "settings", "splits", "store", "studies", "train",
+        "tunes", "weights",
     ],
     submod_attrs={
         "mel": ["MelConfig", "decode", "logmel", "normalise"],

@@ -51,6 +51,8 @@ def load(
     **options,  # of the named dataset (tunes: clips=1200, seed=0) or of `folder`
 ) -> pl.DataFrame:  # the uniform table
     "A dataset by its name or its place. Raises `ValueError` with the names known, or what is wrong with a table."
+    from maestlib import downstream  # noqa: F401  (adds the public tagging datasets to NAMED)
+
     if str(name) in NAMED:
         return uniform(NAMED[str(name)](**options), str(name))
     path = resolve(name)
@@ -135,6 +137,11 @@ def multihot(
     column = {label: i for i, label in enumerate(labels)}
     unknown = sorted(set(vocabulary(table)) - set(column))
     check(not unknown, f"labels not in the vocabulary: {', '.join(unknown[:5])}; use vocabulary() of the whole table")
+    lost = table.filter(pl.col("labels").is_null())["track_id"] if "track_id" in table.columns else []
+    check(
+        not len(lost),
+        f"{len(lost)} tracks have unknown labels (null), as {lost[0] if len(lost) else ''}: leave them out",
+    )
     target = np.zeros((len(table), len(labels)), np.float32)
     for row, names in enumerate(table["labels"].to_list()):
         target[row, [column[name] for name in names or ()]] = 1
