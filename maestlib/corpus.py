@@ -82,7 +82,7 @@ EPOCH = 200_000  # tracks, §3.1
 class Batches(torch.utils.data.Dataset):
     """The batches of a run, by the number of the step: crops (batch, 96, frames) not normalised, targets, positions.
 
-    Raises `ValueError` where a batch cannot be divided among the processes.
+    Raises `ValueError` where a batch cannot be divided among the processes, or the store holds shorter crops.
     """
 
     def __init__(
@@ -96,7 +96,8 @@ class Batches(torch.utils.data.Dataset):
     ):
         self.corpus, self.seed, self.balanced = corpus, seed, balanced
         self.frames, self.tracks = corpus.mel.frames(seconds), corpus.split("train")
-        room = len(self.tracks)
+        room, held = len(self.tracks), corpus.store.seconds
+        check(not held or seconds <= held, f"seconds={seconds}: the store holds {held} s of a track; give at most that")
         self.drawn = epoch_tracks or (min(EPOCH, max(1, room // 2)) if balanced else room)
         check(self.drawn <= room, f"epoch_tracks={self.drawn}: the training split has {room}")
         self.size = min(batch_size, self.drawn)

@@ -100,9 +100,11 @@ def say(
 ):
     "Print where the notebook keeps it and, in a kernel, on the terminal that started it too."
     print(*words, flush=True)
-    terminal = getattr(sys.stderr, "_original_stdstream_copy", None)  # ipykernel keeps it; nothing captures it
-    if terminal is not None:
-        os.write(terminal, (" ".join(map(str, words)) + "\n").encode())
+    if "ipykernel" in sys.modules and sys.__stderr__ is not None:
+        captured = getattr(
+            sys.stderr, "_original_stdstream_copy", None
+        )  # the terminal, where ipykernel takes its place
+        os.write(sys.__stderr__.fileno() if captured is None else captured, (" ".join(map(str, words)) + "\n").encode())
 
 
 def check(

@@ -16,7 +16,7 @@ import torch
 from .corpus import Corpus, predict
 from .files import check, resolve
 from .metrics import evaluate
-from .model import PALETTE, best_device
+from .model import PALETTE, Patchout, best_device
 from .weights import load
 
 # %% ../nbs/runs.ipynb #4552e76a
@@ -95,11 +95,12 @@ def run_test(
     run: str | Path,  # a run folder
     corpus: Corpus,  # whose test split is scored
     dtype: torch.dtype | None = None,  # of the matrix products
+    patchout: Patchout | None = None,  # None: all patches
 ) -> np.ndarray:  # (test tracks, labels) probabilities
-    "Load a run's best weights and score the whole of every test track, with all patches."
+    "Load a run's best weights and score the whole of every test track."
     model = load(run, device=best_device())
     check(list(model.config.labels) == corpus.labels, f"{run}: trained on other labels than this dataset has")
-    return predict(model, corpus, corpus.split("test"), dtype=dtype, progress="testing")
+    return predict(model, corpus, corpus.split("test"), patchout, dtype, progress="testing")
 
 # %% ../nbs/runs.ipynb #ac681662
 def summary(

@@ -86,6 +86,9 @@ def test_a_store_is_a_dataset(folder, tmp_path):
     metrics = fit(config, corpus, start(config, corpus))
     assert metrics["step"][-1] == 2 and len(corpus.table) == 29
     assert run_test(out, corpus).shape == (len(corpus.split("test")), 4)
+    longer = TrainConfig(seconds=10, dataset=str(store), steps=2, out=str(tmp_path / "x")).settle()
+    with pytest.raises(ValueError, match="seconds=10: the store holds 5"):
+        fit(longer, corpus, start(longer, corpus))
 
 
 EVERYTHING = {
