@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "cli", "corpus", "curate", "datasets", "downstream", "dumps", "effnet", "embedding", "export", "files", "hub", "mel",
-        "metrics", "model", "pace", "players", "recipe", "runs", "settings", "splits", "store", "studies", "train",
-        "tunes", "weights",
+        "blocks", "cli", "corpus", "curate", "datasets", "downstream", "dumps", "effnet", "embedding", "export",
+        "files", "hub", "layers", "mel", "metrics", "model", "pace", "players", "probe", "recipe", "runs",
+        "settings", "splits", "store", "studies", "train", "tunes", "weights",
     ],
     submod_attrs={
         "mel": ["MelConfig", "decode", "logmel", "normalise"],

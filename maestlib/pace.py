@@ -59,7 +59,7 @@ def train_step(
     loss.backward()
     optimiser.step()
     optimiser.zero_grad()
-    return float(loss)
+    return float(loss.detach())
 
 
 def step_times(

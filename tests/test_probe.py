@@ -1,0 +1,167 @@
+"""What the notebooks blocks, probe and layers cannot show: bad input, a kill, many probes beside one."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from maestlib import blocks, layers, probe
+from maestlib.blocks import Embeddings, extract
+from maestlib.corpus import Corpus
+from maestlib.layers import paired, summarise
+from maestlib.mel import MEL
+from maestlib.model import MAEST, MAESTConfig
+from maestlib.probe import Probe, Recipe, settings, study, train_probes
+
+LABELS = ["Band---A", "Band---B", "Key---C"]
+
+
+class Store:
+    "A mel store in memory."
+
+    def __init__(self, n, frames=100):
+        draw = np.random.default_rng(0)
+        self.mels = draw.random((n, frames, 96)).astype(np.float16)
+        self.config = MEL
+        self.index = pl.DataFrame(
+            {"track_id": [f"t{i}" for i in range(n)], "frames": [frames] * n, "checksum": range(n)}
+        )
+
+    def read(self, row, start=0, frames=None):
+        return self.mels[row][start : None if frames is None else start + frames]
+
+
+def made(n=90, source=True):
+    "A corpus whose labels can be read from its embeddings."
+    draw = np.random.default_rng(1)
+    targets = (draw.random((n, 3)) < 0.4).astype(np.float32)
+    split = np.array(["train"] * (n - 40) + ["validation"] * 20 + ["test"] * 20)
+    names = [[x for x, y in zip(LABELS, row, strict=True) if y] for row in targets]
+    table = pl.DataFrame({"track_id": [f"t{i}" for i in range(n)], "labels": names, "split": split})
+    corpus = Corpus(table, Store(n), np.arange(n), LABELS, targets, MEL)
+    values = draw.normal(size=(n, 2, 3, 8))
+    values[..., 1, 1, :3] += 3 * targets  # block 1, dist
+    return corpus, Embeddings(values.astype(np.float16), {"model": "made"})
+
+
+RECIPE = Recipe(rate=1e-2, epochs=6, batch=16, hidden=32)
+
+
+def test_a_killed_extraction_goes_on(tmp_path, monkeypatch):
+    corpus, _ = made(60)
+    model = MAEST(MAESTConfig(width=24, heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    whole = extract(corpus, model, tmp_path / "whole", commit=16)
+    right, calls = blocks._embed, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return right(*args)
+
+    monkeypatch.setattr(blocks, "_embed", dies)
+    with pytest.raises(KeyboardInterrupt):
+        extract(corpus, model, tmp_path / "killed", commit=16)
+    resumed = extract(corpus, model, tmp_path / "killed", commit=16)
+    assert np.array_equal(resumed.values, whole.values) and len(calls) == 3 + 2  # two pieces were kept
+    corpus.store.index = corpus.store.index.with_columns(checksum=pl.col("checksum") + (pl.col("track_id") == "t3"))
+    extract(corpus, model, tmp_path / "killed", commit=16)
+    assert len(calls) == 6, "only the track whose mel has changed"
+
+
+def test_another_model_is_refused(tmp_path):
+    corpus, _ = made(60)
+    config = MAESTConfig(width=24, heads=2, depth=2, seconds=1)
+    extract(corpus, MAEST(config).init_weights(0).eval(), tmp_path)
+    with pytest.raises(ValueError, match="another model"):
+        extract(corpus, MAEST(config).init_weights(1).eval(), tmp_path)
+
+
+def test_not_finite(tmp_path):
+    corpus, embeddings = made()
+    embeddings.values[3, 1, 0, 2] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        train_probes(embeddings, corpus, [Probe((0,), RECIPE)])
+    model = MAEST(MAESTConfig(width=24, heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    with torch.no_grad():
+        model.cls_token.fill_(1e5)
+    with pytest.raises(ValueError, match="t0.* not finite"):
+        extract(corpus, model, tmp_path)
+    assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize("together", [1, 3, 100])
+def test_company_changes_nothing(together):
+    corpus, embeddings = made()
+    probes = [Probe(embeddings.of(b, t), Recipe(rate=r, dropout=d, seed=s, epochs=5, batch=16, hidden=32))
+              for b, t, r, d, s in (((1,), "d", 1e-2, 0.5, 0), ((0,), "d", 1e-2, 0.5, 1), ((1,), "c", 1e-3, 0.0, 0),
+                                    ((0, 1), "cdt", 1e-2, 0.75, 2), ((1,), "dt", 1e-2, 0.5, 0))]  # fmt: skip
+    alone = [train_probes(embeddings, corpus, [p], dtype="float32")[0] for p in probes]
+    for a, b in zip(alone, train_probes(embeddings, corpus, probes, together=together, dtype="float32"), strict=True):
+        assert a.epoch == b.epoch and np.allclose(a.scores, b.scores, atol=1e-4)
+
+
+def test_study_finds_where_the_labels_are_and_scores_as_scikit_learn(tmp_path):
+    corpus, embeddings = made(300)
+    recipes = [RECIPE, Recipe(**vars(RECIPE) | {"seed": 1})]
+    table = study(
+        corpus, embeddings, "made", settings(embeddings), recipes, ("mlp", "linear", "knn"), tmp_path / "s.parquet"
+    )
+    scores = summarise(table)
+    for method in ("mlp", "linear", "knn"):
+        best = scores.filter(method=method).sort("validation").row(-1, named=True)
+        assert best["blocks"] == "1" and "d" in best["tokens"] and best["roc_auc"] > 0.85
+    with_dist, without = dict(blocks="1", tokens="d", method="mlp"), dict(blocks="0", tokens="d", method="mlp")
+    gain = paired(table, with_dist, without)
+    assert gain["low"] > 0 and gain["p"] < 0.02
+    fit = train_probes(embeddings, corpus, [Probe(embeddings.of((1,), "d"), RECIPE)])[0]
+    truth, rows = corpus.targets[corpus.split("test")], table.filter(**with_dist, seed=0)
+    for metric, theirs in (("roc_auc", roc_auc_score), ("map", average_precision_score)):
+        expected = [theirs(truth[:, i], fit.scores[:, i]) for i in range(3)]
+        assert np.abs(rows[metric].to_numpy() - expected).max() < 1e-9
+    more = study(corpus, embeddings, "made", [((0, 1), "cd")], recipes, out=tmp_path / "s.parquet")
+    assert set(more["blocks"]) == {"0+1"} and len(pl.read_parquet(tmp_path / "s.parquet")) == len(table) + len(more)
+
+
+def test_a_label_with_no_positive(capsys):
+    corpus, embeddings = made()
+    corpus.targets[corpus.split("test"), 0] = 0
+    corpus.targets[corpus.split("validation"), 1] = 0
+    corpus.targets[corpus.split("train"), 2] = 0
+    table = study(corpus, embeddings, "made", [((1,), "d")], [RECIPE])
+    said = capsys.readouterr().out
+    assert all(f"no positive in {s}" in said for s in ("train", "validation", "test"))
+    assert table["label"].to_list() == LABELS[:2] and table["map"].null_count() == 1
+    assert summarise(table)["map"][0] == pytest.approx(table["map"][1])
+    assert summarise(table, LABELS[0])["map"][0] is None
+    with pytest.raises(ValueError, match="no score"):
+        paired(table, {}, {}, LABELS[0])
+    corpus.targets[corpus.split("validation")] = 0
+    with pytest.raises(ValueError, match="validation: no label"):
+        train_probes(embeddings, corpus, [Probe((0,), RECIPE)])
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(blocks=(5,), tokens="c"), dict(blocks=(0,), tokens="x"), dict(blocks=(0,), tokens="")]
+)
+def test_what_is_not_there(wrong):
+    with pytest.raises(ValueError, match=r"blocks=|tokens="):
+        made()[1].of(**wrong)
+
+
+def test_recipe_is_checked():
+    for wrong in (dict(dropout=1.0), dict(epochs=0), dict(rate=0.0)):
+        with pytest.raises(ValueError):
+            Recipe(**wrong)
+    with pytest.raises(ValueError, match="methods"):
+        study(*made(), "made", [((0,), "c")], methods=("svm",))
+
+
+def test_figures_without_a_browser():
+    corpus, embeddings = made()
+    table = study(corpus, embeddings, "made", settings(embeddings), [RECIPE])
+    assert len(layers.plot_layers(summarise(table), "made").data) == len(probe.TOKENS)
+    assert layers.plot_labels(table, "made").data[0].z.shape == (3, 2)
+    assert sum(len(t.x) for t in layers.plot_map(corpus, embeddings, (1,), "d", "Band").data) == 90
+    assert layers.findings(table, "made")[0].startswith("by validation the best setting is block 1")
