@@ -94,8 +94,9 @@ class Batches(torch.utils.data.Dataset):
         balanced: bool = False,  # draw rare labels more often
         epoch_tracks: int | None = None,  # tracks in an epoch; None: all, or balanced 200,000 or half of them
     ):
-        self.corpus, self.seed, self.balanced = corpus, seed, balanced
+        self.corpus, self.seed, self._order = corpus, seed, (None, None)
         self.frames, self.tracks = corpus.mel.frames(seconds), corpus.split("train")
+        self.weights = balanced_weights(corpus.targets[self.tracks]) if balanced else None
         room, held = len(self.tracks), corpus.store.seconds
         check(not held or seconds <= held, f"seconds={seconds}: the store holds {held} s of a track; give at most that")
         self.drawn = epoch_tracks or (min(EPOCH, max(1, room // 2)) if balanced else room)
@@ -108,10 +109,9 @@ class Batches(torch.utils.data.Dataset):
 
     def order(self, epoch: int) -> np.ndarray:  # positions in the corpus' table
         "The tracks of an epoch, in order."
-        if (getattr(self, "_order", None) or (None,))[0] != epoch:
-            if self.balanced:
-                weights = balanced_weights(self.corpus.targets[self.tracks])
-                chosen = self.tracks[balanced_epoch(weights, self.drawn, epoch, self.seed)]
+        if self._order[0] != epoch:
+            if self.weights is not None:
+                chosen = self.tracks[balanced_epoch(self.weights, self.drawn, epoch, self.seed)]
             else:
                 chosen = rng(self.seed, "order", epoch).permutation(self.tracks)[: self.drawn]
             self._order = epoch, chosen

@@ -18,7 +18,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from .datasets import NAMED, SPLITS, uniform
+from .datasets import _COLOURS, NAMED, SPLITS, uniform
 from .files import AUDIO, check, data, resolve, say
 from .splits import fingerprint
 
@@ -354,9 +354,6 @@ NAMED.update({f"mtg-{task}": partial(mtg_jamendo, task) for task in TASKS})
 NAMED.update({"mtt": magnatagatune, "msd": partial(msd, "usual"), "msd-cals": partial(msd, "cals")})
 
 # %% ../nbs/downstream.ipynb #499f0568
-_COLOURS = {"train": "#0072B2", "validation": "#E69F00", "test": "#D55E00"}
-
-
 def plot_protocols(
     rows: pl.DataFrame,  # rows of `protocol` or `published`
 ) -> go.Figure:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATCH', 'STRIDE', 'SIZES', 'PALETTE', 'best_device', 'best_dtype', 'autocast', 'matmul_rate', 'grid', 'Patchout',
-           'kept', 'plot_patchout', 'Attention', 'MLP', 'Block', 'MAESTConfig', 'MAEST', 'cost', 'plot_cost']
+           'kept', 'plot_patchout', 'plain_attention', 'Attention', 'MLP', 'Block', 'MAESTConfig', 'MAEST', 'cost',
+           'plot_cost']
 
 # %% ../nbs/model.ipynb #ca35eff7
 import math
@@ -163,6 +164,11 @@ def plot_patchout(
     )
 
 # %% ../nbs/model.ipynb #d8270dc7
+def plain_attention(q, k, v):  # (batch, head, token, channel) each → the same
+    "Attention as it is written down."
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
 class Attention(nn.Module):
     "Multi-head self-attention."
 
@@ -173,12 +179,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):  # (batch, tokens, width) → the same
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # batch, head, token, channel
-        if self.training and x.device.type == "cpu" and x.shape[1] <= 640:
-            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3, batch, head, token, channel
+        return self.proj(self.attend(*qkv).transpose(1, 2).flatten(2))
+
+    def attend(self, q, k, v):  # (batch, head, token, channel) each → the same
+        few = self.training and q.device.type == "cpu" and q.shape[2] <= 640
+        return plain_attention(q, k, v) if few else F.scaled_dot_product_attention(q, k, v)
 
 
 class MLP(nn.Module):

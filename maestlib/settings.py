@@ -122,17 +122,14 @@ class TrainConfig:
             preset = (f"maest-{length:g}s" if length in PAPER_COLUMNS else "maest-30s") if gpu else "laptop"
         rows, columns = grid(MelConfig().frames(length))
         paper = PAPER_COLUMNS.get(length, round(columns * 0.48))
+        removed = 0 if cnn else max(0, columns - LAPTOP_COLUMNS) if preset == "laptop" else paper
         automatic = {
-            "patchout_columns": max(0, columns - LAPTOP_COLUMNS) if preset == "laptop" else paper,
             "minutes": None if self.steps or self.epochs != "auto" else float(os.environ.get("MAESTLIB_MINUTES", 4)),
             "epoch_tracks": None, "micro_batch": 0, "compile": gpu, "workers": 8 if gpu else 0,
             "dtype": str(best_dtype(best_device())).removeprefix("torch."),
             "out": _free(f"{self.model}-{length:g}s-{Path(self.dataset).stem}"),
-        } | PRESETS[preset] | {"preset": preset, "seconds": length}  # fmt: skip
-        if cnn:
-            automatic |= {"patchout_rows": 0, "patchout_columns": 0}
-        if preset != "laptop":
-            automatic["patchout_columns"] = 0 if cnn else paper
+        } | PRESETS[preset] | {"preset": preset, "seconds": length, "patchout_columns": removed}  # fmt: skip
+        automatic |= {"patchout_rows": 0} if cnn else {}
         settled = replace(self, **{k: v for k, v in automatic.items() if getattr(self, k) == "auto"})
         if cnn:
             for name in ("patchout_rows", "patchout_columns", "freeze"):
