@@ -245,6 +245,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'maestlib.probe.Probe': ('probe.html#probe', 'maestlib/probe.py'),
                                 'maestlib.probe.Recipe': ('probe.html#recipe', 'maestlib/probe.py'),
                                 'maestlib.probe.Recipe.__post_init__': ('probe.html#recipe.__post_init__', 'maestlib/probe.py'),
+                                'maestlib.probe.Recipe.grid': ('probe.html#recipe.grid', 'maestlib/probe.py'),
                                 'maestlib.probe.Recipe.rates': ('probe.html#recipe.rates', 'maestlib/probe.py'),
                                 'maestlib.probe._Stack': ('probe.html#_stack', 'maestlib/probe.py'),
                                 'maestlib.probe._Stack.__init__': ('probe.html#_stack.__init__', 'maestlib/probe.py'),

@@ -28,15 +28,16 @@ from .weights import load
 
 # %% ../nbs/blocks.ipynb #b79ea383
 def probed(
-    run: str | Path = "auto",  # a run folder, what `load` takes, or auto: the latest of runs/
+    run: str | Path = "auto",  # a run folder, what `load` takes, or auto: the latest MAEST of runs/
     size: str = "tiny",  # of the random model that stands in where there is no run
 ) -> tuple[MAEST | EffNet, str]:  # in evaluation mode on the best device; what it is called
     "The model to probe. Raises what `load` does."
     if run == "auto":
         found = sorted(resolve("runs").glob("*/best.safetensors"), key=lambda p: p.stat().st_mtime)
-        run = found[-1].parent if found else "random"
+        found = [p.parent for p in found if json.loads((p.parent / "config.json").read_text())["model"] == "maest"]
+        run = found[-1] if found else "random"
     if str(run) == "random":
-        say("a random model is probed: no run in runs/; train one with nbs/train.ipynb")
+        say("a random model is probed: no MAEST in runs/; train one with nbs/train.ipynb")
     model = load(run, size=size) if str(run) == "random" else load(run)
     return model.to(best_device()), Path(run).name
 

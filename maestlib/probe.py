@@ -58,6 +58,11 @@ class Recipe:
         fall = np.linspace(self.rate, START, down + 1)[1:]
         return np.concatenate([rise, np.full(self.epochs - up - down, self.rate), fall])
 
+    @classmethod
+    def grid(cls, **values) -> list["Recipe"]:  # `values`: for each field several of them
+        "Every combination."
+        return [cls(**dict(zip(values, point, strict=True))) for point in itertools.product(*values.values())]
+
 # %% ../nbs/probe.ipynb #fe0ec47d
 def rank_auc(
     scores: torch.Tensor,  # (..., tracks, labels)
