@@ -194,6 +194,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'maestlib.model.Attention.__init__': ('model.html#attention.__init__', 'maestlib/model.py'),
                                 'maestlib.model.Attention.attend': ('model.html#attention.attend', 'maestlib/model.py'),
                                 'maestlib.model.Attention.forward': ('model.html#attention.forward', 'maestlib/model.py'),
+                                'maestlib.model.Attention.heads_of': ('model.html#attention.heads_of', 'maestlib/model.py'),
                                 'maestlib.model.Block': ('model.html#block', 'maestlib/model.py'),
                                 'maestlib.model.Block.__init__': ('model.html#block.__init__', 'maestlib/model.py'),
                                 'maestlib.model.Block.forward': ('model.html#block.forward', 'maestlib/model.py'),

@@ -178,9 +178,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):  # (batch, tokens, width) → the same
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3, batch, head, token, channel
-        return self.proj(self.attend(*qkv).transpose(1, 2).flatten(2))
+    def forward(self, x, first=None):  # (batch, tokens, width) → the same, or only its first tokens
+        return self.proj(self.attend(*self.heads_of(x, first)).transpose(1, 2).flatten(2))
+
+    def heads_of(self, x, first=None):  # (batch, tokens, width) → queries, keys, values: (batch, head, token, channel)
+        split = lambda y, n: y.unflatten(-1, (n, self.heads, -1)).permute(2, 0, 3, 1, 4)  # noqa: E731
+        if first is None:
+            return split(self.qkv(x), 3)
+        w, b, width = self.qkv.weight, self.qkv.bias, x.shape[2]
+        return (*split(F.linear(x[:, :first], w[:width], b[:width]), 1), *split(F.linear(x, w[width:], b[width:]), 2))
 
     def attend(self, q, k, v):  # (batch, head, token, channel) each → the same
         few = self.training and q.device.type == "cpu" and q.shape[2] <= 640
@@ -207,8 +213,8 @@ class Block(nn.Module):
         self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
         self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), MLP(width)
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, first=None):  # `first`: compute only so many tokens, which still hear all of them
+        x = x[:, :first] + self.attn(self.norm1(x), first)
         return x + self.mlp(self.norm2(x))
 
 # %% ../nbs/model.ipynb #de06dad4
@@ -338,11 +344,11 @@ class MAEST(nn.Module):
         return torch.cat([two.expand(len(x), -1, -1), x.flatten(1, 2)], 1)
 
     def features(self, mel, patchout=None, generator=None) -> torch.Tensor:  # (batch, 2, width)
-        "cls and dist after the last block and the final norm."
+        "cls and dist after the last block, which computes nothing else, and the final norm."
         x = self.tokens(mel, patchout, generator)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(x[:, :2])
+        return self.norm(self.blocks[-1](x, 2))
 
     def forward(
         self,
