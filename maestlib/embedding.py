@@ -263,8 +263,11 @@ KEY = "maestlib"  # of the settings in the metadata of a parquet file
 def _fingerprint(model: MAEST) -> str:  # eight hex digits
     "A checksum of the config and all weights."
     crc = zlib.crc32(json.dumps(model.config.to_dict()).encode())
-    for tensor in model.state_dict().values():
-        crc = zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    for value in model.state_dict().values():
+        for tensor in value if isinstance(value, tuple) else [value]:  # of a quantised layer: weights, biases
+            if isinstance(tensor, torch.Tensor):
+                whole = tensor.dequantize() if tensor.is_quantized else tensor
+                crc = zlib.crc32(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"
 
 

@@ -183,8 +183,9 @@ class Attention(nn.Module):
 
     def heads_of(self, x, first=None):  # (batch, tokens, width) → queries, keys, values: (batch, head, token, channel)
         split = lambda y, n: y.unflatten(-1, (n, self.heads, -1)).permute(2, 0, 3, 1, 4)  # noqa: E731
-        if first is None:
-            return split(self.qkv(x), 3)
+        if first is None or not isinstance(self.qkv, nn.Linear):  # a quantised layer does not come in parts
+            q, k, v = split(self.qkv(x), 3)
+            return q[:, :, :first], k, v
         w, b, width = self.qkv.weight, self.qkv.bias, x.shape[2]
         return (*split(F.linear(x[:, :first], w[:width], b[:width]), 1), *split(F.linear(x, w[width:], b[width:]), 2))
 
@@ -360,9 +361,13 @@ class MAEST(nn.Module):
         "Tag logits: the head over the mean of cls and dist; two heads averaged where they are separated."
         if separately:
             return self.heads(mel, patchout, generator)
+        return self.logits(self.features(mel, patchout, generator))
+
+    def logits(self, two: torch.Tensor) -> torch.Tensor:  # (batch, 2, width), as of `features` → (batch, labels)
+        "What the head says, or both heads on average where they are separated."
         if self.config.separated:
-            return sum(self.heads(mel, patchout, generator)) / 2
-        return self.head(self.features(mel, patchout, generator).mean(1))
+            return (self.head(two[:, 0]) + self.head_dist(two[:, 1])) / 2
+        return self.head(two.mean(1))
 
     def heads(self, mel, patchout=None, generator=None) -> tuple[torch.Tensor, torch.Tensor]:  # (batch, labels) each
         "Logits of cls through `head` and of dist through `head_dist`: the two outputs of a separated model."

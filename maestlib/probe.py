@@ -376,6 +376,7 @@ def study(
     methods: tuple[str, ...] = ("mlp",),  # mlp, linear, knn
     out: str | Path | None = None,  # a parquet file with what is known, which grows; None: keep nothing
     count: int = 200,  # resamples
+    quiet: bool = False,  # do not say which labels have no score
     **options,  # of `train_probes`
 ) -> pl.DataFrame:  # of this model and data: `KEY`, label, positives, roc_auc, map, …, and their resamples
     "Probe what is missing, and return what was asked for. Raises `ValueError` for what is not in the embeddings."
@@ -384,7 +385,7 @@ def study(
     test, splits = corpus.split("test"), {s: torch.from_numpy(corpus.split(s)) for s in SPLITS}
     for where, place in splits.items():
         names = [n for n, k in zip(corpus.labels, corpus.targets[place.numpy()].sum(0), strict=True) if not k]
-        if names:
+        if names and not quiet:
             what = "they do not choose the epoch" if where == "validation" else "they have no score"
             say(f"{len(names)} labels have no positive in {where}: {', '.join(names[:5])[:200]}; {what}")
     rows = corpus.table.select("track_id", "split").write_csv().encode()

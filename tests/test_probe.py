@@ -52,7 +52,7 @@ def test_a_killed_extraction_goes_on(tmp_path, monkeypatch):
     corpus, _ = made(60)
     model = MAEST(MAESTConfig(width=24, heads=2, depth=2, seconds=1)).init_weights(0).eval()
     whole = extract(corpus, model, tmp_path / "whole", commit=16)
-    right, calls = blocks._embed, []
+    right, calls = blocks.averaged, []
 
     def dies(*args):
         calls.append(1)
@@ -60,7 +60,7 @@ def test_a_killed_extraction_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return right(*args)
 
-    monkeypatch.setattr(blocks, "_embed", dies)
+    monkeypatch.setattr(blocks, "averaged", dies)
     with pytest.raises(KeyboardInterrupt):
         extract(corpus, model, tmp_path / "killed", commit=16)
     resumed = extract(corpus, model, tmp_path / "killed", commit=16)
