@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'PAPER', 'DATASETS', 'GRID', 'summarise', 'paired', 'plot_layers', 'findings', 'plot_labels', 'table4',
-           'plot_map', 'Layers']
+           'plot_map', 'Layers', 'redraw']
 
 # %% ../nbs/layers.ipynb #4055dd45
 import html
@@ -318,10 +318,10 @@ class Layers:
         cells = [[r["model"], f"{r['blocks']} {r['tokens']}", span(r)] for r in rows.drop_nulls(metric).to_dicts()]
         lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}&emsp;</td>" for c in line) + "</tr>" for line in cells)
         self.text.value = f"<table>{lines}</table>" + ("" if len(row) else "not probed yet")
-        _show(self.curves, plot_layers(scores, model, metric, label=label))
+        redraw(self.curves, plot_layers(scores, model, metric, label=label))
         if chosen:
             shown = label if label != "all" else corpus.labels[0].split("---")[0]
-            _show(self.map, plot_map(corpus, models[model], self.blocks.value, tokens, shown))
+            redraw(self.map, plot_map(corpus, models[model], self.blocks.value, tokens, shown))
             for trace in self.map.data:
                 trace.on_click(self._play)
 
@@ -351,7 +351,8 @@ class Layers:
             self.text.value = html.escape(str(error))
 
 
-def _show(widget, figure):
+def redraw(widget, figure):  # a FigureWidget, a figure
+    "Let a widget show a figure."
     with widget.batch_update():
         widget.data = []
         widget.add_traces(figure.data)

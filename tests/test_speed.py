@@ -1,0 +1,146 @@
+"""What the notebooks reduction and speed cannot show: bad input, advice at its limits, reduced models elsewhere."""
+
+import json
+from dataclasses import asdict
+
+import polars as pl
+import pytest
+import torch
+
+import maestlib as ml
+from maestlib.model import MAEST, MAESTConfig, Patchout
+from maestlib.reduction import Reduced, attended, quantised
+from maestlib.speed import Setting, benchmark, frontier, plot_frontier, predicted, reading, recommend
+
+
+def small(**fields):
+    return MAEST(MAESTConfig(width=32, heads=2, depth=3, seconds=2, labels=("a", "b"), **fields)).init_weights(0).eval()
+
+
+def results(rows):
+    "A results table: (setting, hours of audio an hour, mAP, can be recommended)."
+    told = json.dumps({"block": 6, "patchout": asdict(Patchout(2)), "dtype": "auto", "batch_size": 4, "hop": 30})
+    return pl.DataFrame(
+        [
+            dict(setting=s, hours_per_hour=float(h), map=m, memory_mb=1.0, family="patchout", ratio=1.0,
+                 options=told if ok else "{}", device="x", threads=2, gflop=100 / h, clips_per_s=h / 30)
+            for s, h, m, ok in rows
+        ]
+    )  # fmt: skip
+
+
+TABLE = results([("slow", 100, 0.5, True), ("fast", 400, 0.4, True), ("bad", 90, 0.3, True), ("int8", 900, 0.5, False)])
+
+
+def test_the_frontier_is_what_no_other_beats():
+    assert frontier(TABLE.head(3))["setting"].to_list() == ["slow", "fast"]
+    assert frontier(TABLE)["setting"].to_list() == ["int8"]
+
+
+def test_advice():
+    assert recommend(100, deadline=1, table=TABLE)["setting"] == "slow"
+    assert recommend(100, deadline=0.5, table=TABLE)["setting"] == "fast"
+    assert recommend(100, min_map=0.45, table=TABLE)["setting"] == "slow"
+    assert recommend(100, min_map=0.1, table=TABLE)["options"]["patchout"] == Patchout(2)
+
+
+def test_advice_goes_into_embed():
+    options = recommend(1, min_map=0.1, table=TABLE)["options"] | {"block": 1, "hop": 2}
+    assert len(ml.embed(torch.randn(16000 * 4), small(), **options)) >= 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (dict(deadline=0.01), "fast is the fastest"),
+        (dict(min_map=0.9), "slow is the best"),
+        (dict(), "give one of them"),
+        (dict(deadline=1, min_map=0.1), "give one of them"),
+    ],
+)
+def test_advice_that_cannot_be_given(asked, words):
+    with pytest.raises(ValueError, match=words):
+        recommend(100, **asked, table=TABLE)
+
+
+def test_nothing_measured_yet(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run nbs/speed.ipynb"):
+        recommend(1, deadline=1, table=tmp_path / "none.parquet")
+
+
+def test_an_empty_selection_is_a_figure():
+    assert "nothing" in plot_frontier(TABLE[:0]).layout.title.text
+
+
+def test_prediction_needs_two_points():
+    assert abs(predicted(TABLE, 1.0) / 100 - 1) < 0.01
+    with pytest.raises(ValueError, match="two measured"):
+        predicted(TABLE.head(1), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (dict(merge=0.7), "merge=0.7"),
+        (dict(keep=0.0), "keep=0.0"),
+        (dict(at=9), "at=9"),
+        (dict(merge=0.1, keep=0.5), "not both"),
+    ],
+)
+def test_shares_out_of_range(how, words):
+    with pytest.raises(ValueError, match=words):
+        Reduced(small(), **how)
+
+
+@pytest.mark.parametrize("fields", [dict(overlap=1.0), dict(batch=0)])
+def test_settings_that_make_no_sense(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Setting(**fields)
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(ValueError, match="model=other"):
+        benchmark([Setting("other")], {"maest": small()})
+
+
+@pytest.mark.parametrize("how", [dict(merge=0.2), dict(keep=0.3), dict(merge=0.2, separated=True)])
+def test_a_reduced_model_goes_where_a_maest_goes(how):
+    model = small(separated=how.pop("separated", False))
+    reduced = Reduced(model, **how, **({"at": 1} if "keep" in how else {}))
+    wave = torch.randn(16000 * 3, generator=torch.Generator().manual_seed(0))
+    full, less = (ml.embed(wave, m, block=2, dtype="float32") for m in (model, reduced))
+    assert less.shape == full.shape
+    a, b = (torch.tensor(t["embedding"].to_numpy()) for t in (full, less))
+    assert (torch.cosine_similarity(a, b) > 0.9).all() and not torch.allclose(a, b, atol=1e-4)
+    assert ml.tag(wave, reduced, top=2)["activation"].is_between(0, 1).all()
+
+
+def test_another_reduction_is_another_model():
+    from maestlib.embedding import _fingerprint
+
+    model = small()
+    found = {_fingerprint(m) for m in (model, Reduced(model, 0.1), Reduced(model, 0.2), quantised(model))}
+    assert len(found) == 4
+
+
+def test_what_is_attended_to_stays():
+    k = torch.zeros(1, 1, 12, 4)
+    k[0, 0, 5] = k[0, 0, 9] = 1
+    assert attended(torch.ones(1, 1, 12, 4), k, 0.2).tolist() == [[0, 1, 5, 9]]
+
+
+def test_tags_of_a_setting_are_those_of_the_model():
+    model, mel = small(), torch.randn(2, 96, 125, generator=torch.Generator().manual_seed(0))
+    read, frames = reading(Setting(keep_every=2, block=1, dtype="float32"), model, tags=True)
+    values = torch.from_numpy(read(mel))
+    assert frames == 125 and values.shape == (2, 3 * 3 * 32 + 2)
+    assert torch.allclose(values[:, -2:], model(mel, Patchout(2)).sigmoid(), atol=1e-5)
+    assert torch.allclose(values[:, 96:192].view(2, 3, 32), model.embed(mel, (1,), Patchout(2))[:, 0], atol=1e-5)
+
+
+def test_int8_is_near():
+    model, mel = small(), torch.randn(2, 96, 125, generator=torch.Generator().manual_seed(0))
+    a, b = (m.embed(mel, (2,)).flatten(1) for m in (model, quantised(model)))
+    cosine = torch.cosine_similarity(a, b)
+    assert (cosine > 0.99).all() and (cosine < 0.9999999).all()
+    assert torch.allclose(model(mel), quantised(model)(mel), atol=0.2)
