@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from . import datasets
-from .files import cache, check, resolve, rng, say, world
+from .files import alone, cache, check, resolve, rng, say, world
 from .mel import MelConfig, normalise
 from .model import Patchout, autocast
 from .splits import balanced_epoch, balanced_weights
@@ -53,7 +53,8 @@ def prepare(
     else:
         files = [(p, (f := os.stat(p)).st_size, f.st_mtime_ns) for p in table["path"]]
         where = cache("mels", f"{Path(dataset).stem}-{hashlib.sha256(repr(files).encode()).hexdigest()[:8]}")
-        extract(table, where)
+        with alone(where):
+            extract(table, where)
         store = MelStore(where)
     lost = table.join(store.index, on="track_id", how="anti")
     if len(lost):

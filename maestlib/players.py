@@ -24,7 +24,7 @@ import plotly.graph_objects as go
 import polars as pl
 from tqdm.auto import tqdm
 
-from .files import atomic, cache, check, rng, say
+from .files import alone, atomic, cache, check, rng, say
 from .tunes import catalogue, package
 
 # %% ../nbs/players.ipynb #249f11ed
@@ -338,8 +338,13 @@ def build(
     check(isinstance(clips, int) and clips >= 20, f"clips={clips}: give a whole number from 20 up")
     folder = cache("tunes", f"{seed}-v1", "audio")
     table = folder.parent / f"{clips}.parquet"
-    if table.exists():
-        return pl.read_parquet(table).with_columns(path=pl.format("{}/{}.flac", pl.lit(str(folder)), "track_id"))
+    with alone(table):
+        if not table.exists():
+            _make(folder, table, clips, seed, workers)
+    return pl.read_parquet(table).with_columns(path=pl.format("{}/{}.flac", pl.lit(str(folder)), "track_id"))
+
+
+def _make(folder: Path, table: Path, clips: int, seed: int, workers: int | None):
     for name in ("symusic", "pretty_midi"):
         package(name)
     tunes = catalogue()
@@ -375,4 +380,3 @@ def build(
     made = pl.DataFrame(made, infer_schema_length=None)
     with atomic(table) as temporary:
         made.write_parquet(temporary)
-    return made

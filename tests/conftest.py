@@ -3,3 +3,6 @@
 import os
 
 os.environ.setdefault("MAESTLIB_MINUTES", "0.1")  # of training, where a notebook does not say
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores, and threads that wait for each other are slow
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
