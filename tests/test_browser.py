@@ -1,0 +1,207 @@
+"""The notebooks in JupyterLab, in a real browser: Run All ends well, sliders move pictures, a click plays."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent.parent
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'")
+pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install -e '.[dev]'")
+CHROME = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROME and DRIVER), reason="no Chromium with chromedriver on the PATH")
+CELLS = """const cells = [...window.jupyterapp.shell.currentWidget.content.model.cells].map(c => c.toJSON())
+    .filter(c => c.cell_type == 'code' && c.source.length); """
+ERRORS = (
+    CELLS + "return cells.flatMap(c => c.outputs).filter(o => o.output_type == 'error').map(o => o.ename + o.evalue)"
+)
+MISSED = CELLS + "return cells.filter(c => c.execution_count == null).length"
+BUSY = "return [...document.querySelectorAll('.jp-InputPrompt')].filter(e => e.innerText.includes('*')).length"
+GRAPH = "const gd = document.querySelector(arguments[0]); "
+STATE = (
+    GRAPH
+    + """
+const sum = (v, i) => Array.from(v.length ? v : [v]).reduce((a, b) => a + (+b || 0) * (1 + i % 7), 0);
+const data = t => [...(t.z || t.x || [])].flat().slice(0, 99999).reduce((s, v, i) => s + sum(v, i), 0);
+return gd && gd.data ? JSON.stringify([gd.data.map(data), gd.data.map(t => t.marker?.line?.width),
+                                       gd.layout.title, gd.layout.shapes]) : null"""
+)
+READY = """const panel = window.jupyterapp?.shell.currentWidget; const session = panel?.sessionContext;
+return panel?.context?.isReady && session?.isReady && session.session?.kernel?.status == 'idle'
+       && document.querySelectorAll('.jp-Notebook .jp-CodeCell').length > 2"""
+
+
+def until(read, what: str, seconds: float = 30):
+    "The first thing that is true of what `read` gives."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := read():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{what}: not within {seconds:g} s")
+
+
+class Lab:
+    "JupyterLab on copies of the notebooks, and a browser that looks at it."
+
+    def __init__(self, folder: Path, theme: str = "JupyterLab Light"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        (folder / "nbs").mkdir(parents=True)
+        for path in HERE.glob("nbs/*.ipynb"):
+            shutil.copy(path, folder / "nbs")
+        wishes = {"apputils-extension/themes": f'{{"theme": "{theme}"}}',
+                  "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+                  "notebook-extension/tracker":
+                      '{"windowingMode": "none", "autoStartDefaultKernel": true}'}  # fmt: skip
+        for name, wish in wishes.items():
+            path = folder / f"settings/@jupyterlab/{name}.jupyterlab-settings"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(wish)
+        names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+        places = {name: str(folder / name.lower()) for name in names}
+        places["JUPYTERLAB_SETTINGS_DIR"] = str(folder / "settings")
+        wanted = {
+            "token": "",
+            "password": "",
+            "root_dir": folder / "nbs",
+            "port": self.url.rsplit(":")[-1],
+            "port_retries": 0,
+        }
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+        command += ["--LabApp.expose_app_in_browser=True"]  # to run its commands
+        command += [f"--ServerApp.{name}={value}" for name, value in wanted.items()]
+        packages = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | places | {"PYTHONPATH": packages, "IPYTHONDIR": str(folder / "ipython")}
+        with open(folder / "lab.log", "w") as log:
+            self.server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
+        self.driver = None
+        try:
+            until(self._answers, "JupyterLab starts", 40)
+            options = webdriver.ChromeOptions()
+            options.binary_location = CHROME
+            for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking",
+                             "disable-dev-shm-usage", "window-size=1600,1400",
+                             f"user-data-dir={folder / 'chrome'}"):  # fmt: skip
+                options.add_argument(f"--{argument}")
+            self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+            self.js = self.driver.execute_script
+        except BaseException:
+            self.close()
+            raise
+
+    def _answers(self):
+        assert self.server.poll() is None, "JupyterLab ended: see lab.log"
+        try:
+            return urllib.request.urlopen(f"{self.url}/api").status == 200
+        except OSError:
+            return False
+
+    def run_all(self, name: str, seconds: float = 120):
+        "Open a notebook, run all its cells, and wait until none is running."
+        self.driver.get(f"{self.url}/lab/tree/{name}.ipynb?reset")
+        until(lambda: self.js(READY), f"{name} and its kernel are there", 60)
+        self.js("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        until(lambda: self.js(BUSY), "cells start", 20)
+        until(lambda: not self.js(BUSY), f"{name} ends", seconds)
+        assert self.js(ERRORS) == [] and self.js(MISSED) == 0
+
+    def bring(self, selector: str):  # the element, in view
+        found = until(lambda: self.driver.find_elements("css selector", selector), f"{selector} is shown")[0]
+        self.js("arguments[0].scrollIntoView({block: 'center'})", found)
+        return found
+
+    def state(self, figure: str):  # what a plotly figure shows, as text
+        return self.js(STATE, figure)
+
+    def changes(self, slider: str, figure: str, keys: str = "\ue014", seconds: float = 15) -> float:  # seconds it took
+        "Move a slider by the arrow keys; wait until the figure is another one."
+        self.bring(figure)
+        before = until(lambda: self.state(figure), f"{figure} is drawn")
+        handle = self.driver.find_element("css selector", f"{slider} .noUi-handle")
+        start = time.monotonic()
+        handle.send_keys(keys)
+        until(lambda: self.state(figure) != before, f"{slider} changes {figure}", seconds)
+        return time.monotonic() - start
+
+    def picture(self, name: str):
+        folder = HERE / "runs/screenshots"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.driver.save_screenshot(str(folder / f"{name}.png"))
+
+    def close(self):
+        if self.driver is not None:
+            self.driver.quit()
+        self.server.terminate()
+        try:
+            self.server.wait(10)
+        except subprocess.TimeoutExpired:
+            self.server.kill()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    lab = Lab(tmp_path_factory.mktemp("lab") / "here")
+    yield lab
+    lab.close()
+
+
+@pytest.fixture(scope="module")
+def explore(lab):
+    lab.run_all("explore")
+    return lab
+
+
+LEFT, RIGHT = "\ue012", "\ue014"
+SLIDERS = [
+    (".maestlib-patchout .maestlib-time", ".maestlib-patchout .maestlib-mel", RIGHT),
+    (".maestlib-patchout .maestlib-time", ".maestlib-patchout .maestlib-tags", RIGHT),
+    (".maestlib-patchout .maestlib-frequency", ".maestlib-patchout .maestlib-mel", RIGHT),
+    (".maestlib-layers .maestlib-block", ".maestlib-layers .maestlib-map", RIGHT),
+    (".maestlib-layers .maestlib-block", ".maestlib-layers .maestlib-neighbours", RIGHT),
+    (".maestlib-attention .maestlib-block", ".maestlib-attention .maestlib-light", RIGHT),
+    (".maestlib-attention .maestlib-head", ".maestlib-attention .maestlib-light", RIGHT),
+    (".maestlib-song .maestlib-top", ".maestlib-song .maestlib-time-tags", LEFT),
+    (".maestlib-song .maestlib-window", ".maestlib-song .maestlib-time-tags", RIGHT),
+]
+
+
+@pytest.mark.parametrize("slider, figure, key", SLIDERS, ids=lambda v: v.rsplit("-")[-1] if len(v) > 1 else "")
+def test_a_slider_changes_a_figure(explore, slider, figure, key):
+    took = explore.changes(slider, figure, key)
+    print(f"{slider} → {figure}: {1000 * took:.0f} ms")
+
+
+def test_a_click_on_the_map_plays(explore):
+    explore.bring(".maestlib-layers .maestlib-map")
+    before = explore.state(".maestlib-layers .maestlib-neighbours")
+    point = explore.driver.find_elements("css selector", ".maestlib-layers .maestlib-map .points path.point")[20]
+    webdriver.ActionChains(explore.driver).move_to_element(point).click().perform()
+    playing = "const a = document.querySelector('.maestlib-layers audio'); return !a.paused && a.currentTime > 0"
+    until(lambda: explore.js(playing), "the clip plays", 10)
+    until(lambda: explore.state(".maestlib-layers .maestlib-neighbours") != before, "its neighbours are shown", 10)
+
+
+def test_the_cursor_follows_the_player(explore):
+    figure = ".maestlib-song .maestlib-time-tags"
+    explore.bring(figure)
+    drag = explore.driver.find_element("css selector", f"{figure} .nsewdrag")
+    webdriver.ActionChains(explore.driver).move_to_element(drag).click().perform()
+    place = GRAPH + "return gd.layout.shapes[0].x0"
+    first = until(lambda: explore.js(place, figure) > 30 and explore.js(place, figure), "a click seeks", 10)
+    until(lambda: explore.js(place, figure) > first + 0.3, "the cursor moves", 10)
+
+
+def test_pictures(explore):
+    for name in ("patchout", "layers", "attention", "song"):
+        explore.bring(f".maestlib-{name}")
+        time.sleep(0.4)
+        explore.picture(name)
