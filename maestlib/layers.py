@@ -265,6 +265,15 @@ class Layers:
         self.text, self.sound = w.HTML(), w.Output()
         self.curves, self.map = go.FigureWidget(), go.FigureWidget()
         controls = [self.dataset, self.model, self.blocks, self.tokens, self.label, self.metric]
+        tips = ("whose tracks", "whose embeddings", "after which block; several are concatenated",
+                "cls, dist and patch mean (t), and their stacks", "all, a group, or one label",
+                "what is scored")  # fmt: skip
+        for control, tip in zip(controls, tips, strict=True):
+            control.tooltip = tip
+        names = ("blocks", "token", "label", "compute", "curves", "map", "numbers")
+        parts = (self.blocks, self.tokens, self.label, self.button, self.curves, self.map, self.text)
+        for part, name in zip(parts, names, strict=True):
+            part.add_class(f"maestlib-{name}")
         left = w.VBox([*controls, self.button, self.bar, self.text, self.sound])
         self.box = w.HBox([left, w.VBox([self.curves, self.map], layout=dict(flex="1 1 auto"))])
         self.dataset.observe(self._options, "value")

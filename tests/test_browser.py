@@ -28,8 +28,8 @@ GRAPH = "const gd = document.querySelector(arguments[0]); "
 STATE = (
     GRAPH
     + """
-const sum = (v, i) => Array.from(v.length ? v : [v]).reduce((a, b) => a + (+b || 0) * (1 + i % 7), 0);
-const data = t => [...(t.z || t.x || [])].flat().slice(0, 99999).reduce((s, v, i) => s + sum(v, i), 0);
+const sum = (v, i) => Array.from(v?.length ? v : [v ?? 0]).reduce((a, b) => a + (+b || 0) * (1 + i % 7), 0);
+const data = t => [t.z, t.x, t.y].flatMap(a => [...(a || [])]).flat().reduce((s, v, i) => s + sum(v, i), 0);
 return gd && gd.data ? JSON.stringify([gd.data.map(data), gd.data.map(t => t.marker?.line?.width),
                                        gd.layout.title, gd.layout.shapes]) : null"""
 )
@@ -107,6 +107,7 @@ class Lab:
 
     def run_all(self, name: str, seconds: float = 120):
         "Open a notebook, run all its cells, and wait until none is running."
+        self.js("window.jupyterapp?.serviceManager.sessions.shutdownAll()")
         self.driver.get(f"{self.url}/lab/tree/{name}.ipynb?reset")
         until(lambda: self.js(READY), f"{name} and its kernel are there", 60)
         self.js("window.jupyterapp.commands.execute('notebook:run-all-cells')")
@@ -118,6 +119,15 @@ class Lab:
         found = until(lambda: self.driver.find_elements("css selector", selector), f"{selector} is shown")[0]
         self.js("arguments[0].scrollIntoView({block: 'center'})", found)
         return found
+
+    def choose(self, dropdown: str, number: int):
+        "One of the entries, from 0."
+        self.js(
+            """arguments[0].selectedIndex = arguments[1];
+        arguments[0].dispatchEvent(new Event('change', {bubbles: true}))""",
+            self.bring(f"{dropdown} select"),
+            number,
+        )
 
     def state(self, figure: str):  # what a plotly figure shows, as text
         return self.js(STATE, figure)
@@ -205,3 +215,31 @@ def test_pictures(explore):
         explore.bring(f".maestlib-{name}")
         time.sleep(0.4)
         explore.picture(name)
+
+
+def test_probe(lab):
+    lab.run_all("probe")
+
+
+def test_layers_shows_what_is_chosen_and_probes_what_is_missing(lab):
+    lab.run_all("layers")
+    figure = ".maestlib-curves"
+    before = until(lambda: lab.state(figure), "the curves are drawn")
+    lab.choose(".maestlib-label", 2)
+    until(lambda: lab.state(figure) != before, "another label, other curves", 10)
+    lab.choose(".maestlib-token", 0)
+    missing = lab.bring(".maestlib-compute button, button.maestlib-compute")
+    lab.js("""for (const o of document.querySelectorAll('.maestlib-blocks option')) o.selected = o.index < 2;
+    document.querySelector('.maestlib-blocks select').dispatchEvent(new Event('change', {bubbles: true}))""")
+    until(lambda: missing.is_enabled(), "what was not probed can be", 10)
+    missing.click()
+    until(lambda: not missing.is_enabled() and "not probed" not in lab.bring(".maestlib-numbers").text, "probed", 60)
+    lab.picture("probes")
+
+
+def test_speed(lab):
+    lab.run_all("speed")
+    print(f"keep every → grid: {1000 * lab.changes('.maestlib-keep', '.maestlib-grid'):.0f} ms")
+    print(f"keep every → frontier: {1000 * lab.changes('.maestlib-keep', '.maestlib-frontier'):.0f} ms")
+    lab.changes(".maestlib-block", ".maestlib-frontier", LEFT)
+    lab.picture("speed")
