@@ -10,9 +10,10 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "blocks", "cli", "corpus", "curate", "datasets", "downstream", "dumps", "effnet", "embedding", "export",
-        "files", "hub", "layers", "mel", "metrics", "model", "pace", "players", "probe", "recipe", "runs",
-        "settings", "splits", "store", "studies", "train", "tunes", "weights",
+        "attention", "blocks", "cli", "controls", "corpus", "curate", "datasets", "downstream", "dumps",
+        "effnet", "embedding", "explore", "export", "files", "hub", "layers", "mel", "metrics", "model",
+        "pace", "pictures", "players", "probe", "recipe", "reduction", "runs", "settings", "speed", "splits",
+        "store", "studies", "train", "tunes", "weights",
     ],
     submod_attrs={
         "mel": ["MelConfig", "decode", "logmel", "normalise"],

@@ -54,7 +54,6 @@ class PatchoutExplorer:
         self.figure = go.FigureWidget().add_class("maestlib-mel")
         self.tags = go.FigureWidget().add_class("maestlib-tags")
         sliders = w.VBox([self.pattern, self.time, self.frequency, self.seed, self.numbers])
-        self.tags.layout.width = 680
         self.box = panel("patchout", self.track.box, self.figure, row(sliders, self.tags))
         self.pattern.observe(self._pattern, "value")
         for slider in (self.time, self.frequency, self.seed):
@@ -90,7 +89,7 @@ class PatchoutExplorer:
             return
         patchout, seed = self.patchout(), self.seed.value
         rows, columns = kept(self.shape, patchout, torch.Generator().manual_seed(seed))
-        self.figure.data[1].z = veil(tuple(self.mel.shape), rows, columns)[2]
+        self.figure.data[0].z = veil(tuple(self.mel.shape), rows, columns)[2]
         self._price(patchout)
         self.hear(patchout, seed)
 
@@ -118,17 +117,17 @@ class PatchoutExplorer:
         self._price(patchout, seconds)
         check(len(self.model.config.labels) > 0, "This model has no labels, so there are no tags to show.")
         table = pl.DataFrame({"label": self.model.config.labels, "whole": self.whole[1], "part": said})
-        show(self.tags, plot_beside(table).update_layout(width=680))
+        show(self.tags, plot_beside(table))
 
     def _fail(self, error):
         self.track.say(f"⚠ {error}")
 
-# %% ../nbs/explore.ipynb #2c4490a8
+# %% ../nbs/explore.ipynb #30ea062b
 class LayerExplorer:
     "The corpus by the embeddings of a block; `box` is what a notebook shows."
 
     def __init__(self, corpus: Corpus, embeddings: Embeddings, track: int = 0):
-        self.corpus, self.embeddings, self.chosen, self.found = corpus, embeddings, track, {}
+        self.corpus, self.embeddings, self.chosen, self.drawn, self.found = corpus, embeddings, track, None, {}
         self.block = control(
             w.IntSlider, "block", "After which block, counted from 0", "block", max=embeddings.blocks - 1
         )
@@ -205,7 +204,9 @@ class LayerExplorer:
         place = self._place()
         if place is None:
             return
-        near = neighbours(self.embeddings, self.chosen, self.tokens.value)
+        if (self.chosen, self.tokens.value) != self.drawn:
+            self._rank()
+        near = self.near
         here = place[self.chosen]
         ends = place[near.filter(block=self.block.value)["track"]]
         lines = np.stack([np.broadcast_to(here, ends.shape), ends, np.full_like(ends, np.nan)], 1).reshape(-1, 2)
@@ -215,15 +216,19 @@ class LayerExplorer:
             self.map.data[0].x, self.map.data[0].y = lines.T
             self.map.data[-1].x, self.map.data[-1].y = here[None].T
             self.map.layout.title = f"{self.method.value} of block {self.block.value}"
-        first = not self.ranks.data
-        show(self.ranks, plot_neighbours(near, self.corpus.table, self.chosen, self.block.value))
+        self.ranks.layout.shapes[0].update(y0=self.block.value - 0.5, y1=self.block.value + 0.5)
+
+    def _rank(self):
+        "The neighbours of a newly chosen track."
+        self.drawn, first = (self.chosen, self.tokens.value), not self.ranks.data
+        self.near = neighbours(self.embeddings, self.chosen, self.tokens.value)
+        show(self.ranks, plot_neighbours(self.near, self.corpus.table, self.chosen, self.block.value))
         if first:
             self.ranks.data[0].on_click(lambda trace, points, _: self._clicked(points))
 
     def _clicked(self, points):
         for rank, block in zip(points.xs, points.ys, strict=True):
-            near = neighbours(self.embeddings, self.chosen, self.tokens.value)
-            self.hear(near.filter(block=int(block), rank=int(rank) - 1)["track"][0])
+            self.hear(self.near.filter(block=int(block), rank=int(rank) - 1)["track"][0])
 
     def hear(self, track: int):  # of the corpus
         "Choose a track and play it."
@@ -246,11 +251,10 @@ class AttentionExplorer:
         self.track = Track(tunes, config.mel, config.seconds, self.load)
         last = config.depth - 1
         self.block = control(w.IntSlider, "block", "Counted from 0", "block", max=last, value=last)
-        heads = [("mean", -1), *((str(i), i) for i in range(config.heads))]
-        self.head = control(w.SelectionSlider, "head", "One head, or the mean of all", "head", options=heads)
+        self.head = control(w.IntSlider, "head", "Counted from 0", "head", max=config.heads - 1)
         self.token = control(w.ToggleButtons, "token", "Who is looking", "token", options=[("cls", 0), ("dist", 1)])
-        tip = "attention: this block alone; rollout: what all blocks up to this one have brought"
-        self.view = control(w.ToggleButtons, "view", tip, "view", options=["attention", "rollout"])
+        tip = "one head, or the mean of all, in this block alone; rollout: what all blocks up to this one have brought"
+        self.view = control(w.ToggleButtons, "view", tip, "view", options=["one head", "all heads", "rollout"])
         self.figure = go.FigureWidget().add_class("maestlib-light")
         self.dots = go.FigureWidget().add_class("maestlib-distance")
         controls = row(self.block, self.head, self.token, self.view)
@@ -274,21 +278,24 @@ class AttentionExplorer:
 
     def _clicked(self, blocks, heads):
         for block, head in zip(blocks, heads, strict=True):
-            self.view.value, self.block.value, self.head.value = "attention", int(block), int(head)
+            self.view.value, self.block.value, self.head.value = "one head", int(block), int(head)
 
     def draw(self, _=None):
         "The chosen weights over the mel, and a ring around the chosen head."
         if self.found is None:
             return
-        block, head, token, rollout = self.block.value, self.head.value, self.token.value, self.view.value == "rollout"
-        self.head.disabled = rollout
-        each = self.found.weights[block, :, token]
-        look = self.found.rollout[block, token] if rollout else each.mean(0) if head < 0 else each[head]
-        what = "rollout up to" if rollout else f"{'all heads' if head < 0 else f'head {head}'} of"
+        block, head, token, view = self.block.value, self.head.value, self.token.value, self.view.value
+        self.head.disabled = view != "one head"
+        each, name = self.found.weights[block, :, token], ("cls", "dist")[token]
+        look, title = {
+            "one head": (each[head], f"Where {name} looks: head {head} of block {block}"),
+            "all heads": (each.mean(0), f"Where {name} looks: mean of the heads of block {block}"),
+            "rollout": (self.found.rollout[block, token], f"What has reached {name} through blocks 0 to {block}"),
+        }[view]
         with self.figure.batch_update():
-            self.figure.data[1].z = shares(look)
-            self.figure.layout.title = f"Where {('cls', 'dist')[token]} looks: {what} block {block}"
-        ring = plot_distance(self.found, block, None if head < 0 or rollout else head)
+            self.figure.data[0].z = shares(look)
+            self.figure.layout.title.text = title
+        ring = plot_distance(self.found, block, head if view == "one head" else None)
         with self.dots.batch_update():
             for old, new in zip(self.dots.data, ring.data, strict=True):
                 old.marker.line = new.marker.line

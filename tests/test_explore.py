@@ -1,108 +1,185 @@
-"""What the explorers do with sound that is broken, too long or too short, without a browser."""
+"""What the notebooks attention, controls, pictures and explore cannot show: bad input, a backlog, other models."""
 
-import datetime
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import soundfile
 import torch
 from traitlets.utils.bunch import Bunch
 
-pytest.importorskip("anywidget", reason="the widgets need the extra demo: pip install -e '.[dev]'")
-
+from maestlib import attention, controls, pictures
+from maestlib.blocks import Embeddings
 from maestlib.controls import Latest, Track, hear
 from maestlib.explore import AttentionExplorer, PatchoutExplorer, TagExplorer
 from maestlib.mel import MEL
-from maestlib.model import MAEST, MAESTConfig
+from maestlib.model import MAEST, MAESTConfig, Patchout, grid, kept
+
+LABELS = tuple(f"Group---{c}" for c in "ABCDEFGHIJ")
 
 
-@pytest.fixture(scope="module")
-def tunes(tmp_path_factory):
-    folder, found = tmp_path_factory.mktemp("sound"), {}
-    for name, pitch in (("low", 220), ("high", 880)):
-        path = folder / f"{name}.wav"
-        soundfile.write(path, 0.3 * np.sin(np.arange(16000 * 6) * pitch * 2 * np.pi / 16000), 16000)
-        found[name] = str(path)
-    return found
+def small(labels=LABELS, seconds=3):
+    return MAEST(MAESTConfig(width=48, heads=3, depth=4, seconds=seconds, labels=labels)).init_weights(0).eval()
 
 
-def small(labels=("a", "b", "c")):
-    return MAEST(MAESTConfig(width=48, heads=3, depth=3, seconds=5, labels=labels)).init_weights(0).eval()
+def sound(path, seconds, rate=16000):
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, int(seconds * rate)).astype(np.float32), rate)
+    return str(path)
 
 
-def upload(name: str, content: bytes) -> tuple:
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return (Bunch(name=name, type="", size=len(content), content=content, last_modified=now),)
+@pytest.fixture
+def tunes(tmp_path):
+    return {n: sound(tmp_path / f"{n}.wav", s) for n, s in (("long", 8), ("short", 1))}
 
 
-def test_unreadable_missing_and_too_short_sound_is_said(tunes, tmp_path):
+def test_watched_gives_back_after_an_error():
+    model = small()
+    with pytest.raises(RuntimeError, match="seen enough"):
+        with attention.watched(model, lambda *_: (_ for _ in ()).throw(RuntimeError("seen enough"))):
+            model(torch.zeros(1, 96, 187))
+    assert all("attend" not in vars(b.attn) for b in model.blocks)
+
+
+@pytest.mark.parametrize("patchout", [None, Patchout(keep_every=3, drop_rows=(0, 8))])
+def test_looks_are_the_weights_that_the_model_uses(patchout):
+    model, mel = small(), torch.randn(96, 187, generator=torch.Generator().manual_seed(0))
+    found, x = attention.looks(model, mel, patchout), model.tokens(mel[None], patchout)
+    rows, columns = kept(grid(187), patchout)
+    assert found.rows.tolist() == rows.tolist() and found.columns.tolist() == columns.tolist()
+    with torch.inference_mode():
+        for i, block in enumerate(model.blocks):
+            q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+            full = (q @ k.mT / 4).softmax(-1)[0]  # 16 channels
+            mine = torch.from_numpy(found.weights[i]).flatten(-2)
+            torch.testing.assert_close(mine, full[:, :2, 2:])
+            torch.testing.assert_close(full @ v[0], torch.nn.functional.scaled_dot_product_attention(q, k, v)[0])
+            x = block(x)
+
+
+def test_reach_against_loops():
+    rows, columns = torch.tensor([0, 2, 5]), torch.tensor([1, 4])
+    look = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    places = [(r, c) for r in rows.tolist() for c in columns.tolist()]
+    for head, found in zip(look, attention.reach(look, rows, columns), strict=True):
+        weight = head[2:, 2:] / head[2:, 2:].sum(-1, keepdim=True)
+        far = [[(abs(c - e), abs(r - d)) for d, e in places] for r, c in places]
+        torch.testing.assert_close(found, (weight[..., None] * torch.tensor(far)).sum(1).mean(0))
+
+
+def test_the_veil_lies_where_no_kept_patch_is():
+    rows, columns = kept((9, 17), Patchout.random(rows=4, columns=9), torch.Generator().manual_seed(3))
+    x, y, z = pictures.veil((96, 187), rows, columns)
+    seen = np.zeros((96, 187), bool)
+    for r in rows:
+        for c in columns:
+            seen[r * 10 : r * 10 + 16, c * 10 : c * 10 + 16] = True
+    drawn = np.repeat(np.repeat(z, np.diff(y), 0), np.diff(x), 1)
+    assert np.array_equal(drawn, ~seen)
+
+
+def test_neighbours_against_loops():
+    values = np.random.default_rng(0).normal(size=(30, 3, 3, 6)).astype(np.float16)
+    values[7, 2] = values[4, 2]  # twins in the last block
+    near = pictures.neighbours(Embeddings(values, {}), 4, "cd", 3)
+    assert near.filter(block=2, rank=0)["track"].item() == 7 and near.filter(block=2, rank=0)["cosine"].item() > 0.999
+    x = pictures.vectors(Embeddings(values, {}), 0, "cd")
+    cosine = [x[4] @ v / np.linalg.norm(x[4]) / np.linalg.norm(v) for v in x]
+    assert near.filter(block=0)["track"].to_list() == [i for i in np.argsort(cosine)[::-1] if i != 4][:3]
+    table = pl.DataFrame({"track_id": [f"<{i}>" for i in range(30)], "labels": [["a"]] * 30})
+    assert "&lt;4&gt;" in pictures.plot_neighbours(near, table, 4).layout.title.text, "titles are text, not markup"
+
+
+def test_tags_of_a_song_end_with_it_and_a_model_without_labels_says_so():
+    wave = torch.randn(16000 * 7, generator=torch.Generator().manual_seed(0)) / 10
+    parts = list(pictures.through_time(wave, small(), 2.0, batch=3))
+    middles, said = (np.concatenate(side) for side in zip(*parts, strict=True))
+    assert len(parts) > 1 and said.shape == (len(middles), 10) and 5 < middles[-1] < 7
+    with pytest.raises(ValueError, match="no labels"):
+        list(pictures.through_time(wave, small(())))
+    with pytest.raises(ValueError, match="window_s=9"):
+        list(pictures.through_time(wave, small(), 9))
+
+
+def test_no_backlog_and_an_error_does_not_end_it():
+    done, failed, gate = [], [], threading.Event()
+
+    def work(n):
+        gate.wait(5)
+        if n == 0:
+            raise ValueError("zero")
+        done.append(n)
+
+    latest = Latest(work, failed.append)
+    latest(0)
+    time.sleep(0.05)
+    for n in range(1, 200):
+        latest(n)
+    gate.set()
+    latest.wait()
+    assert done == [199] and str(failed[0]) == "zero"
+
+
+def test_hours_are_cut_and_moments_refused(tmp_path):
+    path = tmp_path / "hours.wav"
+    with soundfile.SoundFile(path, "w", 8000, 1, "PCM_U8") as file:
+        for _ in range(180):
+            file.write(np.zeros(8000 * 60, np.int16))
+    start = time.perf_counter()
+    wave, says = hear(path, limit_s=30)
+    assert len(wave) == 480_000 and "180 min" in says and time.perf_counter() - start < 5
+    with pytest.raises(ValueError, match="shorter than one patch"):
+        hear(sound(tmp_path / "moment.wav", 0.2))
+
+
+def test_what_cannot_be_read_is_said_and_changes_nothing(tmp_path, tunes):
+    (tmp_path / "words.mp3").write_text("not music")
     heard = []
     track = Track(tunes, MEL, 30, heard.append)
-    (tmp_path / "noise.mp3").write_bytes(b"this is no sound" * 100)
-    soundfile.write(tmp_path / "short.wav", np.zeros(1600), 16000)
-    for path, words in (
-        ("noise.mp3", "noise.mp3"),
-        ("short.wav", "shorter than one patch"),
-        ("no.wav", "no such file"),
-    ):
-        track.path.value = str(tmp_path / path)
-        assert words in track.says.value and not heard, path
-    track.pick.value = "high"
+    for path in (tmp_path / "words.mp3", tmp_path / "none.wav", tmp_path, sound(tmp_path / "moment.wav", 0.1)):
+        track.path.value = str(path)
+        assert track.says.value.startswith("⚠") and not heard, path
+    upload = {
+        "name": "<b>.mp3",
+        "type": "",
+        "size": 9,
+        "content": memoryview(b"not music"),
+        "last_modified": datetime.now(),
+    }
+    track.upload.set_trait("value", (Bunch(upload),))
+    assert "&lt;b&gt;.mp3" in track.says.value and "/" not in track.says.value.split(":")[0] and not heard
+    good = {"name": "a.wav", "content": memoryview(Path(tunes["long"]).read_bytes())}
+    track.upload.set_trait("value", (Bunch(upload | good),))
     assert len(heard) == 1 and track.says.value == "" and track.player.sound[:4] == b"fLaC"
 
 
-def test_an_unreadable_upload_is_said_by_its_own_name(tunes):
-    heard = []
-    track = Track(tunes, MEL, 30, heard.append)
-    track.upload.value = upload("mine.mp3", b"no sound at all")
-    assert "mine.mp3" in track.says.value and "/tmp" not in track.says.value and not heard
+@pytest.mark.parametrize("kind", [PatchoutExplorer, AttentionExplorer, TagExplorer])
+@pytest.mark.parametrize("labels", [LABELS, ()])
+def test_explorers_take_every_track_and_a_model_without_labels(kind, labels, tunes):
+    explorer = kind(small(labels), tunes)
+    works = [v for v in vars(explorer).values() if isinstance(v, Latest)]
+    for name in ("short", "long"):
+        explorer.track.pick.value = name
+        for one in works:
+            one.wait()
+        expected = "no labels" if not labels and kind is not AttentionExplorer else ""
+        assert expected in explorer.track.says.value and (expected or explorer.figure.data)
 
 
-def test_three_hours_are_read_in_part(tmp_path):
-    path, hour = tmp_path / "long.wav", np.zeros(8000 * 3600, np.int16)
-    with soundfile.SoundFile(path, "w", 8000, 1) as file:
-        for _ in range(3):
-            file.write(hour)
-    wave, says = hear(str(path), limit_s=60)
-    assert len(wave) == 60 * 16000 and says == "It lasts 180.0 minutes; you see and hear the first 60 s."
-
-
-def test_the_patchout_explorer_follows_its_sliders(tunes):
-    widget = PatchoutExplorer(small(), tunes)
-    widget.hear.wait()
-    before, said = np.array(widget.figure.data[1].z), np.array(widget.tags.data[0].x)
-    widget.time.value = 9
-    widget.hear.wait()
-    assert widget.figure.data[1].z.sum() > before.sum() and not np.array_equal(said, widget.tags.data[0].x)
-    widget.pattern.value = "training"
-    first = np.array(widget.figure.data[1].z)
-    widget.seed.value = 7
-    assert not np.array_equal(first, widget.figure.data[1].z), "another seed, another pattern"
-    widget.frequency.value = 8
-    widget.hear.wait()
-    assert "⚠" not in widget.track.says.value
-
-
-@pytest.mark.parametrize("explorer", [PatchoutExplorer, TagExplorer])
-def test_a_model_without_labels_says_so(tunes, explorer):
-    widget = explorer(small(labels=()), tunes)
-    (widget.hear if explorer is PatchoutExplorer else widget.read).wait()
-    assert "no labels" in widget.track.says.value
-
-
-def test_attention_of_each_head(tunes):
-    widget = AttentionExplorer(small(), tunes)
-    widget.look.wait()
-    seen = []
-    for head in range(3):
-        widget.head.value = head
-        seen.append(np.array(widget.figure.data[1].z))
-    assert not np.array_equal(seen[0], seen[1]) and np.isclose(np.mean(seen[2]), 1, atol=1e-3)
-
-
-def test_what_goes_wrong_in_the_thread_reaches_the_widget():
-    said = []
-    asked = Latest(lambda value: torch.zeros(1)[value], said.append)
-    asked(5)
-    asked.wait()
-    assert isinstance(said[0], IndexError)
+def test_every_pattern_can_be_dragged_through(tunes):
+    explorer = PatchoutExplorer(small(), tunes)
+    for pattern in ("training", "inference"):
+        explorer.pattern.value = pattern
+        for value in (explorer.time.min, explorer.time.max):
+            for rows in (0, 8):
+                explorer.time.value, explorer.frequency.value = value, rows
+                explorer.seed.value = 7
+                explorer.hear.wait()
+                assert "⚠" not in explorer.track.says.value and "…" not in explorer.numbers.value
+    assert all(
+        w.tooltip and w.description for w in (explorer.time, explorer.frequency, explorer.seed, explorer.pattern)
+    )
+    assert controls.panel("x")._dom_classes == ("maestlib", "maestlib-x")
