@@ -147,7 +147,8 @@ def plot_neighbours(
     figure.update_xaxes(title_text="neighbour, nearest first", dtick=1)
     figure.update_yaxes(title_text="block, counted from 0", dtick=1)
     figure.update_layout(template="plotly_white", height=460, width=430, margin=dict(l=60, r=10, t=40, b=45))
-    return adaptive(figure).update_layout(title=f"Neighbours of {html.escape(str(called[track]))}")
+    title = f"Neighbours of {html.escape(str(called[track]))}"
+    return adaptive(figure).update_layout(title=title, modebar_orientation="v")
 
 # %% ../nbs/pictures.ipynb #1a602cf4
 def through_time(
