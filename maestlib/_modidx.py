@@ -292,6 +292,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'maestlib.model.Patchout.__post_init__': ('model.html#patchout.__post_init__', 'maestlib/model.py'),
                                 'maestlib.model.Patchout.random': ('model.html#patchout.random', 'maestlib/model.py'),
                                 'maestlib.model._thin': ('model.html#_thin', 'maestlib/model.py'),
+                                'maestlib.model.attention_in_pieces': ('model.html#attention_in_pieces', 'maestlib/model.py'),
                                 'maestlib.model.autocast': ('model.html#autocast', 'maestlib/model.py'),
                                 'maestlib.model.best_device': ('model.html#best_device', 'maestlib/model.py'),
                                 'maestlib.model.best_dtype': ('model.html#best_dtype', 'maestlib/model.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATCH', 'STRIDE', 'SIZES', 'PALETTE', 'best_device', 'best_dtype', 'autocast', 'matmul_rate', 'grid', 'Patchout',
-           'kept', 'plot_patchout', 'plain_attention', 'Attention', 'MLP', 'Block', 'MAESTConfig', 'MAEST', 'cost',
-           'plot_cost']
+           'kept', 'plot_patchout', 'plain_attention', 'attention_in_pieces', 'Attention', 'MLP', 'Block',
+           'MAESTConfig', 'MAEST', 'cost', 'plot_cost']
 
 # %% ../nbs/model.ipynb #ca35eff7
 import math
@@ -169,6 +169,15 @@ def plain_attention(q, k, v):  # (batch, head, token, channel) each → the same
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
+def attention_in_pieces(q, k, v, piece: int = 128):  # (batch, head, token, channel) each → the same
+    "Some queries at a time, so that their weights stay in a processor's cache."
+    shape, (q, k, v) = q.shape, (t.flatten(0, 1) for t in (q * q.shape[-1] ** -0.5, k, v))
+    found = torch.empty_like(q)
+    for i in range(0, q.shape[1], piece):
+        found[:, i : i + piece] = torch.bmm(torch.bmm(q[:, i : i + piece], k.mT).softmax(-1), v)
+    return found.view(shape)
+
+
 class Attention(nn.Module):
     "Multi-head self-attention."
 
@@ -190,8 +199,11 @@ class Attention(nn.Module):
         return (*split(F.linear(x[:, :first], w[:width], b[:width]), 1), *split(F.linear(x, w[width:], b[width:]), 2))
 
     def attend(self, q, k, v):  # (batch, head, token, channel) each → the same
-        few = self.training and q.device.type == "cpu" and q.shape[2] <= 640
-        return plain_attention(q, k, v) if few else F.scaled_dot_product_attention(q, k, v)
+        if q.device.type == "cpu" and self.training and q.shape[2] <= 640:
+            return plain_attention(q, k, v)
+        if q.device.type == "cpu" and not self.training and q.shape[2] > 1024 and q.dtype == torch.bfloat16:
+            return attention_in_pieces(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class MLP(nn.Module):

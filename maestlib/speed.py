@@ -8,6 +8,7 @@ __all__ = ['STARTS', 'COUNTED', 'NAMES', 'Setting', 'reading', 'prepared', 'benc
 
 # %% ../nbs/speed.ipynb #3b7d10e7
 import contextlib
+import ctypes
 import json
 import math
 import platform
@@ -121,6 +122,8 @@ def _memory(device: torch.device) -> Callable[[], float]:  # megabytes that were
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         return lambda: (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    with contextlib.suppress(OSError, AttributeError):  # what was freed may still be held
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     status = lambda field: int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1e3  # noqa: E731
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak

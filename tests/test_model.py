@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maestlib.model import MAEST, MAESTConfig, Patchout, cost, grid, kept
+from maestlib.model import MAEST, MAESTConfig, Patchout, attention_in_pieces, cost, grid, kept
 
 PARITY = Path(os.environ.get("MAESTLIB_DATA", Path(__file__).parents[2] / "shared")) / "parity"
 LABELS = [f"Group---{i}" for i in range(7)]
@@ -160,3 +160,10 @@ def test_bad_mels_are_refused(model, mel, words):
 def test_bad_blocks_are_refused(model, blocks):
     with pytest.raises(ValueError, match="0 to 3"):
         model.embed(torch.zeros(1, 96, 100), blocks=blocks)
+
+
+def test_attention_in_pieces_is_attention():
+    q, k, v = torch.randn(3, 2, 3, 300, 16, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attention_in_pieces(q, k, v), expected)
+    torch.testing.assert_close(attention_in_pieces(q, k, v, 7), expected)
