@@ -201,7 +201,7 @@ class Attention(nn.Module):
     def attend(self, q, k, v):  # (batch, head, token, channel) each → the same
         if q.device.type == "cpu" and self.training and q.shape[2] <= 640:
             return plain_attention(q, k, v)
-        if q.device.type == "cpu" and not self.training and q.shape[2] > 1024 and q.dtype == torch.bfloat16:
+        if q.device.type == "cpu" and not self.training and q.dtype == torch.bfloat16 and q.shape[2] > 1024:
             return attention_in_pieces(q, k, v)
         return F.scaled_dot_product_attention(q, k, v)
 
