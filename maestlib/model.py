@@ -407,20 +407,19 @@ class MAEST(nn.Module):
 def cost(
     config: MAESTConfig,  # whose size and length
     patchout: Patchout | None = None,  # what to drop
-    blocks: int | None = None,  # how many blocks are run; None: all
+    blocks: int | None = None,  # how many are run for an embedding; None: all, and the head, which reads two tokens
     seconds: float | None = None,  # of music read; None: the model's own
 ) -> dict:  # tokens, of (tokens without patchout), gflop (10⁹ operations of one clip's forward pass)
     "Tokens and floating-point operations of one forward pass; a training step costs three times as much."
     shape = grid(config.mel.frames(seconds or config.seconds), config.mel.bands)
     rows, columns = kept(shape, patchout)
-    n, w, depth = len(rows) * len(columns), config.width, config.depth if blocks is None else blocks
-    block = 24 * (n + 2) * w**2 + 4 * (n + 2) ** 2 * w
-    head = 2 * w * len(config.labels) if depth == config.depth else 0
-    return {
-        "tokens": n + 2,
-        "of": math.prod(shape) + 2,
-        "gflop": (2 * n * PATCH**2 * w + depth * block + head) / 1e9,
-    }
+    n, w = len(rows) * len(columns), config.width
+    block = lambda out: 4 * (n + 2) * w**2 + 20 * out * w**2 + 4 * out * (n + 2) * w  # noqa: E731
+    if blocks is None:
+        through = (config.depth - 1) * block(n + 2) + block(2) + 2 * w * len(config.labels)
+    else:
+        through = blocks * block(n + 2)
+    return {"tokens": n + 2, "of": math.prod(shape) + 2, "gflop": (2 * n * PATCH**2 * w + through) / 1e9}
 
 # %% ../nbs/model.ipynb #b05613f4
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe-Ito, colour-blind safe

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .blocks import Embeddings
 from .corpus import Corpus
 from .datasets import SPLITS
-from .files import atomic, check, resolve, rng, say
+from .files import alone, atomic, check, resolve, rng, say
 from .metrics import METRICS, ranking_scores, resamples
 from .model import best_device, best_dtype
 
@@ -415,15 +415,21 @@ def study(
             if r["method"] != "mlp":
                 x = torch.cat([whole[k] for k in r["sources"]], 1)
                 fits[id(r)] = CHECKS[r["method"]](x, torch.from_numpy(corpus.targets), splits)
-    weights, tables = resamples(len(test), count).T.astype(np.float32), [] if known is None else [known]
+    weights, tables = resamples(len(test), count).T.astype(np.float32), []
     learnt = corpus.targets[corpus.split("train")].sum(0) > 0
     for r in tqdm(rows, "scoring", delay=2):
         table = pl.DataFrame(_scored(fits[id(r)], corpus.targets[test], corpus.labels, weights)).filter(learnt)
         table = table.with_columns(pl.col(METRICS).fill_nan(None))
         key = pl.DataFrame({k: [r[k]] for k in KEY}, schema=asked.schema)
         tables.append(key.join(table, how="cross"))
-    whole = pl.concat(tables)
-    if file and rows:
-        with atomic(file) as temporary:
-            whole.write_parquet(temporary)
+    new = pl.concat(tables) if tables else known[:0]
+    if not file:
+        whole = new
+    else:
+        with alone(file):  # another process may have added to it
+            known = pl.read_parquet(file) if file.exists() else new[:0]
+            whole = pl.concat([known.join(new, on=KEY, how="anti", nulls_equal=True), new])
+            if rows:
+                with atomic(file) as temporary:
+                    whole.write_parquet(temporary)
     return whole.join(asked, on=KEY, how="semi", nulls_equal=True, maintain_order="left")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from maestlib.files import cache
+
 HERE = Path(__file__).resolve().parent.parent
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'")
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install -e '.[dev]'")
@@ -71,9 +73,13 @@ class Lab:
             path = folder / f"settings/@jupyterlab/{name}.jupyterlab-settings"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wish)
+        for name in ("tunes", "mels", "embeddings", "speed"):  # made once for all tests; probes start from none
+            cache(name).mkdir(exist_ok=True)
+            (folder / "cache").mkdir(exist_ok=True)
+            (folder / "cache" / name).symlink_to(cache(name))
         names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR")
         places = {name: str(folder / name.lower()) for name in names}
-        places["JUPYTERLAB_SETTINGS_DIR"] = str(folder / "settings")
+        places |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "MAESTLIB_CACHE": str(folder / "cache")}
         wanted = {
             "token": "",
             "password": "",
@@ -236,7 +242,7 @@ def test_layers_shows_what_is_chosen_and_probes_what_is_missing(lab):
     document.querySelector('.maestlib-blocks select').dispatchEvent(new Event('change', {bubbles: true}))""")
     until(lambda: missing.is_enabled(), "what was not probed can be", 10)
     missing.click()
-    until(lambda: not missing.is_enabled() and "not probed" not in lab.bring(".maestlib-numbers").text, "probed", 60)
+    until(lambda: not missing.is_enabled() and "not probed" not in lab.bring(".maestlib-numbers").text, "probed", 120)
     lab.picture("probes")
 
 
