@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         add("--keep-every", type=int, default=1, metavar="K", help="patchout: read one column of patches in K; faster")
         add("--drop-rows", type=int, nargs="+", default=[], metavar="ROW", help="patchout: leave out rows, 0 is lowest")
         add("--hop", type=float, help="seconds from window to window; half a window if not given")
-        add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the matrix products")
+        add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "int8"], help="of the matrix products")
         add("--batch-size", type=int, default=8, help="windows read at once")
     command("models", "List the models that can be loaded by name.")
     return top

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from .files import AUDIO, atomic, check, resolve, say, world
 from .mel import MelConfig, decode, duration, logmel, normalise
 from .model import MAEST, PATCH, Patchout, best_device, best_dtype
+from .reduction import lowered
 from .weights import load
 
 # %% ../nbs/embed.ipynb #f8298381
@@ -142,7 +143,8 @@ def reader(
     check(not model.training, "model: it is in training mode, where positions are random; call model.eval()")
     device = next(model.parameters()).device
     name = str(dtype).removeprefix("torch.")
-    check(name in ("auto", "float32", "bfloat16", "float16"), f"dtype={name}: give auto, float32, bfloat16 or float16")
+    known = ("auto", "float32", "bfloat16", "float16")
+    check(name in known, f"dtype={name}: give auto, float32, bfloat16, float16 or, to `embed` and `tag`, int8")
     kind = best_dtype(device) if name == "auto" else getattr(torch, name)
 
     def read(mels):
@@ -188,7 +190,7 @@ def embed(
     patchout: Patchout | None = None,  # what to drop
     hop: float | None = None,  # seconds from window to window; None: half a window
     average: bool = False,  # one row for each recording, its windows weighted by their seconds
-    dtype: str | torch.dtype = "auto",  # of the matrix products: auto, float32, bfloat16
+    dtype: str | torch.dtype = "auto",  # of the matrix products: auto, float32, bfloat16; int8 on a CPU
     batch_size: int = 8,  # windows read at once
     workers: int | None = None,  # decoding threads; None: one per core
     out: str | Path | None = None,  # a parquet file to stream to, and to go on with after a kill
@@ -205,7 +207,8 @@ def embed(
     fine = len(blocks) > 0 and len(set(blocks)) == len(blocks) and all(b in range(last + 1) for b in blocks)
     check(fine, f"block={block}: give different numbers from 0 to {last}")
     which = ["cdt".index(t) for t in tokens]
-    read = reader(model, dtype, lambda mels: model.embed(mels, blocks, patchout)[:, :, which].flatten(2))
+    low, kind = lowered(model, dtype)
+    read = reader(low, kind, lambda mels: low.embed(mels, blocks, patchout)[:, :, which].flatten(2))
     run = partial(_run, model=model, read=read, hop=hop, batch_size=batch_size, workers=workers)
     table = partial(_rows, blocks=blocks, average=average)
     sources = _sources(source)
@@ -238,7 +241,7 @@ def tag(
     top: int | None = 10,  # how many labels; None: all
     patchout: Patchout | None = None,  # what to drop
     hop: float | None = None,  # seconds from window to window; None: half a window
-    dtype: str | torch.dtype = "auto",  # of the matrix products
+    dtype: str | torch.dtype = "auto",  # of the matrix products, as for `embed`
     batch_size: int = 8,  # windows read at once
 ) -> pl.DataFrame:  # label, activation (0 to 1), highest first
     "Tags of one recording of any length. Raises what `embed` does, and `ValueError` for a model without labels."
@@ -247,7 +250,8 @@ def tag(
     check(top is None or top >= 1, f"top={top}: give 1 or more, or None for all")
     sources = _sources(source)
     check(len(sources) == 1, f"{source}: {len(sources)} files; tag one at a time")
-    read = reader(model, dtype, lambda mels: model(mels, patchout).float().sigmoid())
+    low, kind = lowered(model, dtype)
+    read = reader(low, kind, lambda mels: low(mels, patchout).float().sigmoid())
     ((_, found),) = _run(sources, model, read, hop, batch_size, None)
     if isinstance(found, Exception):
         raise found

@@ -308,7 +308,7 @@ class TagExplorer:
     "Tags along a song, with the player's cursor; `box` is what a notebook shows."
 
     def __init__(self, model: MAEST, songs: dict[str, str | list[str]], limit_s: float = 600):
-        self.model, self.read, self.wave = model, Latest(self._read, self._fail), None
+        self.model, self.read, self.mel, self.seen = model, Latest(self._read, self._fail), None, None
         self.track = Track(songs, model.config.mel, limit_s, self.load)
         whole = model.config.seconds
         tip = "How many seconds the model hears at once"
@@ -318,33 +318,36 @@ class TagExplorer:
         self.top = control(w.IntSlider, "tags", "How many tags are shown", "top", min=4, max=30, value=16)
         self.figure = go.FigureWidget().add_class("maestlib-time-tags")
         self.box = panel("song", self.track.box, row(self.window, self.top), self.figure)
-        self.window.observe(lambda _: self.load(self.wave), "value")
+        self.window.observe(self.slide, "value")
         self.top.observe(self.draw, "value")
         self.track.player.observe(self._cursor, "time")
         self.track.open(next(iter(songs.values())))
 
     def load(self, wave):
-        self.wave = wave
-        if wave is not None:
-            self.read(wave, self.window.value)
+        config = self.model.config.mel
+        self.mel, self.length = logmel(wave, config), len(wave) / config.sample_rate
+        self.slide()
 
-    def _read(self, wave, window):
+    def slide(self, _=None):
+        "Read the song with this window."
+        if self.mel is not None:
+            self.read(self.mel, self.length, self.window.value)
+
+    def _read(self, mel, length, window):
         seen = []
-        for part in through_time(wave, self.model, window):
+        for part in through_time(mel, self.model, window):
             seen.append(part)
             if self.read.stale:
                 return
-        self.seen = [np.concatenate(side) for side in zip(*seen, strict=True)]
-        self.length = len(wave) / self.model.config.mel.sample_rate
+        self.seen = [np.concatenate(side) for side in zip(*seen, strict=True)], self.model.config.labels, length
         self.draw()
 
     def draw(self, _=None):
         "The heatmap of what was read."
-        first = not self.figure.data
-        figure = plot_tags(
-            *self.seen, self.model.config.labels, self.length, min(self.top.value, len(self.model.config.labels))
-        )
-        show(self.figure, figure)
+        if self.seen is None:
+            return
+        first, ((middles, said), labels, length) = not self.figure.data, self.seen
+        show(self.figure, plot_tags(middles, said, labels, length, min(self.top.value, len(labels))))
         self._cursor()
         if first:
             self.figure.data[0].on_click(

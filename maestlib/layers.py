@@ -326,7 +326,8 @@ class Layers:
         span = lambda r: f"{r[metric]:.3f} ({r[f'{metric}_low']:.3f} … {r[f'{metric}_high']:.3f})"  # noqa: E731
         cells = [[r["model"], f"{r['blocks']} {r['tokens']}", span(r)] for r in rows.drop_nulls(metric).to_dicts()]
         lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}&emsp;</td>" for c in line) + "</tr>" for line in cells)
-        self.text.value = f"<table>{lines}</table>" + ("" if len(row) else "not probed yet")
+        missing = "" if len(row) else f"block {chosen}, {tokens}: not probed yet" if chosen else "choose a block"
+        self.text.value = f"<table>{lines}</table>{missing}"
         redraw(self.curves, plot_layers(scores, model, metric, label=label))
         if chosen:
             shown = label if label != "all" else corpus.labels[0].split("---")[0]
@@ -356,8 +357,8 @@ class Layers:
             name, out = self.model.value, self.out[self.dataset.value]
             study(corpus, models[name], name, where, self.recipes, out=out, progress=tick)
             self._read()
-        except ValueError as error:
-            self.text.value = html.escape(str(error))
+        except Exception as error:  # shown in the widget: the notebook goes on
+            self.text.value = html.escape(f"⚠ {error}")
 
 
 def redraw(widget, figure):  # a FigureWidget, a figure

@@ -169,12 +169,18 @@ def plain_attention(q, k, v):  # (batch, head, token, channel) each → the same
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
-def attention_in_pieces(q, k, v, piece: int = 128):  # (batch, head, token, channel) each → the same
-    "Some queries at a time, so that their weights stay in a processor's cache."
-    shape, (q, k, v) = q.shape, (t.flatten(0, 1) for t in (q * q.shape[-1] ** -0.5, k, v))
-    found = torch.empty_like(q)
-    for i in range(0, q.shape[1], piece):
-        found[:, i : i + piece] = torch.bmm(torch.bmm(q[:, i : i + piece], k.mT).softmax(-1), v)
+def attention_in_pieces(q, k, v, bias=None, room: int = 2**21):  # (batch, head, token, channel) each → as the queries
+    "Some heads or some queries at a time, so that no more than `room` weights wait in a processor's cache."
+    shape, (m, n) = q.shape, (q.shape[2], k.shape[2])
+    if bias is not None:
+        bias = bias.expand(*q.shape[:2], 1, n).flatten(0, 1)
+    q, k, v = (t.flatten(0, 1).contiguous() for t in (q * q.shape[-1] ** -0.5, k, v))
+    found, heads = torch.empty_like(q), max(1, room // (m * n))
+    for h in (slice(h, h + heads) for h in range(0, len(q), heads)):
+        for i in (slice(i, i + max(1, room // n)) for i in range(0, m, max(1, room // n))):
+            weights = torch.bmm(q[h, i], k[h].mT)
+            weights = weights if bias is None else weights.add_(bias[h])
+            found[h, i] = torch.bmm(weights.softmax(-1), v[h])
     return found.view(shape)
 
 
@@ -198,12 +204,13 @@ class Attention(nn.Module):
         w, b, width = self.qkv.weight, self.qkv.bias, x.shape[2]
         return (*split(F.linear(x[:, :first], w[:width], b[:width]), 1), *split(F.linear(x, w[width:], b[width:]), 2))
 
-    def attend(self, q, k, v):  # (batch, head, token, channel) each → the same
-        if q.device.type == "cpu" and self.training and q.shape[2] <= 640:
-            return plain_attention(q, k, v)
-        if q.device.type == "cpu" and not self.training and q.dtype == torch.bfloat16 and q.shape[2] > 1024:
-            return attention_in_pieces(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v)
+    def attend(self, q, k, v, bias=None):  # (batch, head, token, channel) each; bias (batch, 1, 1, token) → as q
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
+            if self.training and bias is None and q.shape[2] <= 640:
+                return plain_attention(q, k, v)
+            if not self.training and q.dtype == torch.bfloat16:
+                return attention_in_pieces(q, k, v, bias)
+        return F.scaled_dot_product_attention(q, k, v, bias)
 
 
 class MLP(nn.Module):

@@ -18,10 +18,10 @@ from scipy.linalg import orthogonal_procrustes
 from scipy.sparse.linalg import svds
 
 from .attention import WIDE, adaptive, scene
-from .blocks import Embeddings
-from .embedding import reader, windows
+from .blocks import Embeddings, segments
+from .embedding import reader
 from .files import check
-from .mel import MEL, MelConfig
+from .mel import MEL, MelConfig, normalise
 from .model import MAEST, PALETTE, PATCH, STRIDE, Patchout, grid, kept
 
 # %% ../nbs/pictures.ipynb #aded7887
@@ -152,7 +152,7 @@ def plot_neighbours(
 
 # %% ../nbs/pictures.ipynb #1a602cf4
 def through_time(
-    wave: torch.Tensor,  # (samples,) at the model's sample rate
+    mel: torch.Tensor,  # (bands, frames), not normalised
     model: MAEST,  # with labels, in evaluation mode
     window_s: float = 6.0,  # up to the model's own
     batch: int = 8,  # windows read at once
@@ -161,13 +161,11 @@ def through_time(
     config, read = model.config, reader(model, "auto", lambda mels: model(mels).float().sigmoid())
     check(len(config.labels) > 0, "This model has no labels, so there are no tags to show.")
     check(0 < window_s <= config.seconds, f"window_s={window_s}: give up to {config.seconds:g}, the model's own")
-    frames, waiting = max(PATCH, config.mel.frames(window_s)), []
-    cut = list(windows(wave, config.mel, frames, max(1, frames // 2)))
-    for i, (start, end, mel) in enumerate(cut):
-        waiting.append(((start + end) / 2, mel))
-        if len(waiting) == batch or i + 1 == len(cut) or cut[i + 1][2].shape != mel.shape:
-            yield np.array([m for m, _ in waiting]), read(torch.stack([m for _, m in waiting]))
-            waiting = []
+    frames, mel = max(PATCH, config.mel.frames(window_s)), normalise(mel, config.mel)
+    starts = np.array(segments(mel.shape[1], frames))
+    for some in np.split(starts, range(batch, len(starts), batch)):
+        middles = (some + min(frames, mel.shape[1]) / 2) * config.mel.hop / config.mel.sample_rate
+        yield middles, read(torch.stack([mel[:, i : i + frames] for i in some]))
 
 
 def plot_tags(

@@ -165,5 +165,9 @@ def test_bad_blocks_are_refused(model, blocks):
 def test_attention_in_pieces_is_attention():
     q, k, v = torch.randn(3, 2, 3, 300, 16, generator=torch.Generator().manual_seed(0))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(attention_in_pieces(q, k, v), expected)
-    torch.testing.assert_close(attention_in_pieces(q, k, v, 7), expected)
+    bias = torch.randn(2, 1, 1, 300, generator=torch.Generator().manual_seed(1))
+    louder = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+    for room in (2**21, 2 * 300**2, 7 * 300, 1):  # all at once; two heads; seven queries; one
+        torch.testing.assert_close(attention_in_pieces(q, k, v, room=room), expected)
+        torch.testing.assert_close(attention_in_pieces(q, k, v, bias, room), louder)
+    torch.testing.assert_close(attention_in_pieces(q[:, :, :2], k, v), expected[:, :, :2])

@@ -1,7 +1,6 @@
 """What the notebooks reduction and speed cannot show: bad input, advice at its limits, reduced models elsewhere."""
 
 import json
-from dataclasses import asdict
 
 import polars as pl
 import pytest
@@ -19,11 +18,11 @@ def small(**fields):
 
 def results(rows):
     "A results table: (setting, hours of audio an hour, mAP, can be recommended)."
-    told = json.dumps({"block": 6, "patchout": asdict(Patchout(2)), "dtype": "auto", "batch_size": 4, "hop": 30})
+    told = Setting(keep_every=2, merge=0.2).advice(30)
     return pl.DataFrame(
         [
             dict(setting=s, hours_per_hour=float(h), map=m, memory_mb=1.0, family="patchout", ratio=1.0,
-                 options=told if ok else "{}", device="x", threads=2, gflop=100 / h, clips_per_s=h / 30)
+                 model="maest", advice=told if ok else None, device="x", threads=2, gflop=100 / h, clips_per_s=h / 30)
             for s, h, m, ok in rows
         ]
     )  # fmt: skip
@@ -45,8 +44,16 @@ def test_advice():
 
 
 def test_advice_goes_into_embed():
-    options = recommend(1, min_map=0.1, table=TABLE)["options"] | {"block": 1, "hop": 2}
-    assert len(ml.embed(torch.randn(16000 * 4), small(), **options)) >= 2
+    found = recommend(1, min_map=0.1, table=TABLE)
+    assert found["reduction"] == {"merge": 0.2, "keep": 1.0}
+    reduced, options = Reduced(small(), **found["reduction"]), found["options"] | {"block": 1, "hop": 2}
+    assert len(ml.embed(torch.randn(16000 * 4), reduced, **options)) >= 2
+
+
+def test_only_what_embed_can_do_is_advised():
+    cannot = [Setting("effnet"), Setting(seconds=10), Setting(overlap=0.5), Setting(compiled=True), Setting(threads=1)]
+    assert [s.advice(30) for s in cannot] == [None] * 5
+    assert json.loads(Setting(dtype="int8").advice(30))["options"]["dtype"] == "int8"
 
 
 @pytest.mark.parametrize(
