@@ -23,7 +23,7 @@ from .effnet import EffNet
 from .embedding import _fingerprint, reader
 from .files import atomic, cache, check, resolve, say, write_json
 from .mel import MEL, MelConfig, normalise
-from .model import MAEST, Patchout, best_device
+from .model import MAEST, Patchout, best_device, portion
 from .store import MelStore
 from .weights import SHIPPED, load
 
@@ -119,7 +119,7 @@ def extract(
     folder: str | Path | None = None,  # the store to make or to go on with; None: one in the cache
     patchout: Patchout | None = None,  # what to drop
     dtype: str = "auto",  # of the matrix products
-    batch_size: int = 16,  # segments read at once
+    batch_size: int | None = None,  # segments read at once; None: see `portion`
     commit: int = 64,  # tracks of a file
 ) -> Embeddings:  # in the corpus' order
     "Embed the tracks that are missing. Raises `ValueError` for another model's store or values that are not finite."
@@ -135,13 +135,13 @@ def extract(
         check(not differ, f"{folder}: embeddings of another model ({'; '.join(differ)}); give another folder")
     else:
         write_json(folder / "meta.json", meta)
-    store, done = corpus.store, _parts(folder)
+    store, done, many = corpus.store, _parts(folder), batch_size or portion(model, patchout)
     sums = store.index["checksum"].to_numpy()[corpus.rows].tolist()
     keys = list(zip(corpus.table["track_id"].to_list(), sums, strict=True))
     todo = [i for i, k in enumerate(keys) if k not in done]
     for some in tqdm(range(0, len(todo), commit), "embedding", unit=f"{commit} tracks", delay=2):
         chosen = todo[some : some + commit]
-        values = averaged(read, mel, frames, store, corpus.rows[chosen], batch_size)
+        values = averaged(read, mel, frames, store, corpus.rows[chosen], many)
         bad = np.flatnonzero(~np.isfinite(values).all((1, 2, 3)))
         named = ", ".join(keys[chosen[i]][0] for i in bad[:3])
         check(not named, f"embeddings of {named} are not finite: the model has diverged, or float16 does not hold them")

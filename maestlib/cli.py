@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         add("--drop-rows", type=int, nargs="+", default=[], metavar="ROW", help="patchout: leave out rows, 0 is lowest")
         add("--hop", type=float, help="seconds from window to window; half a window if not given")
         add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "int8"], help="of the matrix products")
-        add("--batch-size", type=int, default=8, help="windows read at once")
+        add("--batch-size", type=int, help="windows read at once; without it as many as are fast")
     command("models", "List the models that can be loaded by name.")
     return top
 

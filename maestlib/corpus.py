@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from . import datasets
 from .files import alone, cache, check, resolve, rng, say, world
 from .mel import MelConfig, normalise
-from .model import Patchout, autocast
+from .model import Patchout, autocast, portion
 from .splits import balanced_epoch, balanced_weights
 from .store import MelStore, extract
 
@@ -45,9 +45,11 @@ class Corpus:
 def prepare(
     dataset: str,  # as `datasets.load` takes it
     labels: list[str] | None = None,  # a given vocabulary; None: every label of the training split
+    quiet: bool = False,  # do not say which labels have no score
+    **options,  # as `datasets.load` takes them
 ) -> Corpus:  # tracks whose audio could not be read are left out and said
     "Table and mels of a dataset. Raises `ValueError` where a split is empty or nothing can be learnt."
-    table, given = datasets.load(dataset), resolve(dataset)
+    table, given = datasets.load(dataset, **options), resolve(dataset)
     if (given / "index.parquet").exists():
         store = MelStore(given)
     else:
@@ -68,7 +70,7 @@ def prepare(
     check(len(labels) > 0, f"dataset={dataset}: no labels in the training split")
     for name in ("validation", "test"):
         unheard = sorted(set(labels) - set(datasets.vocabulary(table.filter(pl.col("split") == name))))
-        if unheard:
+        if unheard and not quiet:
             say(f"{len(unheard)} labels have no track in {name} and no score: {', '.join(unheard[:5])}")
     known = table.with_columns(pl.col("labels").list.set_intersection(pl.lit(labels, dtype=pl.List(pl.String))))
     corpus = Corpus(table, store, store.rows(table["track_id"]), labels, datasets.multihot(known, labels), store.config)
@@ -165,11 +167,12 @@ def predict(
     chosen: np.ndarray,  # positions in the corpus' table
     patchout: Patchout | None = None,  # None: all patches
     dtype: torch.dtype | None = None,  # of the matrix products; None: the best here
-    batch_size: int = 16,  # windows
+    batch_size: int | None = None,  # windows; None: see `portion`
     progress: str | None = None,  # what the progress bar says
 ) -> np.ndarray:  # (tracks, labels) probabilities, each the mean over a track's windows
     "Tag probabilities of whole tracks; the processes of a distributed run share the work and all get all of it."
     device, frames = next(model.parameters()).device, model.config.frames
+    batch_size = batch_size or portion(model, patchout)
     model.config.mel.require(corpus.store.config)
     rank, ranks = world() if torch.distributed.is_initialized() else (0, 1)
     whole, chosen = len(chosen), chosen[rank::ranks]

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from .files import AUDIO, atomic, check, resolve, say, world
 from .mel import MelConfig, decode, duration, logmel, normalise
-from .model import MAEST, PATCH, Patchout, best_device, best_dtype
+from .model import MAEST, PATCH, Patchout, best_device, best_dtype, portion
 from .reduction import lowered
 from .weights import load
 
@@ -191,7 +191,7 @@ def embed(
     hop: float | None = None,  # seconds from window to window; None: half a window
     average: bool = False,  # one row for each recording, its windows weighted by their seconds
     dtype: str | torch.dtype = "auto",  # of the matrix products: auto, float32, bfloat16; int8 on a CPU
-    batch_size: int = 8,  # windows read at once
+    batch_size: int | None = None,  # windows read at once; None: see `portion`
     workers: int | None = None,  # decoding threads; None: one per core
     out: str | Path | None = None,  # a parquet file to stream to, and to go on with after a kill
 ) -> pl.DataFrame | pl.LazyFrame:  # path, start_s, end_s, [block, if several], embedding (array of float32)
@@ -209,7 +209,8 @@ def embed(
     which = ["cdt".index(t) for t in tokens]
     low, kind = lowered(model, dtype)
     read = reader(low, kind, lambda mels: low.embed(mels, blocks, patchout)[:, :, which].flatten(2))
-    run = partial(_run, model=model, read=read, hop=hop, batch_size=batch_size, workers=workers)
+    many = portion(model, patchout) if batch_size is None else batch_size
+    run = partial(_run, model=model, read=read, hop=hop, batch_size=many, workers=workers)
     table = partial(_rows, blocks=blocks, average=average)
     sources = _sources(source)
     if out is not None:
@@ -242,7 +243,7 @@ def tag(
     patchout: Patchout | None = None,  # what to drop
     hop: float | None = None,  # seconds from window to window; None: half a window
     dtype: str | torch.dtype = "auto",  # of the matrix products, as for `embed`
-    batch_size: int = 8,  # windows read at once
+    batch_size: int | None = None,  # windows read at once; None: see `portion`
 ) -> pl.DataFrame:  # label, activation (0 to 1), highest first
     "Tags of one recording of any length. Raises what `embed` does, and `ValueError` for a model without labels."
     model = model if isinstance(model, MAEST) else load(model).to(best_device())
@@ -252,7 +253,8 @@ def tag(
     check(len(sources) == 1, f"{source}: {len(sources)} files; tag one at a time")
     low, kind = lowered(model, dtype)
     read = reader(low, kind, lambda mels: low(mels, patchout).float().sigmoid())
-    ((_, found),) = _run(sources, model, read, hop, batch_size, None)
+    many = portion(model, patchout) if batch_size is None else batch_size
+    ((_, found),) = _run(sources, model, read, hop, many, None)
     if isinstance(found, Exception):
         raise found
     activation = np.average([values for *_, values in found], 0, [end - start for start, end, _ in found])

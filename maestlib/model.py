@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATCH', 'STRIDE', 'SIZES', 'PALETTE', 'best_device', 'best_dtype', 'autocast', 'matmul_rate', 'grid', 'Patchout',
            'kept', 'plot_patchout', 'plain_attention', 'attention_in_pieces', 'Attention', 'MLP', 'Block',
-           'MAESTConfig', 'MAEST', 'cost', 'plot_cost']
+           'MAESTConfig', 'MAEST', 'cost', 'portion', 'plot_cost']
 
 # %% ../nbs/model.ipynb #ca35eff7
 import math
@@ -427,6 +427,18 @@ def cost(
     else:
         through = blocks * block(n + 2)
     return {"tokens": n + 2, "of": math.prod(shape) + 2, "gflop": (2 * n * PATCH**2 * w + through) / 1e9}
+
+# %% ../nbs/model.ipynb #33ee82f8
+def portion(
+    model: nn.Module,  # a MAEST, or another one
+    patchout: Patchout | None = None,  # what is dropped
+    seconds: float | None = None,  # of a window; None: the model's own
+) -> int:
+    "How many windows are best read at once: 32, or fewer on a CPU, so that no activation is larger than 32 MB."
+    if not isinstance(model, MAEST) or next(model.parameters()).device.type != "cpu":
+        return 32
+    hidden = 4 * 4 * model.config.width * cost(model.config, patchout, seconds=seconds)["tokens"]
+    return min(32, max(1, 2**25 // hidden))
 
 # %% ../nbs/model.ipynb #b05613f4
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe-Ito, colour-blind safe

@@ -330,21 +330,25 @@ def _render_all(
 def build(
     clips: int = 1200,  # about 4,400 tunes are there; more clips go round them again with other players
     seed: int = 0,
+    first: int | None = None,  # so many of them are enough; None: all
     workers: int | None = None,  # processes; None: one for each core
 ) -> (
     pl.DataFrame
 ):  # track_id, artist, path, labels, split; collection, title, lead, second, tempo and what else was drawn
     "The corpus `tunes`, from the cache or rendered into it. Raises `ImportError` without the `demo` extra."
     check(isinstance(clips, int) and clips >= 20, f"clips={clips}: give a whole number from 20 up")
+    check(first is None or first >= 20, f"first={first}: give 20 or more, or None for all")
     folder = cache("tunes", f"{seed}-v1", "audio")
     table = folder.parent / f"{clips}.parquet"
+    if not table.exists() and first is not None and first < clips:
+        table = folder.parent / f"{clips}-first-{first}.parquet"
     with alone(table):
         if not table.exists():
-            _make(folder, table, clips, seed, workers)
-    return pl.read_parquet(table).with_columns(path=pl.format("{}/{}.flac", pl.lit(str(folder)), "track_id"))
+            _make(folder, table, clips, first or clips, seed, workers)
+    return pl.read_parquet(table)[:first].with_columns(path=pl.format("{}/{}.flac", pl.lit(str(folder)), "track_id"))
 
 
-def _make(folder: Path, table: Path, clips: int, seed: int, workers: int | None):
+def _make(folder: Path, table: Path, clips: int, first: int, seed: int, workers: int | None):
     for name in ("symusic", "pretty_midi"):
         package(name)
     tunes = catalogue()
@@ -355,13 +359,13 @@ def _make(folder: Path, table: Path, clips: int, seed: int, workers: int | None)
         p["path"] = str(folder / f"{p['track_id']}.flac")
         draw = rng(seed, "tunes", "split", p["family"]).random()
         p["split"] = "train" if draw < 0.65 else "validation" if draw < 0.8 else "test"
-    missing = [p for p in plans if not Path(p["path"]).exists()]
+    missing = [p for p in plans[:first] if not Path(p["path"]).exists()]
     failed = _render_all(missing, workers or os.cpu_count()) if missing else {}
     for reason in failed.values():
         say("left out:", reason)
     check(
-        len(failed) <= clips / 20,
-        f"{len(failed)} of {clips} clips could not be rendered: is symusic 0.5.9?",
+        len(failed) <= first / 20,
+        f"{len(failed)} of {first} clips could not be rendered: is symusic 0.5.9?",
         RuntimeError,
     )
     made = [p for p in plans if p["clip"] not in failed]
@@ -375,7 +379,7 @@ def _make(folder: Path, table: Path, clips: int, seed: int, workers: int | None)
          "labels": [label for label in p["labels"] if label not in rare]}
         | {k: p[k] for k in ("split", "title", "collection", "tune", "dance", "metre", "mode", "lead", "second",
                              "accompaniment", "bpm")}
-        for p in made
+        for p in made if p["clip"] < first
     ]  # fmt: skip
     made = pl.DataFrame(made, infer_schema_length=None)
     with atomic(table) as temporary:

@@ -33,7 +33,7 @@ from .files import atomic, cache, check, resolve
 from .layers import paired, redraw, summarise
 from .mel import logmel, normalise
 from .metrics import METRICS, evaluate
-from .model import MAEST, PALETTE, STRIDE, MAESTConfig, Patchout, best_dtype, cost, kept, matmul_rate
+from .model import MAEST, PALETTE, STRIDE, MAESTConfig, Patchout, best_dtype, cost, kept, matmul_rate, portion
 from .probe import Recipe, study
 from .reduction import Reduced, lowered
 
@@ -51,13 +51,13 @@ class Setting:
     dtype: str = "auto"  # of the matrix products: auto, float32, bfloat16, float16, int8
     seconds: float | None = None  # of a window; None: the model's own
     overlap: float = 0.0  # share of a window that the next one repeats
-    batch: int = 4  # windows read at once
+    batch: int = 0  # windows read at once; 0: see `portion`
     compiled: bool = False  # through torch.compile
     threads: int = 0  # 0: all
 
     def __post_init__(self):
         check(0 <= self.overlap < 1, f"overlap={self.overlap}: give 0 or more and less than 1")
-        check(self.batch >= 1, f"batch={self.batch}: give 1 or more")
+        check(self.batch >= 0, f"batch={self.batch}: give 1 or more, or 0 for what suits")
 
     patchout = property(lambda self: Patchout(self.keep_every, self.drop_rows))
 
@@ -89,7 +89,7 @@ class Setting:
         if self.model.startswith("effnet") or self.seconds or self.overlap or self.compiled or self.threads:
             return None
         options = dict(
-            block=self.block, patchout=asdict(self.patchout), dtype=self.dtype, batch_size=self.batch, hop=hop
+            block=self.block, patchout=asdict(self.patchout), dtype=self.dtype, batch_size=self.batch or None, hop=hop
         )
         return json.dumps({"reduction": self.reduction, "options": options})
 
@@ -154,7 +154,7 @@ def prepared(
     check(start in STARTS, f"start={start!r}: give one of {', '.join(STARTS)}")
     read, frames = reading(setting, model)
     mel = model.config.mel
-    long = mel.frames(clip_s)
+    long, many = mel.frames(clip_s), setting.batch or portion(model, setting.patchout, setting.seconds)
 
     def cut(mels):  # (clips, bands, frames) -> (clips * windows, bands, frames)
         mels = normalise(mels[..., :long], mel)
@@ -162,7 +162,7 @@ def prepared(
         return torch.cat([mels[..., k : k + frames] for k in at])
 
     def work(windows, clips):
-        found = np.concatenate([read(part) for part in windows.split(setting.batch)])
+        found = np.concatenate([read(part) for part in windows.split(many)])
         return found.reshape(-1, clips, found.shape[-1]).mean(0)
 
     def prepare(waves):
@@ -261,7 +261,8 @@ def listen(
     if not file.exists():
         parts = tqdm(np.array_split(corpus.rows, max(1, len(corpus.rows) // 64)), setting.name, delay=2, leave=False)
         how = (model.config.mel, frames, corpus.store)
-        found = np.concatenate([averaged(read, *how, part, setting.batch, setting.overlap) for part in parts])
+        many = setting.batch or portion(model, setting.patchout, setting.seconds)
+        found = np.concatenate([averaged(read, *how, part, many, setting.overlap) for part in parts])
         with atomic(file) as temporary, open(temporary, "wb") as opened:
             np.savez(opened, values=found)
     with np.load(file, allow_pickle=False) as found:

@@ -281,3 +281,16 @@ def test_multihot():
     assert target.dtype == np.float32 and target.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
     with pytest.raises(ValueError, match="not in the vocabulary: b"):
         datasets.multihot(table, ["a"])
+
+
+def test_the_first_tunes_are_those_of_the_whole(tmp_path, monkeypatch):
+    pytest.importorskip("symusic", reason="the demo extra is not installed: pip install -e '.[demo]'")
+    from maestlib.players import build
+
+    monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
+    some = build(60, first=20)
+    assert len(list(tmp_path.rglob("*.flac"))) == len(some) == 20
+    whole = build(60)
+    assert whole[:20].equals(some) and build(60, first=30).equals(whole[:30])
+    with pytest.raises(ValueError, match="first=3"):
+        build(60, first=3)

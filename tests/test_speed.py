@@ -99,7 +99,7 @@ def test_shares_out_of_range(how, words):
         Reduced(small(), **how)
 
 
-@pytest.mark.parametrize("fields", [dict(overlap=1.0), dict(batch=0)])
+@pytest.mark.parametrize("fields", [dict(overlap=1.0), dict(batch=-1)])
 def test_settings_that_make_no_sense(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         Setting(**fields)
