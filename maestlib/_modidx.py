@@ -208,6 +208,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'maestlib.files.resolve': ('files.html#resolve', 'maestlib/files.py'),
                                 'maestlib.files.rng': ('files.html#rng', 'maestlib/files.py'),
                                 'maestlib.files.root': ('files.html#root', 'maestlib/files.py'),
+                                'maestlib.files.run_home': ('files.html#run_home', 'maestlib/files.py'),
                                 'maestlib.files.say': ('files.html#say', 'maestlib/files.py'),
                                 'maestlib.files.world': ('files.html#world', 'maestlib/files.py'),
                                 'maestlib.files.write_json': ('files.html#write_json', 'maestlib/files.py')},

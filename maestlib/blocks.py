@@ -21,7 +21,7 @@ from .corpus import Corpus
 from .datasets import SPLITS
 from .effnet import EffNet
 from .embedding import _fingerprint, reader
-from .files import atomic, cache, check, resolve, say, write_json
+from .files import atomic, cache, check, resolve, run_home, say, write_json
 from .mel import MEL, MelConfig, normalise
 from .model import MAEST, Patchout, best_device, portion
 from .store import MelStore
@@ -31,7 +31,7 @@ from .weights import SHIPPED, load
 def trained(kind: str) -> dict[float, Path]:  # seconds that it reads: the latest run folder
     "What lies in `runs/` of a kind of model: `maest` or `effnet-b0`; the latest run of all comes last."
     found = {}
-    for weights in sorted(resolve("runs").glob("*/best.safetensors"), key=lambda p: p.stat().st_mtime):
+    for weights in sorted(resolve(run_home()).glob("*/best.safetensors"), key=lambda p: p.stat().st_mtime):
         config = json.loads((weights.parent / "config.json").read_text())
         if config["model"] == kind:
             found.pop(config["seconds"], None)

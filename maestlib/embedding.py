@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .files import AUDIO, atomic, check, resolve, say, world
+from .files import AUDIO, atomic, check, resolve, run_home, say, world
 from .mel import MelConfig, decode, duration, logmel, normalise
 from .model import MAEST, PATCH, Patchout, best_device, best_dtype, portion
 from .reduction import lowered

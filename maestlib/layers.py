@@ -296,7 +296,10 @@ class Layers:
 
     def _read(self):
         corpus, models = self.data[self.dataset.value]
-        found = [study(corpus, e, m, [], self.recipes, out=self.out[self.dataset.value]) for m, e in models.items()]
+        found = [
+            study(corpus, e, m, [], self.recipes, out=self.out[self.dataset.value], quiet=True)
+            for m, e in models.items()
+        ]
         ours = pl.DataFrame([asdict(r) for r in self.recipes])  # the file may hold other recipes too
         found = pl.concat(found)
         self.table = pl.concat([found.join(ours, on=FIELDS, how="semi"), found.filter(pl.col("method") != "mlp")])
@@ -355,7 +358,7 @@ class Layers:
 
         try:
             name, out = self.model.value, self.out[self.dataset.value]
-            study(corpus, models[name], name, where, self.recipes, out=out, progress=tick)
+            study(corpus, models[name], name, where, self.recipes, out=out, quiet=True, progress=tick)
             self._read()
         except Exception as error:  # shown in the widget: the notebook goes on
             self.text.value = html.escape(f"⚠ {error}")

@@ -14,7 +14,7 @@ import polars as pl
 import torch
 
 from .corpus import Corpus, predict
-from .files import check, resolve
+from .files import check, resolve, run_home
 from .metrics import evaluate
 from .model import PALETTE, Patchout, best_device
 from .weights import load
@@ -190,7 +190,7 @@ def compare(
 ) -> pl.DataFrame:  # run, what differs, clips, minutes, clips_per_s, validation and test scores
     "Settings that differ and the scores of finished runs. Raises `ValueError` where there are none."
     if runs is None or isinstance(runs, str | Path):
-        top = resolve(runs or "runs")
+        top = resolve(runs or run_home())
         runs = sorted(p.parent for p in top.glob("*/metrics.parquet")) or [top]
     rows = []
     for folder in map(resolve, runs):

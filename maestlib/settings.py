@@ -16,7 +16,7 @@ import polars as pl
 import torch
 
 from . import datasets
-from .files import check, resolve
+from .files import check, resolve, run_home
 from .hub import REGISTRY
 from .mel import MelConfig
 from .model import SIZES, Patchout, best_device, best_dtype, grid
@@ -190,8 +190,8 @@ def _json(path):
 
 
 def _free(name):
-    taken = {p.name for p in resolve("runs").glob(f"{name}*")}
-    return "runs/" + next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)
+    taken = {p.name for p in resolve(run_home()).glob(f"{name}*")}
+    return f"{run_home()}/" + next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)
 
 # %% ../nbs/settings.ipynb #2ed38aa3
 def differences(

@@ -325,6 +325,7 @@ def test_windows_cover_every_frame():
 
 def test_run_folders_do_not_overwrite(tmp_path, monkeypatch):
     monkeypatch.setattr("maestlib.files._TOP", tmp_path)
+    monkeypatch.delenv("MAESTLIB_RUNS")
     assert TrainConfig().settle().out == "runs/maest-30s-tunes"
     (tmp_path / "runs/maest-30s-tunes").mkdir(parents=True)
     assert TrainConfig().settle().out == "runs/maest-30s-tunes-2"
