@@ -123,7 +123,7 @@ GLOW = [[0, "rgba(230,159,0,0)"], [0.15, "rgba(230,159,0,0.15)"], [0.6, "rgba(23
         [1, "rgba(255,240,160,1)"]]  # fmt: skip
 DIM = [[0, "rgb(28,28,28)"], [1, "rgb(154,154,154)"]]  # a mel that leaves room for light
 INK, FAINT = "#797979", "rgba(127,127,127,0.25)"  # as far from white as from JupyterLab's black
-WIDE = 1000  # pixels
+WIDE = 900  # pixels: beside the file browser of a small laptop
 
 
 def adaptive(

@@ -166,7 +166,7 @@ class LayerExplorer:
         star = go.Scatter(mode="markers", marker=look, name="playing", hoverinfo="skip")
         bare = dict(title_text="", showticklabels=False)
         layout = go.Figure(
-            layout=dict(template="plotly_white", height=460, width=640, margin=dict(l=20, r=10, t=40, b=20))
+            layout=dict(template="plotly_white", height=460, width=520, margin=dict(l=20, r=10, t=40, b=20))
         )
         with self.map.batch_update():
             self.map.data = []

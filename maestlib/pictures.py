@@ -81,7 +81,7 @@ def plot_beside(
     figure.update_xaxes(title_text="activation (0 to 1)", range=[0, 1])
     legend = dict(orientation="h", traceorder="reversed", y=1.12)
     figure.update_layout(
-        template="plotly_white", height=300, width=620, margin=dict(l=190, r=20, t=40, b=45), legend=legend
+        template="plotly_white", height=300, width=570, margin=dict(l=190, r=20, t=40, b=45), legend=legend
     )
     return adaptive(figure)
 
@@ -146,9 +146,9 @@ def plot_neighbours(
         figure.add_shape(**frame, line=dict(color=PALETTE[3], width=3))
     figure.update_xaxes(title_text="neighbour, nearest first", dtick=1)
     figure.update_yaxes(title_text="block, counted from 0", dtick=1)
-    figure.update_layout(template="plotly_white", height=460, width=430, margin=dict(l=60, r=10, t=40, b=45))
+    figure.update_layout(template="plotly_white", height=460, width=390, margin=dict(l=60, r=10, t=40, b=45))
     title = f"Neighbours of {html.escape(str(called[track]))}"
-    return adaptive(figure).update_layout(title=title, modebar_orientation="v")
+    return adaptive(figure).update_layout(title=title, modebar=dict(orientation="v", remove=["zoom", "pan", "resetscale"]))
 
 # %% ../nbs/pictures.ipynb #1a602cf4
 def through_time(
