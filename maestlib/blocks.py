@@ -8,6 +8,7 @@ __all__ = ['trained', 'probed', 'subset', 'segments', 'Embeddings', 'extract', '
 # %% ../nbs/blocks.ipynb #eb2444e6
 import itertools
 import json
+import zipfile
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .corpus import Corpus
@@ -23,7 +25,7 @@ from .effnet import EffNet
 from .embedding import _fingerprint, reader
 from .files import atomic, cache, check, resolve, run_home, say, write_json
 from .mel import MEL, MelConfig, normalise
-from .model import MAEST, Patchout, best_device, portion
+from .model import MAEST, PATCH, Patchout, best_device, best_dtype, portion
 from .store import MelStore
 from .weights import SHIPPED, load
 
@@ -93,10 +95,24 @@ class Embeddings:
     "Embeddings of tracks, in the order of a corpus."
 
     values: np.ndarray  # (tracks, blocks, tokens, width) float16
-    meta: dict  # model: fingerprint; name; patchout; mel: fingerprint of the front end
+    meta: dict  # what made them: fingerprints of model and front end, patchout, dtype
+    tracks: list[tuple[str, int]] | None = None  # track_id and checksum of the mel of each; None: not known
 
     tokens = property(lambda self: "cdt" if self.values.shape[2] == 3 else "e")  # e: one embedding, no tokens
     blocks = property(lambda self: self.values.shape[1])
+
+    def require(self, corpus: Corpus):
+        "Raises `ValueError` where these are not the corpus' tracks, in its order."
+        ours, theirs = len(self.values), corpus.table["track_id"].to_list()
+        check(ours == len(theirs), f"embeddings of {ours} tracks: the corpus has {len(theirs)}; extract them for it")
+        for (name, _), other in zip(self.tracks or (), theirs, strict=bool(self.tracks)):
+            check(name == other, f"embeddings of {name}: the corpus has {other} there; extract them for it")
+
+    def fingerprint(self) -> str:  # eight hex digits
+        "What made them, and of which mels."
+        crc = zlib.crc32(json.dumps(self.meta).encode())
+        known = self.values.tobytes() if self.tracks is None else repr(self.tracks).encode()
+        return f"{zlib.crc32(known, crc):08x}"
 
     def of(self, blocks: tuple[int, ...], tokens: str) -> tuple[int, ...]:  # numbers of the sources, blocks first
         "The sources that are concatenated. Raises `ValueError` for what is not there."
@@ -108,8 +124,12 @@ class Embeddings:
 def _parts(folder: Path) -> dict:  # (track_id, checksum of its mel): embedding
     found = {}
     for file in sorted(folder.glob("*.npz"), key=lambda p: p.stat().st_mtime):
-        with np.load(file, allow_pickle=False) as part:
-            found |= zip(zip(part["ids"].tolist(), part["sums"].tolist(), strict=True), part["values"], strict=True)
+        try:
+            with np.load(file, allow_pickle=False) as part:
+                found |= zip(zip(part["ids"].tolist(), part["sums"].tolist(), strict=True), part["values"], strict=True)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            what = f"{file}: not a whole file of embeddings ({error})"
+            raise ValueError(f"{what}; delete it, and its tracks are embedded again") from error
     return found
 
 
@@ -127,6 +147,9 @@ def extract(
     mel.require(corpus.store.config)
     meta = dict(model=model if isinstance(model, str) else _fingerprint(model), patchout=repr(patchout))
     meta |= dict(kind=type(model).__name__ if meta["model"] != model else "mel", mel=mel.fingerprint())
+    where = torch.device("cpu") if isinstance(model, str) else next(model.parameters()).device
+    kind = best_dtype(where) if dtype == "auto" else dtype
+    meta["dtype"] = "float32" if isinstance(model, str) else str(kind).removeprefix("torch.")
     key = zlib.crc32(json.dumps(meta).encode())
     folder = resolve(folder) if folder else cache("embeddings", f"{key:08x}")
     if (folder / "meta.json").exists():
@@ -150,7 +173,7 @@ def extract(
         with atomic(part) as temporary, open(temporary, "wb") as file:
             np.savez(file, ids=np.array([k[0] for k in ids]), sums=np.array([k[1] for k in ids]), values=values)
         done |= zip(ids, values, strict=True)
-    return Embeddings(np.stack([done[k] for k in keys]), meta)
+    return Embeddings(np.stack([done[k] for k in keys]), meta, keys)
 
 
 def averaged(
@@ -168,8 +191,9 @@ def averaged(
     found = defaultdict(list)
     for _, same in itertools.groupby(sorted(plan), key=lambda p: p[0]):
         while batch := list(itertools.islice(same, batch_size)):
-            mels = np.stack([store.read(rows[i], start, n).T for n, i, start in batch]).astype(np.float32)
-            for (_, i, _), value in zip(batch, read(normalise(torch.from_numpy(mels), mel)), strict=True):
+            mels = torch.from_numpy(np.stack([store.read(rows[i], start, n).T for n, i, start in batch])).float()
+            mels = F.pad(mels, (0, max(0, PATCH - mels.shape[2])))  # a track shorter than a patch
+            for (_, i, _), value in zip(batch, read(normalise(mels, mel)), strict=True):
                 found[i].append(value)
     with np.errstate(over="ignore"):  # too large for float16 becomes infinite, and is refused
         return np.stack([np.mean(found[i], 0) for i in range(len(rows))]).astype(np.float16)

@@ -118,8 +118,10 @@ def hear(
 # %% ../nbs/controls.ipynb #b106bba9
 STYLE = """<style>
 .maestlib :is(.infolayer, .cartesianlayer) text { fill: var(--jp-ui-font-color1) !important }
-.maestlib .widget-label { width: 6em; text-align: right; margin-right: 8px }  .maestlib td { padding: 0 1em 0 0; text-align: right }
-.maestlib .widget-toggle-buttons { display: flex; align-items: center; width: auto }  .maestlib .widget-toggle-button { width: auto }
+.maestlib .widget-label { width: 6em; text-align: right; margin-right: 8px }
+.maestlib td { padding: 0 1em 0 0; text-align: right }
+.maestlib .widget-toggle-buttons { display: flex; align-items: center; width: auto }
+.maestlib .widget-toggle-button { width: auto }
 .maestlib-track { width: 26em !important }
 .maestlib :focus-visible { outline: 2px solid #0072B2; outline-offset: 2px }
 </style>"""

@@ -53,6 +53,11 @@ def prepare(
     if (given / "index.parquet").exists():
         store = MelStore(given)
     else:
+        gone = [p for p in table["path"] if not os.path.exists(p)]
+        hint = "give audio=, the folder where it lies"
+        check(
+            not gone, f"dataset={dataset}: {len(gone)} of {len(table)} audio files are not there, as {gone[:1]}; {hint}"
+        )
         files = [(p, (f := os.stat(p)).st_size, f.st_mtime_ns) for p in table["path"]]
         where = cache("mels", f"{Path(dataset).stem}-{hashlib.sha256(repr(files).encode()).hexdigest()[:8]}")
         with alone(where):

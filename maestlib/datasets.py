@@ -89,8 +89,8 @@ def folder(
         pl.col("labels").fill_null([]).list.eval(pl.element().str.strip_chars()).list.eval(
             pl.element().filter(pl.element() != "")).list.unique().list.sort(),
         name=pl.col("path"), path=pl.col("path").map_elements(lambda p: str(path / p), pl.String))  # fmt: skip
-    there = table["path"].map_elements(lambda p: Path(p).is_file(), pl.Boolean)
-    _tell("missing files are left out", table.filter(~there)["name"].to_list())
+    there = table["path"].map_elements(lambda p: Path(p).is_file(), pl.Boolean).fill_null(False)
+    _tell("missing files are left out", table.filter(~there)["name"].fill_null("(a row without a path)").to_list())
     table = table.filter(there)
     heard = {str(p) for p in path.rglob("*") if p.suffix.lower() in AUDIO}
     _tell(

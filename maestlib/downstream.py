@@ -382,6 +382,7 @@ def plot_shares(
     counts = known.explode("labels").drop_nulls("labels").group_by("labels", "split").len()
     share = {s: {label: 100 * n / size[s] for label, split, n in counts.rows() if split == s} for s in SPLITS}
     figure, labels = go.Figure(), sorted(share["train"])
+    check(len(labels) > 0, f"{name}: its training tracks have no labels to count")
     for split, symbol in (("validation", "circle-open"), ("test", "circle")):
         x, y = ([share[s].get(label) for label in labels] for s in ("train", split))
         off = [label if b and not 0.5 <= b / a <= 2 else "" for label, a, b in zip(labels, x, y, strict=True)]

@@ -9,6 +9,7 @@ __all__ = ['AUDIO', 'root', 'resolve', 'data', 'cache', 'run_home', 'atomic', 'w
 # %% ../nbs/files.ipynb #0aa196a1
 import contextlib
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -111,6 +112,10 @@ def alone(
     path: str | Path,  # what is made
 ):
     "One process at a time; not on Windows, where nobody waits."
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # its parent may hold the lock
+        raise RuntimeError(
+            f'{path}: a worker process runs the script that started it; call it under `if __name__ == "__main__":`'
+        )
     if fcntl is None or world()[1] > 1:
         yield
         return

@@ -26,13 +26,21 @@ from .probe import FIELDS, KEY, TOKENS, Recipe, study
 
 # %% ../nbs/layers.ipynb #96853447
 def _values(part: pl.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:  # (seeds,), (resamples,)
-    "Macro averages over the labels that have a score; the resamples moved to where their mean is the score."
+    "Macro averages over the labels that have a score."
     n = part["label"].n_unique()
     with np.errstate(invalid="ignore"):
         mean = lambda x: np.nansum(x, 1) / np.isfinite(x).sum(1)  # noqa: E731
         once = mean(part[metric].fill_null(math.nan).to_numpy().reshape(-1, n))
         again = mean(part[f"{metric}_resampled"].to_numpy().reshape(len(once), n, -1)).mean(0)
-        return once, again + once.mean() - mean(again[None])
+        return once, again
+
+
+def _interval(once: np.ndarray, again: np.ndarray) -> tuple[float, float]:
+    "The middle 95 % of the resamples, moved to where their mean is the score."
+    seen = again[np.isfinite(again)]
+    if not len(seen):
+        return math.nan, math.nan
+    return tuple(np.clip(np.percentile(seen, (2.5, 97.5)) + once.mean() - seen.mean(), 0, 1).tolist())
 
 
 def _labels(table: pl.DataFrame, label: str) -> pl.DataFrame:
@@ -56,11 +64,12 @@ def summarise(
         }
         for metric in METRICS:
             once, again = _values(part, metric)
-            seen = again[np.isfinite(again)]
-            low, high = np.percentile(seen, (2.5, 97.5)) if len(seen) else (math.nan, math.nan)
+            low, high = _interval(once, again)
             row |= {metric: once.mean(), f"{metric}_low": low, f"{metric}_high": high, f"{metric}_spread": once.std()}
         rows.append(row)
-    return pl.DataFrame(rows, infer_schema_length=None).fill_nan(None)
+    types = {k: table.schema[k] for k in keys} | {"validation": pl.Float64, "seeds": pl.Int64}
+    types |= {m + end: pl.Float64 for m in METRICS for end in ("", "_low", "_high", "_spread")}
+    return pl.DataFrame(rows, schema=types).fill_nan(None)
 
 
 def paired(
@@ -70,7 +79,7 @@ def paired(
     label: str = "all",
     metric: str = "map",
 ) -> dict:  # difference a - b, low, high, p
-    "Paired bootstrap over test tracks. Raises `ValueError` where a setting is not in the table."
+    "Paired bootstrap, as `metrics.difference`. Raises `ValueError` where a setting is not in the table."
     values = []
     for which in (a, b):
         part = _labels(table, label).filter(**which)
@@ -139,9 +148,11 @@ def findings(table: pl.DataFrame, model: str, metric: str = "map") -> list[str]:
     said.append(f"by validation the best setting is block {best['blocks']}, {best['tokens']}: test {NAMES[metric]} "
                 f"{best[metric]:.3f} ({best[f'{metric}_low']:.3f} … {best[f'{metric}_high']:.3f})")  # fmt: skip
     if best["blocks"] != last:
-        compare(at, at | {"blocks": last}, (f"block {best['blocks']}", f"the last block, {last} (the paper: above)"))
+        compare(
+            at, at | {"blocks": last}, (f"block {best['blocks']}", f"the last block probed, {last} (the paper: above)")
+        )
     else:
-        said.append("the last block is the best one, unlike in the paper, where the middle is")
+        said.append(f"the last block probed, {last}, is the best one; in the paper it is the middle")
     single = scores.filter(pl.col("blocks") == best["blocks"], pl.col("tokens").is_in(["c", "d", "t"]))
     if len(single) and len(best["tokens"]) > 1:
         token = single["tokens"][-1]
@@ -164,7 +175,7 @@ def plot_labels(table: pl.DataFrame, model: str, tokens: str = "cdt", metric: st
     part = table.filter(~pl.col("blocks").str.contains("+", literal=True), model=model, tokens=tokens, method="mlp")
     part = part.drop_nulls(metric).with_columns(pl.col("blocks").cast(pl.Int64))
     mean = part.group_by("label", "blocks", maintain_order=True).agg(pl.col(metric).mean())
-    spread = {key: np.nanpercentile(_values(some, metric)[1], (2.5, 97.5))
+    spread = {key: _interval(*_values(some, metric))
               for key, some in part.group_by("label", "blocks")}  # fmt: skip
     labels, blocks = (
         mean["label"].unique(maintain_order=True).sort(descending=True).to_list(),
@@ -277,6 +288,7 @@ class Layers:
         left = w.VBox([*controls, self.button, self.bar, self.text, self.sound])
         self.box = w.HBox([left, w.VBox([self.curves, self.map], layout=dict(flex="1 1 auto"))])
         self.dataset.observe(self._options, "value")
+        self.model.observe(self._depth, "value")
         for control in (self.model, self.blocks, self.tokens, self.label, self.metric):
             control.observe(self.draw, "value")
         self.button.on_click(lambda _: threading.Thread(target=self.compute, daemon=True).start())
@@ -284,15 +296,23 @@ class Layers:
 
     def _options(self, _=None):
         corpus, models = self.data[self.dataset.value]
-        groups = dict.fromkeys(n.split("---")[0] for n in corpus.labels)
+        learnt = corpus.targets[corpus.split("train")].sum(0) > 0  # others have no score
+        learnt = [n for n, known in zip(corpus.labels, learnt, strict=True) if known]
+        groups = dict.fromkeys(n.split("---")[0] for n in learnt)
         self.quiet = True
-        self.model.options = names = [m for m, e in models.items() if e.tokens != "e"]
-        self.model.value, first = names[0], models[names[0]]
-        self.blocks.options, self.blocks.value = range(first.blocks), (first.blocks // 2,)
+        names = [m for m, e in models.items() if e.tokens != "e"]
+        check(len(names) > 0, f"{self.dataset.value}: no model here has blocks and tokens to choose from; add a MAEST")
+        self.model.options, self.model.value = names, names[0]
+        self._depth()
         self.tokens.options, self.tokens.value = TOKENS, "cdt"
-        self.label.options, self.label.value = list(dict.fromkeys(["all", *groups, *corpus.labels])), "all"
+        self.label.options, self.label.value = list(dict.fromkeys(["all", *groups, *learnt])), "all"
         self.quiet = False
         self._read()
+
+    def _depth(self, _=None):
+        last = self.data[self.dataset.value][1][self.model.value].blocks - 1
+        kept = tuple(b for b in self.blocks.value if b <= last) or ((last + 1) // 2,)
+        self.blocks.options, self.blocks.value = range(last + 1), kept
 
     def _read(self):
         corpus, models = self.data[self.dataset.value]

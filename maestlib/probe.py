@@ -8,7 +8,6 @@ __all__ = ['START', 'CHECKS', 'TOKENS', 'FIELDS', 'KEY', 'Setting', 'Recipe', 'r
 
 # %% ../nbs/probe.ipynb #7f4a920a
 import itertools
-import json
 import os
 import zlib
 from collections import defaultdict
@@ -200,8 +199,19 @@ def _fit(probes: list[Probe], x: torch.Tensor, targets: torch.Tensor, splits: di
     return [Fit(s, int(e), float(v)) for s, e, v in zip(scores, epoch_of, top, strict=True)]
 
 
+def _splits(corpus: Corpus) -> dict[str, torch.Tensor]:  # positions
+    "The tracks of each split. Raises `ValueError` where one is empty or the validation split scores no label."
+    splits = {s: torch.from_numpy(corpus.split(s)) for s in SPLITS}
+    for name, part in splits.items():
+        check(len(part) > 0, f"{name}: the split is empty; give it some tracks")
+    positives = corpus.targets[splits["validation"]].sum(0)
+    scored = ((positives > 0) & (positives < len(splits["validation"]))).any()
+    check(bool(scored), "validation: no label has both a track with it and one without; give it more tracks")
+    return splits
+
+
 def train_probes(
-    embeddings: Embeddings,
+    embeddings: Embeddings,  # of the corpus' tracks
     corpus: Corpus,  # its targets and splits
     probes: list[Probe],
     together: int | None = None,  # probes in one network; None: 16 on a CPU core, else what 2 GB of weights hold
@@ -213,12 +223,10 @@ def train_probes(
     device = best_device()
     cpu = device.type == "cpu"
     kind = best_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-    splits = {s: torch.from_numpy(corpus.split(s)).to(device) for s in SPLITS}
+    embeddings.require(corpus)
+    splits = {s: part.to(device) for s, part in _splits(corpus).items()}
     x = standardised(embeddings, corpus.split("train"), kind, device)
     targets = torch.from_numpy(corpus.targets).to(device)
-    positives = targets[splits["validation"]].sum(0)
-    scored = ((positives > 0) & (positives < len(splits["validation"]))).any()
-    check(bool(scored), "validation: no label has both a track with it and one without; give it more tracks")
     shapes = defaultdict(list)
     for i, p in enumerate(probes):
         r = p.recipe
@@ -308,7 +316,12 @@ def linear_probe(
     return best
 
 
-def neighbours(x, targets, splits, k: int = 20) -> Fit:  # `k`: how many
+def neighbours(
+    x: torch.Tensor,  # (tracks, in) standardised float32
+    targets: torch.Tensor,  # (tracks, labels)
+    splits: dict[str, torch.Tensor],  # positions
+    k: int = 20,  # how many
+) -> Fit:
     "Cosine-weighted votes of the nearest training tracks."
     unit, train = F.normalize(x, dim=1), splits["train"]
 
@@ -351,7 +364,11 @@ KEY = ["model", "embeddings", "data", "blocks", "tokens", "method", *FIELDS]
 Setting = tuple[tuple[int, ...], str]  # blocks, tokens
 
 
-def settings(embeddings: Embeddings, blocks=None, tokens=TOKENS) -> list[Setting]:
+def settings(
+    embeddings: Embeddings,  # of MAEST, or single ones
+    blocks: list[int] | None = None,  # None: all
+    tokens: tuple[str, ...] = TOKENS,  # stacks
+) -> list[Setting]:
     "Each block with each stack; a single embedding has one setting."
     if embeddings.tokens == "e":
         return [((0,), "e")]
@@ -367,9 +384,16 @@ def _scored(fit: Fit, targets: np.ndarray, labels: list[str], weights: np.ndarra
     return columns | {"epoch": [fit.epoch] * len(labels), "validation": [fit.validation] * len(labels)}
 
 
+def _schema(count: int) -> dict:  # of the table of a study
+    types = dict.fromkeys(KEY, pl.String) | {f.name: pl.Int64 if f.type is int else pl.Float64 for f in fields(Recipe)}
+    types |= dict(label=pl.String, positives=pl.Int64) | dict.fromkeys(METRICS, pl.Float64)
+    types |= {f"{m}_resampled": pl.Array(pl.Float32, count) for m in METRICS}
+    return types | dict(epoch=pl.Int64, validation=pl.Float64)
+
+
 def study(
-    corpus: Corpus,
-    embeddings: Embeddings,
+    corpus: Corpus,  # its targets and splits
+    embeddings: Embeddings,  # of its tracks
     name: str,  # what the rows call the model
     settings: list[Setting],  # blocks and tokens; none: return all that is known of this model and data
     recipes: list[Recipe] = (Recipe(),),  # seeds, and the points of a grid
@@ -379,30 +403,35 @@ def study(
     quiet: bool = False,  # do not say which labels have no score
     **options,  # of `train_probes`
 ) -> pl.DataFrame:  # of this model and data: `KEY`, label, positives, roc_auc, map, …, and their resamples
-    "Probe what is missing, and return what was asked for. Raises `ValueError` for what is not in the embeddings."
+    """Probe what is missing, and return what was asked for.
+
+    Raises `ValueError` for what is not in the embeddings, embeddings of other tracks, a split that cannot be scored,
+    or an `out` with another number of resamples.
+    """
+    embeddings.require(corpus)
     unknown = [m for m in methods if m not in ("mlp", *CHECKS)]
     check(not unknown, f"methods={unknown}: give some of mlp, {', '.join(CHECKS)}")
-    test, splits = corpus.split("test"), {s: torch.from_numpy(corpus.split(s)) for s in SPLITS}
+    test, splits = corpus.split("test"), _splits(corpus)
     for where, place in splits.items():
         names = [n for n, k in zip(corpus.labels, corpus.targets[place.numpy()].sum(0), strict=True) if not k]
         if names and not quiet:
             what = "they do not choose the epoch" if where == "validation" else "they have no score"
             say(f"{len(names)} labels have no positive in {where}: {', '.join(names[:5])[:200]}; {what}")
     rows = corpus.table.select("track_id", "split").write_csv().encode()
-    data = f"{zlib.crc32(rows + corpus.targets.tobytes()):08x}"
-    ident = dict(model=name, embeddings=f"{zlib.crc32(json.dumps(embeddings.meta).encode()):08x}", data=data)
+    data = f"{zlib.crc32(rows + corpus.targets.tobytes() + repr(corpus.labels).encode()):08x}"
+    ident = dict(model=name, embeddings=embeddings.fingerprint(), data=data)
     file = resolve(out) if out else None
-    known = pl.read_parquet(file) if file and file.exists() else None
+    known = pl.read_parquet(file) if file and file.exists() else pl.DataFrame(schema=_schema(count))
+    held = known.schema["map_resampled"].size
+    check(held == count, f"{file}: holds {held} resamples; give count={held} or another out")
     if not settings:
-        check(known is not None, "settings: nothing was asked for and nothing is known; give blocks and tokens")
         return known.filter(**ident)
     plain = [dict.fromkeys(FIELDS)]  # the cross-checks have no recipe
     asked = [ident | dict(blocks="+".join(map(str, b)), tokens=t, method=m) | r
              for m in methods for b, t in settings
              for r in (map(asdict, recipes) if m == "mlp" else plain)]  # fmt: skip
-    types = {f.name: pl.Int64 if f.type is int else pl.Float64 for f in fields(Recipe)}
-    asked = pl.DataFrame(asked, schema_overrides=types, infer_schema_length=None).unique(maintain_order=True)
-    todo = asked if known is None else asked.join(known, on=KEY, how="anti", nulls_equal=True, maintain_order="left")
+    asked = pl.DataFrame(asked, schema={k: known.schema[k] for k in KEY}).unique(maintain_order=True)
+    todo = asked.join(known, on=KEY, how="anti", nulls_equal=True, maintain_order="left")
     stack = lambda row: embeddings.of(tuple(map(int, row["blocks"].split("+"))), row["tokens"])  # noqa: E731
     rows = [row | {"sources": stack(row)} for row in todo.iter_rows(named=True)]
     networks = [r for r in rows if r["method"] == "mlp"]
@@ -422,12 +451,12 @@ def study(
         table = table.with_columns(pl.col(METRICS).fill_nan(None))
         key = pl.DataFrame({k: [r[k]] for k in KEY}, schema=asked.schema)
         tables.append(key.join(table, how="cross"))
-    new = pl.concat(tables) if tables else known[:0]
+    new = pl.concat(tables).cast(known.schema) if tables else known[:0]
     if not file:
         whole = new
     else:
         with alone(file):  # another process may have added to it
-            known = pl.read_parquet(file) if file.exists() else new[:0]
+            known = pl.read_parquet(file) if file.exists() else known
             whole = pl.concat([known.join(new, on=KEY, how="anti", nulls_equal=True), new])
             if rows:
                 with atomic(file) as temporary:

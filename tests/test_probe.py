@@ -165,3 +165,90 @@ def test_figures_without_a_browser():
     assert layers.plot_labels(table, "made").data[0].z.shape == (3, 2)
     assert sum(len(t.x) for t in layers.plot_map(corpus, embeddings, (1,), "d", "Band").data) == 90
     assert layers.findings(table, "made")[0].startswith("by validation the best setting is block 1")
+
+
+def test_embeddings_belong_to_their_tracks(tmp_path):
+    corpus, embeddings = made(100)
+    with pytest.raises(ValueError, match="embeddings of 100 tracks: the corpus has 60"):
+        study(blocks.subset(corpus, 60), embeddings, "made", [((0,), "c")], [RECIPE])
+    model = MAEST(MAESTConfig(width=24, heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    found, out = extract(corpus, model, tmp_path / "store"), tmp_path / "study.parquet"
+    turned = Corpus(corpus.table.reverse(), corpus.store, corpus.rows[::-1], LABELS, corpus.targets[::-1].copy(), MEL)
+    with pytest.raises(ValueError, match="embeddings of t0: the corpus has t99 there"):
+        train_probes(found, turned, [Probe((0,), RECIPE)])
+    first = study(corpus, found, "m", [((0,), "c")], [RECIPE], out=out)
+    corpus.store.mels[:] = 1 - corpus.store.mels
+    corpus.store.index = corpus.store.index.with_columns(checksum=pl.col("checksum") + 1)
+    again = study(corpus, extract(corpus, model, tmp_path / "store"), "m", [((0,), "c")], [RECIPE], out=out)
+    assert not again["map"].equals(first["map"]), "other mels, other scores"
+    renamed = Corpus(corpus.table, corpus.store, corpus.rows, list("XYZ"), corpus.targets, MEL)
+    assert set(study(renamed, found, "m", [((0,), "c")], [RECIPE], out=out)["label"]) == set("XYZ")
+    next((tmp_path / "store").glob("*.npz")).write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"npz: not a whole file"):
+        extract(corpus, model, tmp_path / "store")
+
+
+def test_a_track_shorter_than_a_patch(tmp_path):
+    corpus, _ = made(60)
+    corpus.store.index = corpus.store.index.with_columns(
+        frames=pl.when(pl.col("track_id") == "t3").then(1).otherwise(100)
+    )
+    model = MAEST(MAESTConfig(width=24, heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    for what in (model, "mel"):
+        assert np.isfinite(extract(corpus, what, tmp_path / str(what)[:3]).values[3]).all()
+
+
+def test_a_study_keeps_to_its_resamples(tmp_path):
+    corpus, embeddings = made()
+    file = tmp_path / "s.parquet"
+    nothing = study(corpus, embeddings, "made", [], out=file)
+    assert len(nothing) == len(summarise(nothing)) == 0
+    some = study(corpus, embeddings, "made", [((1,), "d")], [RECIPE], out=file, count=50)
+    assert some.columns == nothing.columns
+    with pytest.raises(ValueError, match="holds 50 resamples"):
+        study(corpus, embeddings, "made", [((1,), "c")], [RECIPE], out=file)
+
+
+def test_a_split_without_tracks():
+    corpus, embeddings = made()
+    for split in ("validation", "test"):
+        gone = pl.when(pl.col("split") == split).then(pl.lit("train")).otherwise("split").alias("split")
+        bare = Corpus(corpus.table.with_columns(gone), corpus.store, corpus.rows, LABELS, corpus.targets, MEL)
+        for method in ("mlp", "linear", "knn"):
+            with pytest.raises(ValueError, match=f"{split}: the split is empty"):
+                study(bare, embeddings, "made", [((0,), "c")], [RECIPE], (method,))
+
+
+def test_equal_scores_are_no_difference():
+    "Two settings that differ in one track of forty: most resamples that miss it tie, and none is moved."
+    truth = np.arange(40) < 8
+    perfect = truth.astype(float)
+    slip = perfect.copy()
+    slip[20] = 2
+    drawn = probe.resamples(40, 200)
+    rows = [dict(zip(("roc_auc", "map"), map(float, map(np.squeeze, probe.ranking_scores(truth, s))), strict=True))
+            | {f"{m}_resampled": x.astype(np.float32) for m, x in zip(("roc_auc", "map"),
+               probe.ranking_scores(truth, s, drawn), strict=True)} for s in (perfect, slip)]  # fmt: skip
+    base = dict.fromkeys(probe.KEY, None) | dict(model="m", method="mlp", tokens="c", label="x", validation=0.5, seed=0)
+    schema = probe._schema(200)
+    table = pl.DataFrame([base | dict(blocks=b) | row for b, row in zip("01", rows, strict=True)], schema=schema)
+    gain = paired(table, dict(blocks="0"), dict(blocks="1"))
+    assert gain["difference"] > 0 and gain["low"] == 0 and gain["p"] > 0.1
+    assert summarise(table)["map_high"].max() <= 1
+
+
+def test_the_widget_starts_from_nothing(tmp_path):
+    corpus, embeddings = made()
+    embeddings.values = np.concatenate([embeddings.values] * 2, 1)  # four blocks
+    shallow = Embeddings(embeddings.values[:, :2], {"model": "shallow"})
+    corpus.targets[corpus.split("train"), 2] = 0
+    corpus.table = corpus.table.with_columns(path=pl.col("track_id"))
+    data = {"made": (corpus, {"deep": embeddings, "shallow": shallow})}
+    panel = layers.Layers(data, {"made": tmp_path / "s.parquet"}, [RECIPE])
+    assert "not probed yet" in panel.text.value and not panel.button.disabled
+    assert LABELS[2] not in panel.label.options
+    panel.blocks.value = (3,)
+    panel.compute()
+    assert "not probed" not in panel.text.value
+    panel.model.value = "shallow"
+    assert panel.blocks.options == (0, 1) and "not probed yet" in panel.text.value
