@@ -8,6 +8,7 @@ __all__ = ['MODEL', 'parser', 'main']
 # %% ../nbs/cli.ipynb #7648f204
 import argparse
 import sys
+from pathlib import Path
 
 # %% ../nbs/cli.ipynb #d91b1ac8
 MODEL = "discogs-maest-30s-pw-129e"
@@ -69,23 +70,28 @@ def _run(args: argparse.Namespace) -> int:
         ):
             print(models())
         return 0
-    from maestlib.embedding import embed, tag
+    from maestlib.embedding import _sources, embed, tag
     from maestlib.files import resolve
     from maestlib.model import Patchout
 
+    here = lambda path: str(Path(path).expanduser().absolute())  # noqa: E731  (of the shell, not of the project)
+    if Path(args.model).expanduser().exists():
+        args.model = here(args.model)
     shared = {name: getattr(args, name) for name in ("model", "hop", "dtype", "batch_size")}
     shared["patchout"] = Patchout(args.keep_every, args.drop_rows)
     if args.command == "tag":
-        for label, activation in tag(args.path, top=args.top, **shared).iter_rows():
+        for label, activation in tag(here(args.path), top=args.top, **shared).iter_rows():
             print(f"{activation:.3f}  {label}")
         return 0
-    folder = len(args.paths) == 1 and resolve(args.paths[0]).is_dir()
+    args.paths, args.out = list(map(here, args.paths)), here(args.out)
+    folder = len(args.paths) == 1 and Path(args.paths[0]).is_dir()
     paths = args.paths[0] if folder else args.paths
     embed(paths, block=args.block, tokens=args.tokens, average=args.average, out=args.out, **shared)
     report = resolve(args.out).with_suffix(".report.parquet")
-    for path, error in pl.read_parquet(report).iter_rows():
+    failed = pl.read_parquet(report).filter(pl.col("path").is_in(_sources(paths)))  # not those of earlier calls
+    for path, error in failed.iter_rows():
         print(f"left out: {error if path in error else f'{path}: {error}'}", file=sys.stderr)
-    return 1 if pl.read_parquet(report).height else 0
+    return 1 if failed.height else 0
 
 # %% ../nbs/cli.ipynb #ebef9290
 if __name__ == "__main__" and "ipykernel" not in sys.modules:

@@ -80,9 +80,15 @@ class Player(anywidget.AnyWidget):
       };
       const tell = () => { model.set("time", audio.currentTime); model.save_changes(); };
       let clock;
-      audio.onplay = () => { clearInterval(clock); clock = setInterval(tell, 100); };
+      audio.onplay = () => {
+        document.querySelectorAll(".maestlib-audio").forEach(other => other == audio || other.pause());
+        clearInterval(clock); clock = setInterval(tell, 100);
+      };
       audio.onpause = audio.onseeked = () => { if (audio.paused) clearInterval(clock); tell(); };
       model.on("change:sound", load);
+      // keys that are meant for a control must not reach the notebook, where d d deletes a cell
+      window.maestlibKeys ||= document.addEventListener("focusin", ({ target }) =>
+        target.closest?.(".maestlib") && target.setAttribute("data-lm-suppress-shortcuts", "true")) ?? true;
       model.on("msg:custom", ({ seek }) => { audio.currentTime = seek; audio.play().catch(() => {}); });
       load();
       el.append(audio);
@@ -94,7 +100,7 @@ class Player(anywidget.AnyWidget):
     def load(self, wave: torch.Tensor, rate: int = MEL.sample_rate):  # (samples,)
         buffer = io.BytesIO()
         soundfile.write(buffer, np.asarray(wave), rate, format="FLAC")
-        self.sound = buffer.getvalue()
+        self.sound, self.time = buffer.getvalue(), 0.0
 
     def seek(self, second: float):
         "Play from there."

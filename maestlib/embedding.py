@@ -282,7 +282,10 @@ def _done(out: Path, parts: Path, settings: str, known: dict[Path, set]) -> set[
     for file in [*sorted(parts.glob("*.parquet")), out]:
         with contextlib.suppress(FileNotFoundError):  # no `out` yet; or rank 0 has just moved a part into it
             if file not in known:
-                found = pl.read_parquet_metadata(file).get(KEY)
+                try:
+                    found = pl.read_parquet_metadata(file).get(KEY)
+                except pl.exceptions.ComputeError as error:
+                    raise ValueError(f"{file}: not a parquet file; give another out") from error
                 hint = "give those, or another out"
                 check(found == settings, f"{file}: made with other settings\n  {found}, now\n  {settings}\n{hint}")
                 known[file] = set(pl.read_parquet(file, columns=["path"])["path"])

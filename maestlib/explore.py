@@ -103,17 +103,20 @@ class PatchoutExplorer:
         lines = ("".join(f"<td>{c}</td>" for c in line) for line in cells)
         self.numbers.value = f"<table aria-live='polite'>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
-    def _read(self, patchout, seed=0) -> tuple[float, np.ndarray]:  # seconds, activations
+    def _read(self, mel, patchout=None, seed=0) -> tuple[float, np.ndarray]:  # seconds, activations
         device, config = next(self.model.parameters()).device, self.model.config
-        mel, start = normalise(self.mel, config.mel)[None].to(device), time.perf_counter()
+        mel, start = normalise(mel, config.mel)[None].to(device), time.perf_counter()
         with torch.inference_mode():
             said = self.model(mel, patchout, torch.Generator().manual_seed(seed)).sigmoid()[0].cpu().numpy()
         return time.perf_counter() - start, said
 
     def _hear(self, patchout, seed):
-        if self.whole is None:
-            self.whole = self._read(None)
-        seconds, said = self._read(patchout, seed)
+        mel, whole = self.mel, self.whole
+        whole = whole or self._read(mel)
+        seconds, said = self._read(mel, patchout, seed)
+        if mel is not self.mel:
+            return  # another tune was chosen meanwhile, and is asked for
+        self.whole = whole
         self._price(patchout, seconds)
         check(len(self.model.config.labels) > 0, "This model has no labels, so there are no tags to show.")
         table = pl.DataFrame({"label": self.model.config.labels, "whole": self.whole[1], "part": said})

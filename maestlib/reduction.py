@@ -28,6 +28,8 @@ def merge(
     key = F.normalize(key[:, 2:], dim=-1)
     here, there = key[:, ::2], key[:, 1::2]
     gone = min(int(share * key.shape[1]), there.shape[1])
+    if gone == 0:
+        return x, size
     alike, partner = (here @ there.mT).max(-1)
     order = alike.argsort(-1, descending=True)
     pick = lambda t, index: t.gather(1, index[..., None].expand(-1, -1, t.shape[2]))  # noqa: E731
@@ -133,4 +135,4 @@ def quantised(
 
 def lowered(model: MAEST, dtype: str | torch.dtype) -> tuple[MAEST, str | torch.dtype]:  # what reads it, and in what
     "For int8 a quantised copy, read in float32; otherwise what was given."
-    return (quantised(model), "float32") if str(dtype) == "int8" else (model, dtype)
+    return (quantised(model), "float32") if str(dtype).removeprefix("torch.") == "int8" else (model, dtype)

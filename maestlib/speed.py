@@ -223,7 +223,8 @@ def benchmark(
     for name, seconds in taken.items():
         low, middle, high = np.percentile(seconds, (25, 50, 75)).tolist()
         setting = of.get(name)
-        kind = best_dtype(device) if setting is None or setting.dtype == "auto" else getattr(torch, setting.dtype, None)
+        said = setting.dtype if setting else "float32"
+        kind = best_dtype(device) if said == "auto" else getattr(torch, said) if said != "int8" else None
         if kind is not None and kind not in rates:
             rates[kind] = matmul_rate(device, kind)
         gflop = rows[name]["gflop"]
@@ -267,7 +268,7 @@ def listen(
             np.savez(opened, values=found)
     with np.load(file, allow_pickle=False) as found:
         values = found["values"]
-    labels = len(model.config.labels) if tags else 0
+    labels = max(1, len(model.config.labels)) if tags else 0
     values, probabilities = np.split(values, [values.shape[1] - labels], 1)
     values = values.reshape(len(values), -1, 1 if isinstance(model, EffNet) else 3, model.config.width)
     one = values[:, setting.block : setting.block + 1] if values.shape[1] > 1 else values
@@ -295,6 +296,8 @@ def quality(
         row = {"model": name, "lost": d["difference"], "lost_low": d["low"], "lost_high": d["high"]}
         row["cosine"] = float((mine * whole).sum(-1).mean()) if model_of[name] == settings[0].model else None
         if tags:
+            row |= {f"tags_{metric}": None for metric in METRICS}
+        if tags and list(models[model_of[name]].config.labels) == corpus.labels:  # of other labels there is no score
             scored = evaluate(corpus.targets[test], tagged[test], corpus.labels, count=0).row(0, named=True)
             row |= {f"tags_{metric}": scored[metric] for metric in METRICS}
         rows.append(row)
@@ -317,7 +320,7 @@ def recommend(
     min_map: float | None = None,  # the lowest score that will do: the fastest with it
     table: pl.DataFrame | str | Path | None = None,  # of this notebook; None: what it left on this machine
 ) -> dict:  # model, setting, hours, map, and what to give to `Reduced` (reduction) and to `maestlib.embed` (options)
-    """Pick from what was measured, from the waveform on; files must be decoded as well, which another core does beside.
+    """Pick from what was measured, from the waveform on: where decoding is slower than the model, it sets the pace.
 
     Raises `ValueError` where nothing is fast or good enough, and says what comes nearest; `FileNotFoundError` where
     nothing was measured.
@@ -325,11 +328,13 @@ def recommend(
     check((deadline is None) != (min_map is None), "deadline, min_map: give one of them")
     check(hours_of_audio > 0, f"hours_of_audio={hours_of_audio}: give a number above 0")
     if not isinstance(table, pl.DataFrame):
-        file = resolve(table) if table else cache("speed", "speed.parquet")
+        whole, quick = (cache("speed", f"{name}.parquet") for name in ("speed", "speed-quick"))
+        file = resolve(table) if table else whole if whole.exists() else quick
         check(file.exists(), f"{file}: nothing was measured yet; run nbs/speed.ipynb", FileNotFoundError)
         table = pl.read_parquet(file)
     hours = hours_of_audio / pl.col("hours_per_hour")
     known = frontier(table.drop_nulls("advice").with_columns(hours=hours))
+    check(len(known) > 0, "table: no setting in it can be given to `embed`; run nbs/speed.ipynb")
     if deadline is not None:
         fine, row = known.filter(pl.col("hours") <= deadline).sort("map"), known.sort("hours").row(0, named=True)
         hint = f"deadline={deadline:g} h: {row['setting']} is the fastest, and takes {row['hours']:.2g} h"

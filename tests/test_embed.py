@@ -234,3 +234,16 @@ def test_no_audio_in_a_folder(model, tmp_path, capsys):
     assert main(["embed", str(tmp_path), "--out", f"{tmp_path}/e.parquet", "--model", f"{tmp_path}/m.safetensors"]) == 2
     assert "no audio" in capsys.readouterr().err
     assert embedding.embed(torch.zeros(16000), model).height == 1, "silence is fine"
+
+
+def test_a_terminal_means_its_own_folder(tmp_path, monkeypatch, capsys):
+    draw = np.random.default_rng(0)
+    soundfile.write(tmp_path / "a.wav", 0.1 * draw.normal(size=32_000), 16_000)
+    (tmp_path / "b.wav").write_bytes(b"no audio")
+    monkeypatch.chdir(tmp_path)
+    command = ["embed", "a.wav", "b.wav", "--out", "emb.parquet", "--model", "maest-30s-tunes", "--keep-every", "10"]
+    assert main(command) == 1 and (tmp_path / "emb.parquet").exists()
+    assert main([c for c in command if c != "b.wav"]) == 0, "what failed earlier is not asked for now"
+    (tmp_path / "text.parquet").write_text("words")
+    command[4] = "text.parquet"
+    assert main(command) == 2 and "not a parquet file" in capsys.readouterr().err
