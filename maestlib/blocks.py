@@ -25,7 +25,7 @@ from .effnet import EffNet
 from .embedding import _fingerprint, reader
 from .files import atomic, cache, check, resolve, run_home, say, write_json
 from .mel import MEL, MelConfig, normalise
-from .model import MAEST, PATCH, Patchout, best_device, best_dtype, portion
+from .model import MAEST, PATCH, Patchout, as_dtype, best_device, portion
 from .store import MelStore
 from .weights import SHIPPED, load
 
@@ -147,9 +147,8 @@ def extract(
     mel.require(corpus.store.config)
     meta = dict(model=model if isinstance(model, str) else _fingerprint(model), patchout=repr(patchout))
     meta |= dict(kind=type(model).__name__ if meta["model"] != model else "mel", mel=mel.fingerprint())
-    where = torch.device("cpu") if isinstance(model, str) else next(model.parameters()).device
-    kind = best_dtype(where) if dtype == "auto" else dtype
-    meta["dtype"] = "float32" if isinstance(model, str) else str(kind).removeprefix("torch.")
+    kind = torch.float32 if isinstance(model, str) else as_dtype(dtype, next(model.parameters()).device)
+    meta["dtype"] = str(kind).removeprefix("torch.")
     key = zlib.crc32(json.dumps(meta).encode())
     folder = resolve(folder) if folder else cache("embeddings", f"{key:08x}")
     if (folder / "meta.json").exists():

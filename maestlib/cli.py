@@ -71,7 +71,6 @@ def _run(args: argparse.Namespace) -> int:
             print(models())
         return 0
     from maestlib.embedding import _sources, embed, tag
-    from maestlib.files import resolve
     from maestlib.model import Patchout
 
     here = lambda path: str(Path(path).expanduser().absolute())  # noqa: E731  (of the shell, not of the project)
@@ -83,12 +82,11 @@ def _run(args: argparse.Namespace) -> int:
         for label, activation in tag(here(args.path), top=args.top, **shared).iter_rows():
             print(f"{activation:.3f}  {label}")
         return 0
-    args.paths, args.out = list(map(here, args.paths)), here(args.out)
-    folder = len(args.paths) == 1 and Path(args.paths[0]).is_dir()
-    paths = args.paths[0] if folder else args.paths
-    embed(paths, block=args.block, tokens=args.tokens, average=args.average, out=args.out, **shared)
-    report = resolve(args.out).with_suffix(".report.parquet")
-    failed = pl.read_parquet(report).filter(pl.col("path").is_in(_sources(paths)))  # not those of earlier calls
+    paths, out = list(map(here, args.paths)), here(args.out)
+    paths = _sources(paths[0] if len(paths) == 1 else paths)
+    embed(paths, block=args.block, tokens=args.tokens, average=args.average, out=out, **shared)
+    report = Path(out).with_suffix(".report.parquet")
+    failed = pl.read_parquet(report).filter(pl.col("path").is_in(paths))  # not those of earlier calls
     for path, error in failed.iter_rows():
         print(f"left out: {error if path in error else f'{path}: {error}'}", file=sys.stderr)
     return 1 if failed.height else 0

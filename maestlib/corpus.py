@@ -6,6 +6,7 @@
 __all__ = ['EPOCH', 'Corpus', 'prepare', 'Batches', 'windows', 'predict']
 
 # %% ../nbs/corpus.ipynb #7df1dc2d
+import contextlib
 import hashlib
 import os
 import signal
@@ -42,23 +43,29 @@ class Corpus:
         return np.flatnonzero((self.table["split"] == name).to_numpy())
 
 
+def _stat(path: str) -> os.stat_result | None:  # None: there is no such file
+    with contextlib.suppress(OSError, ValueError):
+        return os.stat(path)
+
+
 def prepare(
     dataset: str,  # as `datasets.load` takes it
     labels: list[str] | None = None,  # a given vocabulary; None: every label of the training split
     quiet: bool = False,  # do not say which labels have no score
+    audio: str | Path = "",  # where the audio of a public dataset lies
     **options,  # as `datasets.load` takes them
 ) -> Corpus:  # tracks whose audio could not be read are left out and said
     "Table and mels of a dataset. Raises `ValueError` where a split is empty or nothing can be learnt."
+    options |= {"audio": audio} if audio else {}
     table, given = datasets.load(dataset, **options), resolve(dataset)
     if (given / "index.parquet").exists():
         store = MelStore(given)
     else:
-        gone = [p for p in table["path"] if not os.path.exists(p)]
-        hint = "give audio=, the folder where it lies"
-        check(
-            not gone, f"dataset={dataset}: {len(gone)} of {len(table)} audio files are not there, as {gone[:1]}; {hint}"
-        )
-        files = [(p, (f := os.stat(p)).st_size, f.st_mtime_ns) for p in table["path"]]
+        found = [(p, _stat(p)) for p in table["path"]]
+        gone = [p for p, stat in found if stat is None]
+        what = f"dataset={dataset}: {len(gone)} of {len(table)} audio files are not there, as {gone[:1]}"
+        check(not gone, f"{what}; give audio=, the folder where it lies")
+        files = [(p, stat.st_size, stat.st_mtime_ns) for p, stat in found]
         where = cache("mels", f"{Path(dataset).stem}-{hashlib.sha256(repr(files).encode()).hexdigest()[:8]}")
         with alone(where):
             extract(table, where)

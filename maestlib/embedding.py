@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from .files import AUDIO, atomic, check, resolve, run_home, say, world
 from .mel import MelConfig, decode, duration, logmel, normalise
-from .model import MAEST, PATCH, Patchout, best_device, best_dtype, portion
+from .model import MAEST, PATCH, Patchout, as_dtype, best_device, portion
 from .reduction import lowered
 from .weights import load
 
@@ -142,10 +142,7 @@ def reader(
     "`compute` without gradients, with its matrix products in `dtype`."
     check(not model.training, "model: it is in training mode, where positions are random; call model.eval()")
     device = next(model.parameters()).device
-    name = str(dtype).removeprefix("torch.")
-    known = ("auto", "float32", "bfloat16", "float16")
-    check(name in known, f"dtype={name}: give auto, float32, bfloat16, float16 or, to `embed` and `tag`, int8")
-    kind = best_dtype(device) if name == "auto" else getattr(torch, name)
+    kind = as_dtype(dtype, device)
 
     def read(mels):
         low = kind != torch.float32

@@ -111,8 +111,8 @@ class PatchoutExplorer:
         return time.perf_counter() - start, said
 
     def _hear(self, patchout, seed):
-        mel, whole = self.mel, self.whole
-        whole = whole or self._read(mel)
+        mel = self.mel
+        whole = self.whole or self._read(mel)
         seconds, said = self._read(mel, patchout, seed)
         if mel is not self.mel:
             return  # another tune was chosen meanwhile, and is asked for

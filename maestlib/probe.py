@@ -26,7 +26,7 @@ from .corpus import Corpus
 from .datasets import SPLITS
 from .files import alone, atomic, check, resolve, rng, say
 from .metrics import METRICS, ranking_scores, resamples
-from .model import best_device, best_dtype
+from .model import as_dtype, best_device
 
 # %% ../nbs/probe.ipynb #7bbc12f3
 START = 1e-7  # lowest learning rate
@@ -222,7 +222,7 @@ def train_probes(
     "Train probes many at a time. Raises `ValueError` for NaN embeddings or a validation split that scores no label."
     device = best_device()
     cpu = device.type == "cpu"
-    kind = best_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    kind = as_dtype(dtype, device)
     embeddings.require(corpus)
     splits = {s: part.to(device) for s, part in _splits(corpus).items()}
     x = standardised(embeddings, corpus.split("train"), kind, device)

@@ -33,7 +33,7 @@ from .files import atomic, cache, check, resolve
 from .layers import paired, redraw, summarise
 from .mel import logmel, normalise
 from .metrics import METRICS, evaluate
-from .model import MAEST, PALETTE, STRIDE, MAESTConfig, Patchout, best_dtype, cost, kept, matmul_rate, portion
+from .model import MAEST, PALETTE, STRIDE, MAESTConfig, Patchout, as_dtype, cost, kept, matmul_rate, portion
 from .probe import Recipe, study
 from .reduction import Reduced, lowered
 
@@ -224,7 +224,7 @@ def benchmark(
         low, middle, high = np.percentile(seconds, (25, 50, 75)).tolist()
         setting = of.get(name)
         said = setting.dtype if setting else "float32"
-        kind = best_dtype(device) if said == "auto" else getattr(torch, said) if said != "int8" else None
+        kind = None if said == "int8" else as_dtype(said, device)
         if kind is not None and kind not in rates:
             rates[kind] = matmul_rate(device, kind)
         gflop = rows[name]["gflop"]
@@ -296,9 +296,9 @@ def quality(
         row = {"model": name, "lost": d["difference"], "lost_low": d["low"], "lost_high": d["high"]}
         row["cosine"] = float((mine * whole).sum(-1).mean()) if model_of[name] == settings[0].model else None
         if tags:
-            row |= {f"tags_{metric}": None for metric in METRICS}
-        if tags and list(models[model_of[name]].config.labels) == corpus.labels:  # of other labels there is no score
-            scored = evaluate(corpus.targets[test], tagged[test], corpus.labels, count=0).row(0, named=True)
+            ours, scored = list(models[model_of[name]].config.labels) == corpus.labels, dict.fromkeys(METRICS)
+            if ours:  # of other labels there is no score
+                scored = evaluate(corpus.targets[test], tagged[test], corpus.labels, count=0).row(0, named=True)
             row |= {f"tags_{metric}": scored[metric] for metric in METRICS}
         rows.append(row)
     return scores.join(pl.DataFrame(rows, infer_schema_length=None), "model").rename({"model": "setting"})
