@@ -46,9 +46,9 @@ class PatchoutExplorer:
         self.track = Track(tunes, config.mel, config.seconds, self.load)
         tip = "inference: a fixed pattern; training: rows and columns drawn at random"
         self.pattern = control(w.ToggleButtons, "pattern", tip, "pattern", options=["inference", "training"])
-        self.time = control(w.IntSlider, "time", "Keep every k-th column of patches", "time", min=1, max=12, value=4)
+        self.time = control(w.IntSlider, "time", "", "time", min=1, max=12, value=4)
         tip = "How many of the nine rows of patches are dropped"
-        self.frequency = control(w.IntSlider, "frequency", tip, "frequency", max=8, value=0)
+        self.frequency = control(w.IntSlider, "freq.: drop", tip, "frequency", max=8, value=0)
         self.seed = control(w.IntSlider, "seed", "Draws another random pattern", "seed", max=99, disabled=True)
         self.numbers = w.HTML().add_class("maestlib-numbers")
         self.figure = go.FigureWidget().add_class("maestlib-mel")
@@ -58,7 +58,7 @@ class PatchoutExplorer:
         self.pattern.observe(self._pattern, "value")
         for slider in (self.time, self.frequency, self.seed):
             slider.observe(self.draw, "value")
-        self.track.open(next(iter(tunes.values())))
+        self.track.pick.index = 0
 
     def patchout(self) -> Patchout:  # what the controls say
         if self.pattern.value == "training":
@@ -76,7 +76,10 @@ class PatchoutExplorer:
     def _pattern(self, _=None):
         random, columns = self.pattern.value == "training", self.shape[1]
         self.quiet, self.seed.disabled = True, not random
-        self.time.tooltip = "Columns of patches removed at random" if random else "Keep every k-th column of patches"
+        self.time.tooltip = (
+            "Columns of patches dropped at random" if random else "Keep one column of patches in so many"
+        )
+        self.time.description = "time: drop" if random else "time: 1 in"
         low, high = (0, columns - 1) if random else (1, min(12, columns))
         self.time.min, self.time.max = min(low, self.time.min), max(high, self.time.max)
         self.time.value = columns // 2 if random else min(4, columns)
@@ -147,15 +150,20 @@ class LayerExplorer:
         groups = list(dict.fromkeys(n.split("---")[0] for n in corpus.labels))
         options = [*groups, *(n for n in corpus.labels if n not in groups)]
         self.label = control(w.Dropdown, "colour", "Which labels the dots show", "label", options=options)
+        names = corpus.table["title" if "title" in corpus.table.columns else "track_id"]
+        options = sorted((f"{n} ({i})", i) for i, n in enumerate(names))
+        tip = "Whose neighbours are shown; another one is played, too"
+        self.tune = control(w.Dropdown, "tune", tip, "track", options=options, value=track)
         self.says, self.player = w.HTML().add_class("maestlib-message"), Player()
         self.map = go.FigureWidget().add_class("maestlib-map")
         self.ranks = go.FigureWidget().add_class("maestlib-neighbours")
-        controls = row(w.HBox([self.block, self.play]), self.tokens, self.label, self.method)
+        controls = row(self.tune, w.HBox([self.block, self.play]), self.tokens, self.label, self.method)
         self.box = panel("layers", controls, self.player, self.says, row(self.map, self.ranks))
         self.tsne = Latest(self._tsne, lambda error: setattr(self.says, "value", html.escape(str(error))))
         self.label.observe(self._paint, "value")
         for one in (self.block, self.tokens, self.method):
             one.observe(self.draw, "value")
+        self.tune.observe(lambda change: change.new != self.chosen and self.hear(change.new), "value")
         self._paint()
 
     def _paint(self, _=None):
@@ -241,7 +249,7 @@ class LayerExplorer:
             self.says.value = html.escape(f"⚠ {error}")
             return
         self.player.seek(0.0)
-        self.chosen = track
+        self.chosen = self.tune.value = track
         self.draw()
 
 # %% ../nbs/explore.ipynb #7778347b
@@ -264,7 +272,7 @@ class AttentionExplorer:
         self.box = panel("attention", self.track.box, controls, self.figure, self.dots)
         for one in (self.block, self.head, self.token, self.view):
             one.observe(self.draw, "value")
-        self.track.open(next(iter(tunes.values())))
+        self.track.pick.index = 0
 
     def load(self, wave):
         config = self.model.config
@@ -324,7 +332,7 @@ class TagExplorer:
         self.window.observe(self.slide, "value")
         self.top.observe(self.draw, "value")
         self.track.player.observe(self._cursor, "time")
-        self.track.open(next(iter(songs.values())))
+        self.track.pick.index = 0
 
     def load(self, wave):
         config = self.model.config.mel

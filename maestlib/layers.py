@@ -120,8 +120,12 @@ def plot_layers(
         figure.add_scatter(
             x=x, y=line[metric], error_y=bars, name=tokens, mode="lines+markers", hovertemplate=hover, **style
         )
-    for row in part.filter(pl.col("model") != model).sort("validation").group_by("model").last().iter_rows(named=True):
-        figure.add_hline(row[metric], line_dash="dash", line_color="#777777", annotation_text=row["model"])
+    others = part.filter(pl.col("model") != model).sort("validation").group_by("model").last().sort(metric)
+    for i, row in enumerate(others.iter_rows(named=True)):
+        where = ("bottom right", "top right", "top left", "top")[i % 4]  # names do not cover each other
+        figure.add_hline(
+            row[metric], line_dash="dash", line_color="#777777", annotation_text=row["model"], annotation_position=where
+        )
     figure.update_xaxes(title_text="block, counted from 0", dtick=1)
     figure.update_yaxes(title_text=f"{NAMES[metric]} on the test split, {'macro' if label == 'all' else label}")
     legend = dict(title="tokens: cls, dist,<br>patch mean (t)")
@@ -262,35 +266,32 @@ class Layers:
         import ipywidgets as w
         import plotly.graph_objects as go
 
+        from maestlib.controls import control, panel
+
         self.data, self.out, self.recipes, self.tables = data, out, recipes, {}
-        self.dataset = w.Dropdown(options=list(data), description="dataset")
-        self.model = w.Dropdown(description="model")
-        self.blocks = w.SelectMultiple(description="blocks", rows=6)
-        self.tokens = w.Dropdown(description="tokens")
-        self.label = w.Dropdown(description="label")
-        self.metric = w.Dropdown(options=[(v, k) for k, v in NAMES.items()], value="map", description="score")
-        self.button, self.bar = (
-            w.Button(description="probe it", disabled=True),
-            w.IntProgress(layout=dict(width="200px")),
-        )
+        self.dataset = control(w.Dropdown, "dataset", "Whose tracks", "dataset", options=list(data))
+        self.model = control(w.Dropdown, "model", "Whose embeddings", "model")
+        tip = "After which block, counted from 0; several (Ctrl or Shift) are concatenated"
+        self.blocks = control(w.SelectMultiple, "blocks", tip, "blocks", rows=6)
+        tip = "cls (c), dist (d) and mean of the patches (t), and their stacks"
+        self.tokens = control(w.Dropdown, "tokens", tip, "token")
+        self.label = control(w.Dropdown, "label", "All, a group, or one label", "label")
+        scores = [(v, k) for k, v in NAMES.items()]
+        self.metric = control(w.Dropdown, "score", "What is scored", "score", options=scores, value="map")
+        tip = "Train the probes that are chosen and not stored"
+        self.button = control(w.Button, "probe it", tip, "compute", disabled=True)
+        self.bar = w.IntProgress(layout=dict(width="200px"))
         self.text, self.sound = w.HTML(), w.Output()
         self.curves, self.map = go.FigureWidget(), go.FigureWidget()
-        controls = [self.dataset, self.model, self.blocks, self.tokens, self.label, self.metric]
-        tips = ("whose tracks", "whose embeddings", "after which block; several are concatenated",
-                "cls, dist and patch mean (t), and their stacks", "all, a group, or one label",
-                "what is scored")  # fmt: skip
-        for control, tip in zip(controls, tips, strict=True):
-            control.tooltip = tip
-        names = ("blocks", "token", "label", "compute", "curves", "map", "numbers")
-        parts = (self.blocks, self.tokens, self.label, self.button, self.curves, self.map, self.text)
-        for part, name in zip(parts, names, strict=True):
+        for part, name in ((self.curves, "curves"), (self.map, "map"), (self.text, "numbers")):
             part.add_class(f"maestlib-{name}")
+        controls = [self.dataset, self.model, self.blocks, self.tokens, self.label, self.metric]
         left = w.VBox([*controls, self.button, self.bar, self.text, self.sound])
-        self.box = w.HBox([left, w.VBox([self.curves, self.map], layout=dict(flex="1 1 auto"))])
+        self.box = panel("study", w.HBox([left, w.VBox([self.curves, self.map], layout=dict(flex="1 1 auto"))]))
         self.dataset.observe(self._options, "value")
         self.model.observe(self._depth, "value")
-        for control in (self.model, self.blocks, self.tokens, self.label, self.metric):
-            control.observe(self.draw, "value")
+        for one in (self.model, self.blocks, self.tokens, self.label, self.metric):
+            one.observe(self.draw, "value")
         self.button.on_click(lambda _: threading.Thread(target=self.compute, daemon=True).start())
         self._options()
 

@@ -460,38 +460,33 @@ class Tradeoff:
         import ipywidgets as w
         import plotly.graph_objects as go
 
+        from maestlib.controls import control, panel
+
         self.table, self.config = table, config
         rows = {"all": (), "without 0, 7, 8": (0, 7, 8), "without 0, 1, 7, 8": (0, 1, 7, 8)}
 
         def choice(name):
             found = sorted(table[name].unique())
-            hint = f"which {name} is shown; Ctrl or Shift for several"
-            return w.SelectMultiple(options=found, value=found, description=name, rows=min(6, len(found)), tooltip=hint)
+            tip = f"Which {name} is shown; Ctrl or Shift for several"
+            return control(w.SelectMultiple, name, tip, name, options=found, value=found, rows=min(6, len(found)))
 
         self.filters = {name: choice(name) for name in ("device", "dtype", "family")}
-        self.score = w.Dropdown(
-            options=[(v, k) for k, v in NAMES.items() if k in table.columns],
-            description="score",
-            tooltip="what quality means",
-        )
-        self.every = w.IntSlider(1, 1, 30, description="keep every", tooltip="patch columns: one of so many is read")
-        self.rows = w.Dropdown(options=rows, description="rows", tooltip="patch rows that are read")
-        self.block = w.IntSlider(
-            6, 0, config.depth - 1, description="block", tooltip="after which block the embedding is taken, from 0"
-        )
+        scores = [(v, k) for k, v in NAMES.items() if k in table.columns]
+        self.score = control(w.Dropdown, "score", "What quality means", "score", options=scores)
+        tip = "One column of patches of so many is read"
+        self.every = control(w.IntSlider, "keep every", tip, "keep", value=1, min=1, max=30)
+        self.rows = control(w.Dropdown, "rows", "Rows of patches that are read", "rows", options=rows)
+        tip = "After which block the embedding is taken, counted from 0"
+        self.block = control(w.IntSlider, "block", tip, "block", value=6, max=config.depth - 1)
         self.text, self.figure, self.grid = w.HTML(), go.FigureWidget(), go.FigureWidget()
-        for control in (*self.filters.values(), self.score):
-            control.observe(self.draw, "value")
-        for control in (self.every, self.rows, self.block):
-            control.observe(self.predict, "value")
-        for widget, name in zip(
-            (self.every, self.rows, self.block, self.figure, self.grid),
-            ("keep", "rows", "block", "frontier", "grid"),
-            strict=True,
-        ):
-            widget.add_class(f"maestlib-{name}")
+        for one in (*self.filters.values(), self.score):
+            one.observe(self.draw, "value")
+        for one in (self.every, self.rows, self.block):
+            one.observe(self.predict, "value")
+        self.figure.add_class("maestlib-frontier")
+        self.grid.add_class("maestlib-grid")
         left = w.VBox([*self.filters.values(), self.score, self.every, self.rows, self.block, self.text])
-        self.box = w.HBox([left, w.VBox([self.figure, self.grid], layout=dict(flex="1 1 auto"))])
+        self.box = panel("tradeoff", w.HBox([left, w.VBox([self.figure, self.grid], layout=dict(flex="1 1 auto"))]))
         self.draw()
 
     def draw(self, _=None):

@@ -250,9 +250,7 @@ def test_uploads(explore, tmp_path):
     explore.bring(".maestlib-patchout .maestlib-upload")
     before = explore.state(".maestlib-patchout .maestlib-mel")
     says = explore.driver.find_element("css selector", ".maestlib-patchout .maestlib-message")
-    explore.js("""HTMLInputElement.prototype.click = function () { document.body.append(this); this.id = 'chosen' }
-    document.querySelector('button.maestlib-upload, .maestlib-upload button').click()""")
-    chosen = explore.driver.find_element("css selector", "#chosen")  # the dialogue of the system stays closed
+    chosen = explore.driver.find_element("css selector", ".maestlib-patchout .maestlib-upload input")
     chosen.send_keys(str(tmp_path / "broken.mp3"))
     until(lambda: "broken.mp3" in says.text, "the broken file is named", 10)
     assert explore.state(".maestlib-patchout .maestlib-mel") == before
@@ -261,6 +259,22 @@ def test_uploads(explore, tmp_path):
     assert says.text == ""
     seconds = GRAPH + "return gd.layout.xaxis.range[1]"
     until(lambda: abs(explore.js(seconds, ".maestlib-patchout .maestlib-mel") - 4) < 0.1, "four seconds are shown", 10)
+    assert explore.js("return document.querySelector('.maestlib-patchout .maestlib-track select').value") == ""
+    soundfile.write(tmp_path / "hour.wav", np.tile(tone, 900), 16000)
+    chosen.send_keys(str(tmp_path / "hour.wav"))
+    until(lambda: "60 min" in says.text, "a file of 115 MB arrives", 60)
+
+
+def test_a_menu_has_a_tooltip_and_keeps_its_keys(explore):
+    menu = explore.bring(".maestlib-layers .maestlib-track select")
+    cells = explore.js(CELLS + "return cells.length")
+    webdriver.ActionChains(explore.driver).move_to_element(menu).perform()
+    tip = "return arguments[0].closest('[title]')?.title"
+    until(lambda: "neighbours" in (explore.js(tip, menu) or ""), "the tooltip is there", 10)
+    before = explore.state(".maestlib-layers .maestlib-neighbours")
+    menu.send_keys("d", "d")
+    until(lambda: explore.state(".maestlib-layers .maestlib-neighbours") != before, "another tune is chosen", 10)
+    assert explore.js(CELLS + "return cells.length") == cells, "d d deletes a cell, but not from a menu"
 
 
 def test_probe(lab):

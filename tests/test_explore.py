@@ -2,7 +2,6 @@
 
 import threading
 import time
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,8 @@ import polars as pl
 import pytest
 import soundfile
 import torch
-from traitlets.utils.bunch import Bunch
 
-from maestlib import attention, controls, pictures
+from maestlib import attention, pictures
 from maestlib.blocks import Embeddings
 from maestlib.controls import Latest, Track, hear
 from maestlib.explore import AttentionExplorer, PatchoutExplorer, TagExplorer
@@ -138,6 +136,13 @@ def test_hours_are_cut_and_moments_refused(tmp_path):
         hear(sound(tmp_path / "moment.wav", 0.2))
 
 
+def send(upload, name, content, piece=100_000):
+    "As the browser does: piece by piece."
+    for at in range(0, max(len(content), 1), piece):
+        message = {"name": name, "first": at == 0, "last": at + piece >= len(content)}
+        upload._handle_custom_msg(message, [memoryview(content)[at : at + piece]])
+
+
 def test_what_cannot_be_read_is_said_and_changes_nothing(tmp_path, tunes):
     (tmp_path / "words.mp3").write_text("not music")
     heard = []
@@ -145,18 +150,25 @@ def test_what_cannot_be_read_is_said_and_changes_nothing(tmp_path, tunes):
     for path in (tmp_path / "words.mp3", tmp_path / "none.wav", tmp_path, sound(tmp_path / "moment.wav", 0.1)):
         track.path.value = str(path)
         assert track.says.value.startswith("⚠") and not heard, path
-    upload = {
-        "name": "<b>.mp3",
-        "type": "",
-        "size": 9,
-        "content": memoryview(b"not music"),
-        "last_modified": datetime.now(),
-    }
-    track.upload.set_trait("value", (Bunch(upload),))
+    send(track.upload, "<b>.mp3", b"not music")
     assert "&lt;b&gt;.mp3" in track.says.value and "/" not in track.says.value.split(":")[0] and not heard
-    good = {"name": "a.wav", "content": memoryview(Path(tunes["long"]).read_bytes())}
-    track.upload.set_trait("value", (Bunch(upload | good),))
+    send(track.upload, "empty.mp3", b"")
+    assert "empty.mp3" in track.says.value and not heard
+    send(track.upload, "a.wav", Path(tunes["long"]).read_bytes())
     assert len(heard) == 1 and track.says.value == "" and track.player.sound[:4] == b"fLaC"
+
+
+def test_the_menu_names_what_is_heard_or_nothing(tunes):
+    heard = []
+    track = Track(tunes, MEL, 30, heard.append)
+    for name in ("long", "short"):
+        track.pick.value = name
+    track.path.value = tunes["long"]
+    assert track.pick.value is None and track.path.value == tunes["long"] and len(heard) == 3
+    track.pick.value = "short"
+    assert track.path.value == "" and len(heard) == 4, "the same tune can be chosen again"
+    send(track.upload, "a.wav", Path(tunes["long"]).read_bytes())
+    assert track.pick.value is None and len(heard) == 5
 
 
 @pytest.mark.parametrize("kind", [PatchoutExplorer, AttentionExplorer, TagExplorer])
@@ -182,7 +194,8 @@ def test_every_pattern_can_be_dragged_through(tunes):
                 explorer.seed.value = 7
                 explorer.hear.wait()
                 assert "⚠" not in explorer.track.says.value and "…" not in explorer.numbers.value
-    assert all(
-        w.tooltip and w.description for w in (explorer.time, explorer.frequency, explorer.seed, explorer.pattern)
-    )
-    assert controls.panel("x")._dom_classes == ("maestlib", "maestlib-x")
+    hints = explorer.box.children[-1]
+    names = {f"maestlib-{n}" for n in ("track", "path", "upload", "pattern", "time", "frequency", "seed")}
+    assert set(hints.tips) == names and "so many" in hints.tips["maestlib-time"] and all(hints.tips.values())
+    explorer.pattern.value = "training"
+    assert "at random" in hints.tips["maestlib-time"] and explorer.time.description == "time: drop"
