@@ -148,7 +148,7 @@ def plot_neighbours(
     figure.update_yaxes(title_text="block, counted from 0", dtick=1)
     figure.update_layout(template="plotly_white", height=460, width=390, margin=dict(l=60, r=10, t=40, b=45))
     title = f"Neighbours of {html.escape(str(called[track]))}"
-    modebar = dict(orientation="v", remove=["zoom", "pan", "resetscale"])
+    modebar = dict(orientation="v", remove=["zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale", "toimage"])
     return adaptive(figure).update_layout(title=title, modebar=modebar)
 
 # %% ../nbs/pictures.ipynb #1a602cf4
