@@ -235,7 +235,7 @@ class Upload(anywidget.AnyWidget):
 
     def __init__(self, **fields):
         super().__init__(**fields)
-        self.then = None  # called with the path of the file, which lies there until the next one comes
+        self.then = None  # called with the path of the file, which is removed afterwards
         self.on_msg(self._piece)
 
     def _piece(self, _, message: dict, buffers: list):
@@ -247,6 +247,7 @@ class Upload(anywidget.AnyWidget):
                 file.write(buffers[0])
             if message["last"]:
                 self.then(self.path)
+                self.folder.cleanup()
         finally:
             self.send({})
 
@@ -263,7 +264,9 @@ class Track:
     ):
         self.tunes, self.config, self.limit, self.then = tunes, config, limit_s, then
         self.pick = control(w.Dropdown, "track", "A tune of the corpus", "track", options=list(tunes), value=None)
-        self.upload = control(Upload, "upload", "An audio file on the machine that you look at", "upload")
+        self.upload = control(
+            Upload, "upload", "An audio file of any size, from the machine that your browser runs on", "upload"
+        )
         tip = "Where an audio file lies on the machine that runs this notebook; press Enter"
         self.path = control(w.Text, "or a path", tip, "path", placeholder="music/song.mp3", continuous_update=False)
         self.says, self.player = w.HTML().add_class("maestlib-message"), Player()

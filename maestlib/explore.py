@@ -246,10 +246,10 @@ class LayerExplorer:
         try:
             self.player.load(hear(self.corpus.table["path"][track])[0])
         except (ValueError, OSError) as error:
-            self.says.value = html.escape(f"⚠ {error}")
+            self.says.value, self.tune.value = html.escape(f"⚠ {error}"), self.chosen
             return
         self.player.seek(0.0)
-        self.chosen = self.tune.value = track
+        self.says.value, self.chosen, self.tune.value = "", track, track
         self.draw()
 
 # %% ../nbs/explore.ipynb #7778347b

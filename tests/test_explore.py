@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -13,7 +14,7 @@ import torch
 from maestlib import attention, pictures
 from maestlib.blocks import Embeddings
 from maestlib.controls import Latest, Track, hear
-from maestlib.explore import AttentionExplorer, PatchoutExplorer, TagExplorer
+from maestlib.explore import AttentionExplorer, LayerExplorer, PatchoutExplorer, TagExplorer
 from maestlib.mel import MEL
 from maestlib.model import MAEST, MAESTConfig, Patchout, grid, kept
 
@@ -89,6 +90,23 @@ def test_neighbours_against_loops():
     assert near.filter(block=0)["track"].to_list() == [i for i in np.argsort(cosine)[::-1] if i != 4][:3]
     table = pl.DataFrame({"track_id": [f"<{i}>" for i in range(30)], "labels": [["a"]] * 30})
     assert "&lt;4&gt;" in pictures.plot_neighbours(near, table, 4).layout.title.text, "titles are text, not markup"
+
+
+def test_a_clip_that_is_gone_is_said_and_the_map_stays(tunes):
+    paths = [*tunes.values(), "gone.wav", *tunes.values()]
+    rows = {"track_id": list("abcde"), "path": paths, "labels": [["Group---A"]] * 5}
+    corpus = SimpleNamespace(table=pl.DataFrame(rows), labels=["Group---A"])
+    values = np.random.default_rng(0).normal(size=(5, 2, 3, 4)).astype(np.float16)
+    explorer = LayerExplorer(corpus, Embeddings(values, {}))
+    assert len(explorer.tune.options) == 5 and not explorer.player.sound
+    explorer.tune.value = 1
+    sound, title = explorer.player.sound, explorer.ranks.layout.title.text
+    assert explorer.chosen == 1 and sound and "b" in title
+    explorer.tune.value = 2
+    assert "gone.wav" in explorer.says.value and explorer.tune.value == explorer.chosen == 1
+    assert explorer.player.sound == sound and explorer.ranks.layout.title.text == title
+    explorer.tune.value = 3
+    assert explorer.says.value == "" and explorer.chosen == 3
 
 
 def test_tags_of_a_song_end_with_it_and_a_model_without_labels_says_so():
