@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .corpus import Corpus
@@ -25,7 +24,7 @@ from .effnet import EffNet
 from .embedding import _fingerprint, reader
 from .files import atomic, cache, check, resolve, run_home, say, write_json
 from .mel import MEL, MelConfig, normalise
-from .model import MAEST, PATCH, Patchout, as_dtype, best_device, portion
+from .model import MAEST, Patchout, as_dtype, best_device, portion, whole_patch
 from .store import MelStore
 from .weights import SHIPPED, load
 
@@ -143,11 +142,11 @@ def extract(
     commit: int = 64,  # tracks of a file
 ) -> Embeddings:  # in the corpus' order
     "Embed the tracks that are missing. Raises `ValueError` for another model's store or values that are not finite."
-    read, mel, frames = _reading(model, patchout, dtype)
+    kind = torch.float32 if isinstance(model, str) else as_dtype(dtype, next(model.parameters()).device)
+    read, mel, frames = _reading(model, patchout, kind)
     mel.require(corpus.store.config)
     meta = dict(model=model if isinstance(model, str) else _fingerprint(model), patchout=repr(patchout))
     meta |= dict(kind=type(model).__name__ if meta["model"] != model else "mel", mel=mel.fingerprint())
-    kind = torch.float32 if isinstance(model, str) else as_dtype(dtype, next(model.parameters()).device)
     meta["dtype"] = str(kind).removeprefix("torch.")
     key = zlib.crc32(json.dumps(meta).encode())
     folder = resolve(folder) if folder else cache("embeddings", f"{key:08x}")
@@ -191,8 +190,7 @@ def averaged(
     for _, same in itertools.groupby(sorted(plan), key=lambda p: p[0]):
         while batch := list(itertools.islice(same, batch_size)):
             mels = torch.from_numpy(np.stack([store.read(rows[i], start, n).T for n, i, start in batch])).float()
-            mels = F.pad(mels, (0, max(0, PATCH - mels.shape[2])))  # a track shorter than a patch
-            for (_, i, _), value in zip(batch, read(normalise(mels, mel)), strict=True):
+            for (_, i, _), value in zip(batch, read(normalise(whole_patch(mels), mel)), strict=True):
                 found[i].append(value)
     with np.errstate(over="ignore"):  # too large for float16 becomes infinite, and is refused
         return np.stack([np.mean(found[i], 0) for i in range(len(rows))]).astype(np.float16)

@@ -157,8 +157,8 @@ def control(kind, label: str, tip: str, name: str, **fields):  # a widget of tha
 def panel(name: str, *rows) -> w.VBox:
     "Rows of widgets under each other."
     inside = lambda box: [box, *(deep for part in getattr(box, "children", ()) for deep in inside(part))]  # noqa: E731
-    controls = [one for one in inside(w.VBox(rows)) if getattr(one, "tooltip", None) is not None]
-    hints = Hints()
+    box = w.VBox([w.HTML(STYLE), *rows, hints := Hints()])
+    controls = [one for one in inside(box) if getattr(one, "tooltip", None) is not None]
 
     def tell(_=None):
         hints.tips = {one._dom_classes[0]: one.tooltip for one in controls}
@@ -166,7 +166,7 @@ def panel(name: str, *rows) -> w.VBox:
     for one in controls:
         one.observe(tell, "tooltip")
     tell()
-    return w.VBox([w.HTML(STYLE), *rows, hints]).add_class("maestlib").add_class(f"maestlib-{name}")
+    return box.add_class("maestlib").add_class(f"maestlib-{name}")
 
 
 def row(*widgets) -> w.HBox:

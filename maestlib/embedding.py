@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .files import AUDIO, atomic, check, resolve, run_home, say, world
 from .mel import MelConfig, decode, duration, logmel, normalise
-from .model import MAEST, PATCH, Patchout, as_dtype, best_device, portion
+from .model import MAEST, Patchout, as_dtype, autocast, best_device, portion, whole_patch
 from .reduction import lowered
 from .weights import load
 
@@ -66,8 +65,7 @@ def windows(
         while buffer.shape[1] > frames:
             yield first * second, (first + frames) * second, normalise(buffer[:, :frames], config)
             buffer, first = buffer[:, hop:], first + hop
-    padded = F.pad(buffer, (0, max(0, PATCH - buffer.shape[1])))
-    yield first * second, (first + buffer.shape[1]) * second, normalise(padded, config)
+    yield first * second, (first + buffer.shape[1]) * second, normalise(whole_patch(buffer), config)
 
 # %% ../nbs/embed.ipynb #124de84f
 def _ahead(jobs: Iterable[Iterator], step: int, workers: int) -> Iterator[tuple[int, list | Exception | None]]:
@@ -145,8 +143,7 @@ def reader(
     kind = as_dtype(dtype, device)
 
     def read(mels):
-        low = kind != torch.float32
-        with torch.inference_mode(), torch.autocast(device.type, kind if low else None, enabled=low):
+        with torch.inference_mode(), autocast(device, kind):
             return compute(mels.to(device)).float().cpu().numpy()
 
     return read

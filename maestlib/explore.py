@@ -20,7 +20,7 @@ from .blocks import Embeddings
 from .controls import Latest, Player, Track, control, hear, panel, row, show
 from .corpus import Corpus
 from .files import check
-from .layers import plot_map
+from .layers import plot_map, titles
 from .mel import logmel, normalise
 from .model import MAEST, PALETTE, Patchout, cost, grid, kept
 from maestlib.pictures import (
@@ -76,10 +76,9 @@ class PatchoutExplorer:
     def _pattern(self, _=None):
         random, columns = self.pattern.value == "training", self.shape[1]
         self.quiet, self.seed.disabled = True, not random
-        self.time.tooltip = (
-            "Columns of patches dropped at random" if random else "Keep one column of patches in so many"
-        )
-        self.time.description = "time: drop" if random else "time: 1 in"
+        inference, training = "Keep one column of patches in so many", "Columns of patches dropped at random"
+        label, tip = ("time: drop", training) if random else ("time: 1 in", inference)
+        self.time.description, self.time.tooltip = label, tip
         low, high = (0, columns - 1) if random else (1, min(12, columns))
         self.time.min, self.time.max = min(low, self.time.min), max(high, self.time.max)
         self.time.value = columns // 2 if random else min(4, columns)
@@ -150,8 +149,7 @@ class LayerExplorer:
         groups = list(dict.fromkeys(n.split("---")[0] for n in corpus.labels))
         options = [*groups, *(n for n in corpus.labels if n not in groups)]
         self.label = control(w.Dropdown, "colour", "Which labels the dots show", "label", options=options)
-        names = corpus.table["title" if "title" in corpus.table.columns else "track_id"]
-        options = sorted((f"{n} ({i})", i) for i, n in enumerate(names))
+        options = sorted((f"{n} ({i})", i) for i, n in enumerate(titles(corpus.table)))
         tip = "Whose neighbours are shown; another one is played, too"
         self.tune = control(w.Dropdown, "tune", tip, "track", options=options, value=track)
         self.says, self.player = w.HTML().add_class("maestlib-message"), Player()

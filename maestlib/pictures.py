@@ -21,6 +21,7 @@ from .attention import WIDE, adaptive, scene
 from .blocks import Embeddings, segments
 from .embedding import reader
 from .files import check
+from .layers import titles
 from .mel import MEL, MelConfig, normalise
 from .model import MAEST, PALETTE, PATCH, STRIDE, Patchout, grid, kept
 
@@ -133,7 +134,7 @@ def plot_neighbours(
     "Who is near by each block, and how many of the track's labels they share."
     labels = [set(names) for names in table["labels"]]
     share = [len(labels[i] & labels[track]) / max(1, len(labels[track])) for i in near["track"]]
-    called = table["title" if "title" in table.columns else "track_id"]
+    called = titles(table)
     both = lambda i: ", ".join(sorted(n.split("---")[-1] for n in labels[i] & labels[track])) or "no label"  # noqa: E731
     words = [f"block {b}: {html.escape(str(called[i]))}, cosine {c:.2f}<br>shares {both(i)}"
              for b, _, i, c in near.iter_rows()]  # fmt: skip

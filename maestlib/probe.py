@@ -411,7 +411,8 @@ def study(
     embeddings.require(corpus)
     unknown = [m for m in methods if m not in ("mlp", *CHECKS)]
     check(not unknown, f"methods={unknown}: give some of mlp, {', '.join(CHECKS)}")
-    test, splits = corpus.split("test"), _splits(corpus)
+    splits = _splits(corpus)
+    test = splits["test"].numpy()
     for where, place in splits.items():
         names = [n for n, k in zip(corpus.labels, corpus.targets[place.numpy()].sum(0), strict=True) if not k]
         if names and not quiet:
