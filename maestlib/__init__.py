@@ -9,18 +9,20 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=[
-        "attention", "blocks", "cli", "controls", "corpus", "curate", "datasets", "downstream", "dumps",
-        "effnet", "embedding", "explore", "export", "files", "hub", "layers", "mel", "metrics", "model",
-        "pace", "pictures", "players", "probe", "recipe", "reduction", "runs", "settings", "speed", "splits",
-        "store", "studies", "train", "tunes", "weights",
-    ],
+    submodules=["core", "audio", "datasets", "models", "inference", "training", "probing", "speed", "widgets"],
     submod_attrs={
-        "mel": ["MelConfig", "decode", "logmel", "normalise"],
-        "store": ["MelStore", "extract", "verify"],
-        "model": ["MAEST", "Patchout"],
-        "hub": ["models"],
-        "weights": ["load"],
-        "embedding": ["embed", "nearest", "tag"],
+        "audio.mel": ["MelConfig", "load_audio", "logmel", "normalize"],
+        "audio.store": ["MelStore", "verify_store"],
+        "audio.extract": ["extract_mels"],
+        "datasets.registry": ["load_dataset"],
+        "models.patchout": ["Patchout"],
+        "models.maest": ["MAEST", "MAESTConfig"],
+        "models.hub": ["list_models"],
+        "models.checkpoint": ["load_model", "save_checkpoint"],
+        "inference.embedding": ["embed", "nearest", "tag"],
+        "training.config": ["TrainConfig"],
+        "training.metrics": ["evaluate"],
+        "training.trainer": ["fit"],
+        "speed.tradeoff": ["recommend"],
     },
 )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from maestlib.files import cache
+from maestlib.core.files import cache_path
 
 HERE = Path(__file__).resolve().parent.parent
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'")
@@ -48,7 +48,7 @@ return panel?.context?.isReady && session?.isReady && session.session?.kernel?.s
 
 
 def until(read, what: str, seconds: float = 30):
-    "The first thing that is true of what `read` gives."
+    "The first thing that is true of what `read_tensors` gives."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := read():
@@ -76,9 +76,9 @@ class Lab:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wish)
         for name in ("tunes", "mels", "embeddings", "speed"):  # made once for all tests; probes start from none
-            cache(name).mkdir(exist_ok=True)
+            cache_path(name).mkdir(exist_ok=True)
             (folder / "cache").mkdir(exist_ok=True)
-            (folder / "cache" / name).symlink_to(cache(name))
+            (folder / "cache" / name).symlink_to(cache_path(name))
         names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR")
         places = {name: str(folder / name.lower()) for name in names}
         places |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "MAESTLIB_CACHE": str(folder / "cache")}

@@ -10,12 +10,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from maestlib import curate as c
-from maestlib.dumps import Refused
-from maestlib.files import data
+from maestlib.core.files import asset_path
+from maestlib.datasets import curate as c
+from maestlib.datasets import discogs, splits
+from maestlib.datasets.discogs import InvalidDump
 
 FULL = Path(os.environ.get("MAESTLIB_DATA", "/nonexistent"), "discogs")
-FILES = [(data("discogs_masters.xml.gz"), data("discogs_releases.xml.gz"))]
+FILES = [(asset_path("discogs_masters.xml.gz"), asset_path("discogs_releases.xml.gz"))]
 if FULL.is_dir():
     FILES.append(tuple(next(FULL.glob(f"*{kind}.xml.gz")) for kind in ("masters", "releases")))
 
@@ -24,7 +25,7 @@ if FULL.is_dir():
 def dumps(request):
     masters, releases = request.param
     trees = [ET.fromstring(gzip.decompress(path.read_bytes())) for path in request.param]
-    return c.read_masters(masters), c.read_releases(releases), *trees
+    return discogs.read_masters(masters), discogs.read_releases(releases), *trees
 
 
 def texts(record, path):
@@ -71,7 +72,7 @@ def test_labels_and_drops_agree_with_ten_lines_of_python(dumps):
     tracks = [(work[r], seconds(t.findtext("duration"))) for r in release_tree for t in leaves(r)]
     pool.update(w for w, s in tracks if s and s > 20)
     listed = defaultdict(list)
-    for line in data("discogs_519.txt").read_text(encoding="utf8").splitlines():
+    for line in asset_path("discogs_519.txt").read_text(encoding="utf8").splitlines():
         listed[line.split("---")[1]].append(line.split("---")[0])
     votes = defaultdict(Counter)
     for record in work:
@@ -103,19 +104,19 @@ def test_labels_and_drops_agree_with_ten_lines_of_python(dumps):
         )
 
     dropped = Counter(reason(w, s) for w, s in tracks)
-    table, drops = c.curate(masters, releases, c.tracklists(releases), k=k)
+    table, drops = c.curate(masters, releases, discogs.catalogue_from_tracklists(releases), k=k)
     assert drops["dropped_tracks"].to_list() == [0, *(dropped[i] for i in range(6))]
-    assert table.height == dropped[6] and drops["step"].to_list() == ["pool", *c.REASONS]
+    assert table.height == dropped[6] and drops["step"].to_list() == ["pool", *c.DROP_REASONS]
     assert all(row["labels"] == sorted(labels[row["work"]] & frequent) for row in table.iter_rows(named=True))
     assert Counter(table["labels"].explode()) == Counter(
         label for w, s in tracks if reason(w, s) == 6 for label in labels[w] & frequent
     )
-    assert c.check_split(table)["tracks"].sum() == table.height
+    assert splits.check_split(table)["tracks"].sum() == table.height
 
 
 # Broken and hostile files
 
-RELEASES = data("discogs_releases.xml.gz")
+RELEASES = asset_path("discogs_releases.xml.gz")
 
 
 @pytest.mark.parametrize("out", [None, "out.parquet"])
@@ -135,12 +136,12 @@ def test_a_broken_dump_says_where_and_keeps_the_rest(kind, out, tmp_path, monkey
         }[kind]
     )
     with pytest.raises(ValueError, match=r"broken\.xml.*broke after record \d+ \(release \w+\)") as error:
-        c.read_releases(path, out=tmp_path / out if out else None)
+        discogs.read_releases(path, out=tmp_path / out if out else None)
     assert "\n" not in str(error.value)
     count = int(str(error.value).split("after record ")[1].split()[0])
     [kept] = tmp_path.rglob("*.partial.parquet")
     assert str(kept) in str(error.value) and not (tmp_path / "out.parquet").exists()
-    whole = c.read_releases(RELEASES)
+    whole = discogs.read_releases(RELEASES)
     assert pl.read_parquet(kept).equals(whole.head(count))
     assert count == {"tag": 100, "empty": 0}.get(kind, count) and (count >= 90 or kind == "empty")
     if count:
@@ -150,8 +151,8 @@ def test_a_broken_dump_says_where_and_keeps_the_rest(kind, out, tmp_path, monkey
 def test_plain_and_packed_lazy_and_eager_are_the_same(tmp_path):
     plain = tmp_path / "releases.xml"
     plain.write_bytes(gzip.decompress(RELEASES.read_bytes()))
-    lazy = c.read_releases(plain, out=tmp_path / "releases.parquet")
-    assert isinstance(lazy, pl.LazyFrame) and lazy.collect().equals(c.read_releases(RELEASES))
+    lazy = discogs.read_releases(plain, out=tmp_path / "releases.parquet")
+    assert isinstance(lazy, pl.LazyFrame) and lazy.collect().equals(discogs.read_releases(RELEASES))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["releases.parquet", "releases.xml"]
 
 
@@ -169,16 +170,16 @@ def test_documents_that_declare_a_type_are_refused(doctype, tmp_path):
     path, entity = tmp_path / "masters.xml", "&x;" if "ENTITY" in doctype else ""
     head = doctype.format(secret=secret)
     path.write_text(f'{head}<masters><master id="1"><title>{entity}</title></master></masters>')
-    with pytest.raises(Refused, match="DOCTYPE") as error:
-        c.read_masters(path, out=tmp_path / "out.parquet")
+    with pytest.raises(InvalidDump, match="DOCTYPE") as error:
+        discogs.read_masters(path, out=tmp_path / "out.parquet")
     assert "the secret" not in str(error.value) and {p.name for p in tmp_path.iterdir()} == {"secret", "masters.xml"}
 
 
 def test_the_wrong_dump_and_no_dump():
-    with pytest.raises(Refused, match="<releases>"):
-        c.read_masters(RELEASES)
+    with pytest.raises(InvalidDump, match="<releases>"):
+        discogs.read_masters(RELEASES)
     with pytest.raises(FileNotFoundError, match="nowhere.xml"):
-        c.read_masters("/nowhere.xml")
+        discogs.read_masters("/nowhere.xml")
 
 
 # Tables of one's own
@@ -202,7 +203,7 @@ def test_malformed_catalogues_are_named(lines, message, tmp_path):
 
 
 def test_own_tracks_match_by_master_or_release(tmp_path):
-    masters, releases = c.read_masters(data("discogs_masters.xml.gz")), c.read_releases(RELEASES)
+    masters, releases = discogs.read_masters(asset_path("discogs_masters.xml.gz")), discogs.read_releases(RELEASES)
     own = pl.DataFrame(
         {
             "track_id": ["a", "b", "c", "d", "e"],
@@ -237,7 +238,7 @@ def catalogue(n=20_000, seed=1):
 
 
 def test_splits_are_disjoint_stratified_and_seeded():
-    tracks = c.split(catalogue(), validation=2000, test=0.1)
+    tracks = splits.artist_split(catalogue(), validation=2000, test=0.1)
     seen = defaultdict(set)
     for names, part in tracks.select("artists", "split").rows():
         for name in names:
@@ -255,30 +256,34 @@ def test_splits_are_disjoint_stratified_and_seeded():
     assert all(abs(size[name] - 2000) < 100 for name in ("validation", "test"))
     each = tracks.explode("labels").group_by("labels").agg(pl.len().alias("n"), (pl.col("split") == "test").mean())
     assert (each.filter(pl.col("n") > 300)["split"] - 0.1).abs().max() < 0.02
-    again = c.split(catalogue().sample(fraction=1, shuffle=True, seed=5), validation=2000, test=0.1)
-    assert c.fingerprint(again) == c.fingerprint(tracks) != c.fingerprint(c.split(catalogue(), 2000, 0.1, seed=1))
+    again = splits.artist_split(catalogue().sample(fraction=1, shuffle=True, seed=5), validation=2000, test=0.1)
+    assert (
+        splits.split_fingerprint(again)
+        == splits.split_fingerprint(tracks)
+        != splits.split_fingerprint(splits.artist_split(catalogue(), 2000, 0.1, seed=1))
+    )
 
 
 def test_a_giant_component_goes_to_training_and_is_reported(capsys):
     with_hub = pl.concat_list("artists", pl.lit("The hub"))
     artists = pl.when(pl.int_range(pl.len()) < 6000).then(with_hub).otherwise("artists")
     tracks = catalogue().with_columns(artists.alias("artists"))
-    tracks = c.split(tracks)
+    tracks = splits.artist_split(tracks)
     assert "in training: 1 of" in capsys.readouterr().out
     assert {*tracks.filter(pl.col("artists").list.contains("The hub"))["split"]} == {"train"}
-    assert c.check_split(tracks)["largest_component"].max() >= 6000
+    assert splits.check_split(tracks)["largest_component"].max() >= 6000
 
 
 def test_a_leak_is_found():
-    tracks = c.split(catalogue(2000))
-    c.check_split(tracks)
+    tracks = splits.artist_split(catalogue(2000))
+    splits.check_split(tracks)
     held = tracks.filter((pl.col("split") == "test") & (pl.col("artists").list.first() != "Various")).head(1)
     leak = held.with_columns(track_id=pl.lit("one more"), split=pl.lit("train"))
     with pytest.raises(ValueError, match="1 artists are in two splits, such as 'artist") as error:
-        c.check_split(pl.concat([tracks, leak]))
+        splits.check_split(pl.concat([tracks, leak]))
     assert held["artists"][0][0] in str(error.value)
     with pytest.raises(ValueError, match="validation=5000"):
-        c.split(catalogue(2000), validation=5000)
+        splits.artist_split(catalogue(2000), validation=5000)
 
 
 # Balanced sampling
@@ -290,17 +295,19 @@ def test_weights_are_the_papers():
     expected = [sum(1000 / (tally[label] + 100) for label in labels) for labels in tracks["labels"]]
     names = sorted(tally)
     hot = np.array([[name in labels for name in names] for labels in tracks["labels"].to_list()], float)
-    assert np.allclose(c.balanced_weights(tracks), expected) and np.allclose(c.balanced_weights(hot), expected)
+    assert np.allclose(splits.balanced_weights(tracks), expected) and np.allclose(
+        splits.balanced_weights(hot), expected
+    )
 
 
 def test_draws_are_seeded_without_replacement_and_by_weight():
     weights = np.array([1.0, 2, 3, 4, 0] * 200)
-    draw = c.balanced_epoch(weights, n=100, epoch=1)
-    assert len({*draw}) == 100 and (draw == c.balanced_epoch(weights, n=100, epoch=1)).all()
-    assert {*c.balanced_epoch(weights, n=10_000)} == {*np.flatnonzero(weights)}
-    assert (np.sort(draw) != np.sort(c.balanced_epoch(weights, n=100, epoch=2))).any()
-    assert (np.sort(draw) != np.sort(c.balanced_epoch(weights, n=100, epoch=1, seed=1))).any()
-    drawn = np.concatenate([c.balanced_epoch(weights, n=10, epoch=e) for e in range(3000)])
+    draw = splits.sample_balanced(weights, n=100, epoch=1)
+    assert len({*draw}) == 100 and (draw == splits.sample_balanced(weights, n=100, epoch=1)).all()
+    assert {*splits.sample_balanced(weights, n=10_000)} == {*np.flatnonzero(weights)}
+    assert (np.sort(draw) != np.sort(splits.sample_balanced(weights, n=100, epoch=2))).any()
+    assert (np.sort(draw) != np.sort(splits.sample_balanced(weights, n=100, epoch=1, seed=1))).any()
+    drawn = np.concatenate([splits.sample_balanced(weights, n=10, epoch=e) for e in range(3000)])
     counts = np.bincount(drawn, minlength=1000)
     share = counts.reshape(-1, 5).sum(0) / counts.sum()
     assert np.abs(share - np.array([0.1, 0.2, 0.3, 0.4, 0])).max() < 0.01  # 10 of 800: nearly with replacement
@@ -311,14 +318,14 @@ def test_draws_are_seeded_without_replacement_and_by_weight():
 
 def test_figures_show_what_the_tables_say(dumps):
     masters, releases, *_ = dumps
-    table, drops = c.curate(masters, releases, c.tracklists(releases))
+    table, drops = c.curate(masters, releases, discogs.catalogue_from_tracklists(releases))
     assert sum(c.plot_labels_per_track(table).data[0].y) == table.height
     top = c.plot_top(table, "labels", top=3).data[0]
     assert top.x[-1] == max(Counter(table["labels"].explode()).values()) and len(top.x) == 3
     steps = c.plot_drops(drops).data[0]
     assert sum(steps.y[:-1]) == steps.y[-1] == table.height
-    assert len(c.plot_splits(table, top=5).data[0].x) == 5
+    assert len(splits.plot_splits(table, top=5).data[0].x) == 5
     z = np.array(c.plot_cooccurrence(table, top=10).data[0].z, float)
     assert z.shape == (10, 10) and np.nanmax(z) <= 100 and np.isnan(np.diag(z)).all()
-    before, after = c.plot_balance(table, [np.arange(table.height)]).data
+    before, after = splits.plot_balance(table, [np.arange(table.height)]).data
     assert np.allclose(before.y, after.y)  # an epoch of everything changes nothing

@@ -15,7 +15,8 @@ import polars as pl
 import pytest
 import soundfile
 
-from maestlib import datasets, players, tunes
+from maestlib.datasets import abc, registry, synth
+from maestlib.datasets.table import label_vocabulary, multi_hot
 
 CLIPS = 24
 
@@ -26,7 +27,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def catalogue():
-    return tunes.catalogue()
+    return abc.catalogue()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def corpus(tmp_path_factory):
     home = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAESTLIB_CACHE", str(home))
-        table = datasets.load("tunes", clips=CLIPS)
+        table = registry.load_dataset("tunes", clips=CLIPS)
     return table, Path(table["path"][0]).parent
 
 
@@ -47,7 +48,7 @@ def corpus(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_keys(field, key):
-    assert tunes.key_of(field) == key
+    assert abc.key_of(field) == key
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,12 @@ def test_keys(field, key):
     ],
 )  # fmt: skip
 def test_dances(fields, collection, dance):
-    assert tunes.dance_of(fields, collection) == dance
+    assert abc.dance_of(fields, collection) == dance
 
 
 def test_header_takes_the_first_value_and_no_comment():
     text = "X:7\nT:First % note\nT:Second\nR:\nM: C|\nK: G % sharp\nc2\nK:D\n"
-    assert tunes.header(text) == {"X": "7", "T": "First", "M": "C|", "K": "G"}
+    assert abc.parse_header(text) == {"X": "7", "T": "First", "M": "C|", "K": "G"}
 
 
 @pytest.mark.parametrize(
@@ -78,13 +79,13 @@ def test_header_takes_the_first_value_and_no_comment():
     ],
 )  # fmt: skip
 def test_bars_are_read_and_fit(body, pitches):
-    bars = tunes.melody(f"X:1\nM:4/4\nL:1/8\nK:C\n{body}\n")
+    bars = abc.melody(f"X:1\nM:4/4\nL:1/8\nK:C\n{body}\n")
     assert [pitch for bar in bars for *_, pitch in bar] == pitches
     assert all(start + length <= 1 + 1e-4 for bar in bars for start, length, _ in bar)
 
 
 def test_unreadable_tunes_have_no_bars():
-    assert tunes.melody("X:1\nT:x\nM:C\n") == [] and tunes.melody("X:1\nM:free\nK:C\ncde|") == []
+    assert abc.melody("X:1\nT:x\nM:C\n") == [] and abc.melody("X:1\nM:free\nK:C\ncde|") == []
 
 
 def test_notes_agree_with_an_independent_reader():
@@ -92,13 +93,13 @@ def test_notes_agree_with_an_independent_reader():
     import symusic
 
     same = []
-    for _, text in tunes.sources()[1000:1400:10]:
+    for _, text in abc.read_abc()[1000:1400:10]:
         head, body = text.split("\nK:", 1)
         head = "\n".join(line for line in head.splitlines() if line[:2] in ("X:", "M:", "L:"))
         body = body.replace("|:", "|").replace(":|", "|").replace("::", "|")
         text = f"{head}\nK:{body}"
         score = symusic.Score.from_abc(text)
-        ours = [pitch for bar in tunes.melody(text) for *_, pitch in bar]
+        ours = [pitch for bar in abc.melody(text) for *_, pitch in bar]
         theirs = [note.pitch for note in sorted(score.tracks[0].notes, key=lambda n: n.start)]
         same.append(difflib.SequenceMatcher(None, ours, theirs, autojunk=False).ratio())
     assert len(same) == 40 and np.mean(same) > 0.97 and min(same) > 0.9, f"{np.mean(same):.1%} of the notes agree"
@@ -106,34 +107,34 @@ def test_notes_agree_with_an_independent_reader():
 
 def test_a_tune_in_another_key_is_family():
     tune = "X:1\nM:6/8\nL:1/8\nK:{}\n"
-    d = tunes.melody(tune.format("D") + "d2d f2a|b2a f2d|e2e g2b|a2f d3|")
-    g = tunes.melody(tune.format("G") + "GAG B2d|e2d B2G|ABA c2e|d2B G3|")  # a fourth up, two notes decorated
-    other = tunes.melody(tune.format("D") + "a2f e2d|c2e a2g|f2d B2A|G2E D3|")
-    marks = [tunes.skeletons(bars, "6/8") for bars in (d, g, other)]
-    assert tunes.families(marks) == [0, 0, 2]
+    d = abc.melody(tune.format("D") + "d2d f2a|b2a f2d|e2e g2b|a2f d3|")
+    g = abc.melody(tune.format("G") + "GAG B2d|e2d B2G|ABA c2e|d2B G3|")  # a fourth up, two notes decorated
+    other = abc.melody(tune.format("D") + "a2f e2d|c2e a2g|f2d B2A|G2E D3|")
+    marks = [abc.melodic_skeletons(bars, "6/8") for bars in (d, g, other)]
+    assert abc.group_duplicates(marks) == [0, 0, 2]
 
 
 def test_no_title_or_melody_straddles_a_split(catalogue):
     draws = {}
     for title, bars, metre, family in catalogue.select("title", "bars", "metre", "family").rows():
-        for mark in tunes.skeletons(json.loads(bars), metre) | ({tunes.plain_title(title)} - {""}):
+        for mark in abc.melodic_skeletons(json.loads(bars), metre) | ({abc.normalize_title(title)} - {""}):
             assert draws.setdefault(mark, family) == family
     assert catalogue["family"].n_unique() > 2500
 
 
 def test_a_longer_corpus_begins_with_the_shorter_one(catalogue):
-    a, b = players.order(catalogue, 0), players.order(catalogue, 1)
+    a, b = synth.sampling_order(catalogue, 0), synth.sampling_order(catalogue, 1)
     assert sorted(a) == sorted(b) == list(range(len(catalogue))) and a != b
     row = catalogue.row(a[3], named=True)
-    assert players.plan(3, row, 0) == players.plan(3, row, 0) != players.plan(3, row, 1)
+    assert synth.plan_clip(3, row, 0) == synth.plan_clip(3, row, 0) != synth.plan_clip(3, row, 1)
 
 
 def test_every_plan_fills_thirty_seconds_at_safe_pitches(catalogue):
-    order = players.order(catalogue, 5)
+    order = synth.sampling_order(catalogue, 5)
     for clip in range(0, 300, 3):
-        layers = players.score(players.plan(clip, catalogue.row(order[clip], named=True), 5))
-        assert max(start for start, *_ in layers["lead"]) > players.SECONDS - 5
-        assert all(0 <= start <= players.SECONDS + 1 and pitch <= players.HIGHEST
+        layers = synth.arrange(synth.plan_clip(clip, catalogue.row(order[clip], named=True), 5))
+        assert max(start for start, *_ in layers["lead"]) > synth.SECONDS - 5
+        assert all(0 <= start <= synth.SECONDS + 1 and pitch <= synth.HIGHEST
                    for name, notes in layers.items() if name != "drums" for start, _, pitch, _ in notes)  # fmt: skip
 
 
@@ -148,9 +149,9 @@ def test_the_table_and_its_clips(corpus):
 def test_one_clip_is_the_same_bytes_here_and_there(corpus, catalogue):
     table, _ = corpus
     clip = 5
-    plan = players.plan(clip, catalogue.row(players.order(catalogue, 0)[clip], named=True), 0)
-    here = players.render(plan)
-    assert np.array_equal(here, players.render(plan))
+    plan = synth.plan_clip(clip, catalogue.row(synth.sampling_order(catalogue, 0)[clip], named=True), 0)
+    here = synth.render(plan)
+    assert np.array_equal(here, synth.render(plan))
     there, _ = soundfile.read(table["path"][clip], dtype="float32")
     assert np.abs(here - there).max() <= 1 / 32768
 
@@ -172,7 +173,7 @@ def test_a_killed_build_goes_on(corpus, tmp_path, monkeypatch):
         build.wait()
     before = {f.name: f.stat().st_mtime_ns for f in audio.glob("*.flac")}
     assert 5 <= len(before) < CLIPS and not list(audio.parent.glob("*.parquet"))
-    again = datasets.load("tunes", clips=CLIPS)
+    again = registry.load_dataset("tunes", clips=CLIPS)
     assert digests(audio) == digests(folder)
     assert {name: (audio / name).stat().st_mtime_ns for name in before} == before, "what was there is kept"
     assert again.drop("path").equals(table.drop("path"))
@@ -180,16 +181,19 @@ def test_a_killed_build_goes_on(corpus, tmp_path, monkeypatch):
 
 @pytest.fixture
 def three(tmp_path, catalogue):
-    plans = [players.plan(i, catalogue.row(t, named=True), 0) for i, t in enumerate(players.order(catalogue, 0)[:3])]
+    plans = [
+        synth.plan_clip(i, catalogue.row(t, named=True), 0)
+        for i, t in enumerate(synth.sampling_order(catalogue, 0)[:3])
+    ]
     return [plan | {"path": str(tmp_path / f"{plan['clip']}.flac")} for plan in plans]
 
 
 def test_a_clip_that_never_comes_back_is_left_out(tmp_path, monkeypatch, three):
     "A cello far too high: the font's loops are shorter than the synthesiser's step, and native code never returns."
-    child = f"from maestlib import players as p; p.LIMIT, p.HIGHEST = 2, 127; {players._CHILD}"
-    monkeypatch.setattr(players, "_CHILD", child)
+    child = f"from maestlib.datasets import synth as p; p.RENDER_TIMEOUT_S, p.HIGHEST = 2, 127; {synth._CHILD}"
+    monkeypatch.setattr(synth, "_CHILD", child)
     three[1] |= {"lead": "Cello", "second": None, "octave": 4}
-    failed = players._render_all(three, 1)
+    failed = synth._render_all(three, 1)
     assert list(failed) == [1] and "clip 1: native code" in failed[1]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["0.flac", "2.flac"]
 
@@ -197,19 +201,19 @@ def test_a_clip_that_never_comes_back_is_left_out(tmp_path, monkeypatch, three):
 def test_an_error_of_ours_is_raised(three):
     three[0]["lead"] = "no such instrument"
     with pytest.raises(RuntimeError, match="clip 0: not rendered"):
-        players._render_all(three, 2)
+        synth._render_all(three, 2)
 
 
 @pytest.mark.parametrize("clips", [3, 2.5, "many"])
 def test_bad_clips(clips):
     with pytest.raises(ValueError, match="clips="):
-        datasets.load("tunes", clips=clips)
+        registry.load_dataset("tunes", clips=clips)
 
 
 def test_a_missing_package_names_the_remedy(monkeypatch):
-    monkeypatch.setattr(tunes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(abc.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "maestlib\[demo\]"'):
-        tunes.sources()
+        abc.read_abc()
 
 
 def make_folder(path: Path, rows: list[str], songs=("a.wav", "b.wav", "sub/c.ogg")) -> Path:
@@ -222,7 +226,7 @@ def make_folder(path: Path, rows: list[str], songs=("a.wav", "b.wav", "sub/c.ogg
 
 def test_folder_reports_what_is_not_there(tmp_path, capsys):
     mine = make_folder(tmp_path, ["path,labels", "a.wav,rock; pop;rock", "gone.wav,pop", "sub/c.ogg,"])
-    table = datasets.load(mine)
+    table = registry.load_dataset(mine)
     said = capsys.readouterr().out
     assert table["track_id"].to_list() == ["a.wav", "sub/c.ogg"] == table["artist"].to_list()
     assert table["labels"].to_list() == [["pop", "rock"], []]
@@ -233,14 +237,14 @@ def test_folder_reports_what_is_not_there(tmp_path, capsys):
 def test_folder_splits(tmp_path):
     songs = [f"{i}.wav" for i in range(40)]
     mine = make_folder(tmp_path, ["path,artist,labels", *(f"{s},band {i // 4},x" for i, s in enumerate(songs))], songs)
-    table = datasets.folder(mine, validation=0.2, test=0.2)
+    table = registry.load_folder(mine, validation=0.2, test=0.2)
     assert table.group_by("artist").agg(pl.col("split").n_unique())["split"].max() == 1
     assert dict(table["split"].value_counts().rows()) == {"train": 24, "validation": 8, "test": 8}
-    assert table.equals(datasets.folder(mine, validation=0.2, test=0.2))
-    assert not table.equals(datasets.folder(mine, validation=0.2, test=0.2, seed=1))
+    assert table.equals(registry.load_folder(mine, validation=0.2, test=0.2))
+    assert not table.equals(registry.load_folder(mine, validation=0.2, test=0.2, seed=1))
     given = table.with_columns(split=pl.lit("test"), path=pl.col("track_id"))
     given.write_parquet(mine / "own.parquet")
-    assert set(datasets.load(mine / "own.parquet")["split"]) == {"test"}
+    assert set(registry.load_dataset(mine / "own.parquet")["split"]) == {"test"}
 
 
 @pytest.mark.parametrize(
@@ -252,45 +256,45 @@ def test_folder_splits(tmp_path):
 )  # fmt: skip
 def test_bad_tags(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
-        datasets.load(make_folder(tmp_path, rows))
+        registry.load_dataset(make_folder(tmp_path, rows))
 
 
 def test_bad_names_and_shares(tmp_path):
     with pytest.raises(ValueError, match="dataset=nowhere: give tunes, .*or a path"):
-        datasets.load("nowhere")
+        registry.load_dataset("nowhere")
     with pytest.raises(ValueError, match="no tags.csv"):
-        datasets.load(tmp_path)
+        registry.load_dataset(tmp_path)
     (tmp_path / "song.txt").write_text("la")
     with pytest.raises(ValueError, match=r"song.txt: give tunes, .*or a path"):
-        datasets.load(tmp_path / "song.txt")
+        registry.load_dataset(tmp_path / "song.txt")
     with pytest.raises(ValueError, match="validation=0.5, test=0.5"):
-        datasets.load(make_folder(tmp_path, ["path,labels", "a.wav,x"]), validation=0.5, test=0.5)
+        registry.load_dataset(make_folder(tmp_path, ["path,labels", "a.wav,x"]), validation=0.5, test=0.5)
 
 
 def test_a_mel_store_is_its_table(tmp_path, corpus):
     table, _ = corpus
     table.write_parquet(tmp_path / "tracks.parquet")
     pl.DataFrame({"track_id": []}).write_parquet(tmp_path / "index.parquet")
-    assert datasets.load(tmp_path).equals(table)
+    assert registry.load_dataset(tmp_path).equals(table)
 
 
 def test_multihot():
     table = pl.DataFrame({"labels": [["b", "a"], [], ["b"]]})
-    assert datasets.vocabulary(table) == ["a", "b"]
-    target = datasets.multihot(table, ["a", "b", "c"])
+    assert label_vocabulary(table) == ["a", "b"]
+    target = multi_hot(table, ["a", "b", "c"])
     assert target.dtype == np.float32 and target.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
     with pytest.raises(ValueError, match="not in the vocabulary: b"):
-        datasets.multihot(table, ["a"])
+        multi_hot(table, ["a"])
 
 
 def test_the_first_tunes_are_those_of_the_whole(tmp_path, monkeypatch):
     pytest.importorskip("symusic", reason="the demo extra is not installed: pip install -e '.[demo]'")
-    from maestlib.players import build
+    from maestlib.datasets.synth import build_tunes
 
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
-    some = build(60, first=20)
+    some = build_tunes(60, first=20)
     assert len(list(tmp_path.rglob("*.flac"))) == len(some) == 20
-    whole = build(60)
-    assert whole[:20].equals(some) and build(60, first=30).equals(whole[:30])
+    whole = build_tunes(60)
+    assert whole[:20].equals(some) and build_tunes(60, first=30).equals(whole[:30])
     with pytest.raises(ValueError, match="first=3"):
-        build(60, first=3)
+        build_tunes(60, first=3)

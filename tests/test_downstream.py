@@ -10,19 +10,20 @@ import numpy as np
 import polars as pl
 import pytest
 
-from maestlib import datasets, downstream
-from maestlib.files import data
+from maestlib.core.files import asset_path
+from maestlib.datasets import benchmarks, registry
+from maestlib.datasets.table import SPLITS, label_vocabulary, multi_hot
 
 FULL = Path(os.environ.get("MAESTLIB_DATA", "/nonexistent"), "splits")
-EXCERPTS = data("downstream")
+EXCERPTS = asset_path("downstream")
 OPTIONS = {"mtt tagged": {"clips": "tagged"}, "msd": {"incomplete": True}, "msd-cals": {"incomplete": True}}
 FOLDERS = {"mtg": "mtg_jamendo", "mtt": "mtt", "msd": "msd"}
-NAMES = [*downstream.PAPER, "mtt tagged"]
+NAMES = [*benchmarks.PAPER_COUNTS, "mtt tagged"]
 
 
 def load(name, top=EXCERPTS, **options):
     name, options = name.split()[0], OPTIONS.get(name, {}) | options
-    return datasets.load(name, splits=top / FOLDERS[name[:3]], **options)
+    return registry.load_dataset(name, splits=top / FOLDERS[name[:3]], **options)
 
 
 @pytest.fixture
@@ -43,10 +44,10 @@ def read(path):
 
 
 @pytest.mark.parametrize("top", TOPS)
-@pytest.mark.parametrize("task, word", downstream.TASKS.items())
+@pytest.mark.parametrize("task, word", benchmarks.TASKS.items())
 def test_mtg_is_what_the_files_say(task, word, top):
     table = load(f"mtg-{task}", top)
-    rows = [(line.split("\t"), split) for split in datasets.SPLITS
+    rows = [(line.split("\t"), split) for split in SPLITS
             for line in read(top / f"mtg_jamendo/autotagging_{word}-{split}.tsv")[1:]]  # fmt: skip
     assert table["track_id"].to_list() == [f[0] for f, _ in rows]
     assert table["artist"].to_list() == [f[1] for f, _ in rows] and table["path"].to_list() == [f[3] for f, _ in rows]
@@ -73,7 +74,7 @@ def test_msd_is_what_the_files_say(top):
             assert part["labels"].null_count() == len(ids)
         else:
             y = np.load(top / f"msd/usual_{short}_y.npy")
-            assert (datasets.multihot(part, tags) == y).all()
+            assert (multi_hot(part, tags) == y).all()
     assert table["path"][0] == "A/A/A/TRAAAAK128F9318786.mp3"
     cals = load("msd-cals", top)
     ids = [i for s in ("valid", "test") for i in np.load(top / f"msd/cals_{s}_ids.npy").tolist()]
@@ -98,11 +99,11 @@ def test_whole_files_have_the_published_counts(name, row, capsys):
     }[name]
     table = load(name, FULL)
     said = capsys.readouterr().out
-    [line] = downstream.protocol(table, name.split()[0]).to_dicts()
-    assert (*(line[s] for s in datasets.SPLITS), line["labels"]) == counts
-    shipped = downstream.published().filter(pl.col("fingerprint") == line["fingerprint"])
+    [line] = benchmarks.report_protocol(table, name.split()[0]).to_dicts()
+    assert (*(line[s] for s in SPLITS), line["labels"]) == counts
+    shipped = benchmarks.published_protocols().filter(pl.col("fingerprint") == line["fingerprint"])
     assert shipped.to_dicts() == [line]
-    assert line["variant"] in said and f"paper: {downstream.PAPER[name.split()[0]][0]:,}" in said
+    assert line["variant"] in said and f"paper: {benchmarks.PAPER_COUNTS[name.split()[0]][0]:,}" in said
 
 
 # Protocols
@@ -111,23 +112,23 @@ def test_whole_files_have_the_published_counts(name, row, capsys):
 def test_an_excerpt_or_a_track_less_is_no_published_list(capsys):
     table = load("mtg-genre")
     assert "no published list" in capsys.readouterr().out
-    whole, less = (downstream.protocol(t, "mtg-genre") for t in (table, table[1:]))
+    whole, less = (benchmarks.report_protocol(t, "mtg-genre") for t in (table, table[1:]))
     assert whole["fingerprint"].item() != less["fingerprint"].item()
-    assert downstream.protocol(table.reverse(), "mtg-genre").equals(whole)
+    assert benchmarks.report_protocol(table.reverse(), "mtg-genre").equals(whole)
 
 
 def test_artists_in_two_splits_are_counted():
     table = load("mtg-genre")
     leak = table.with_columns(artist=pl.when(pl.int_range(pl.len()).is_in([0, 11])).then(
         pl.lit("both")).otherwise("artist"))  # fmt: skip
-    counts = [downstream.protocol(t, "x")["artists_in_two_splits"].item() for t in (table, leak, load("msd"))]
+    counts = [benchmarks.report_protocol(t, "x")["artists_in_two_splits"].item() for t in (table, leak, load("msd"))]
     assert counts == [0, 1, None]
 
 
 def test_all_and_the_demo_corpus_are_known_by_name():
-    assert set(datasets.NAMED) == {"tunes", *downstream.PAPER}
+    assert set(registry.REGISTRY) == {"tunes", *benchmarks.PAPER_COUNTS}
     with pytest.raises(ValueError, match="msd-cals"):
-        datasets.load("mtg-gender")
+        registry.load_dataset("mtg-gender")
 
 
 # MagnaTagATune from the original annotations: the excerpt in their layout, 188 quoted columns, tab-separated
@@ -283,16 +284,16 @@ def test_missing_files_say_where_they_come_from(copy, monkeypatch):
         load("msd", copy, incomplete=False)
     monkeypatch.delenv("MAESTLIB_DATA", raising=False)
     with pytest.raises(ValueError, match="MAESTLIB_DATA; the files are published at https"):
-        datasets.load("mtt")
+        registry.load_dataset("mtt")
     monkeypatch.setenv("MAESTLIB_DATA", str(copy))
     with pytest.raises(FileNotFoundError, match="splits/mtt: no such folder"):
-        datasets.load("mtt")
+        registry.load_dataset("mtt")
 
 
 def test_a_label_missing_in_one_split_is_dropped_from_all_on_request(copy, capsys):
     edit(copy / MTG, b"genre---pop", b"genre---pap")
     table = load("mtg-genre", copy, drop_empty=True)
-    assert datasets.vocabulary(table) == ["genre---electronic", "genre---soundtrack"] and table.height == 12
+    assert label_vocabulary(table) == ["genre---electronic", "genre---soundtrack"] and table.height == 12
     assert "2 labels without a positive in some split are left out: genre---pap, genre---pop" in capsys.readouterr().out
 
 
@@ -300,12 +301,12 @@ def test_a_label_missing_in_one_split_is_dropped_from_all_on_request(copy, capsy
 
 
 def test_figures_show_what_the_tables_say():
-    rows = downstream.published()
-    bars = downstream.plot_protocols(rows).data
+    rows = benchmarks.published_protocols()
+    bars = benchmarks.plot_protocols(rows).data
     total = np.sum([b.x for b in bars], 0)[::-1]
     assert np.allclose(total, 100 * rows["tracks"] / rows["paper_tracks"])
     table = load("mtg-genre")
-    validation, test, _ = downstream.plot_shares(table, "mtg-genre").data
-    assert list(test.hovertext) == datasets.vocabulary(table)
-    expected = 100 * datasets.multihot(table.filter(pl.col("split") == "test"), list(test.hovertext)).mean(0)
+    validation, test, _ = benchmarks.plot_shares(table, "mtg-genre").data
+    assert list(test.hovertext) == label_vocabulary(table)
+    expected = 100 * multi_hot(table.filter(pl.col("split") == "test"), list(test.hovertext)).mean(0)
     assert np.allclose(test.y, expected) and len(validation.x) == 3

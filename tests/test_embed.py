@@ -13,11 +13,11 @@ import pytest
 import soundfile
 import torch
 
-from maestlib import embedding
-from maestlib.cli import main
-from maestlib.embedding import embed, nearest, stream, tag
-from maestlib.mel import MelConfig, decode, logmel
-from maestlib.weights import load, save
+from maestlib.audio.mel import MelConfig, load_audio, logmel
+from maestlib.inference import embedding
+from maestlib.inference.cli import main
+from maestlib.inference.embedding import embed, nearest, stream_mel, tag
+from maestlib.models.checkpoint import load_model, save_checkpoint
 
 GOOD, BROKEN = 54, 6
 
@@ -40,7 +40,7 @@ def music(seconds, seed=0, rate=16000):
 
 @pytest.fixture(scope="module")
 def model():
-    return load("random", size="tiny", seconds=5, labels=["Dance---Jig", "Dance---Reel"])
+    return load_model("random", size="tiny", seconds=5, labels=["Dance---Jig", "Dance---Reel"])
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def corpus(tmp_path_factory, model):
     cut = top / "audio/cut.flac"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     (top / "audio/gone.wav").symlink_to(top / "nowhere.wav")
-    save(model, top / "m.safetensors")
+    save_checkpoint(model, top / "m.safetensors")
     return top
 
 
@@ -158,7 +158,7 @@ def test_a_file_disappears(corpus, model, tmp_path):
 def test_other_settings_are_refused(corpus, quiet, capsys):
     assert main([*typed(corpus, quiet), "--block", "3"]) == 2
     assert "other settings" in capsys.readouterr().err
-    other = load("random", size="tiny", seconds=5, labels=["Dance---Jig", "Dance---Reel"], seed=1)
+    other = load_model("random", size="tiny", seconds=5, labels=["Dance---Jig", "Dance---Reel"], seed=1)
     with pytest.raises(ValueError, match="other settings"):
         embed(corpus / "audio", other, out=quiet / "emb.parquet")
 
@@ -167,10 +167,10 @@ def test_other_settings_are_refused(corpus, quiet, capsys):
 def test_long_file_in_parts_is_the_whole(kind, rate, tmp_path):
     path = tmp_path / f"long.{kind}"
     soundfile.write(path, np.stack([music(23, 1, rate), music(23, 2, rate)], 1), rate)
-    wave = decode(path)
+    wave = load_audio(path)
     whole = logmel(wave)[:, : -(-len(wave) // 256)]
     for seconds in (8, 4.99):
-        assert torch.allclose(torch.cat(list(stream(path, MelConfig(), part_s=seconds)), 1), whole, atol=1e-3)
+        assert torch.allclose(torch.cat(list(stream_mel(path, MelConfig(), part_s=seconds)), 1), whole, atol=1e-3)
 
 
 def test_last_second_and_average(model, tmp_path):
@@ -193,7 +193,7 @@ def test_last_second_and_average(model, tmp_path):
 
 def test_stereo_mp3_has_the_tags_of_its_wav(tmp_path):
     "44.1 kHz, two channels: the tags agree to a hundredth, much less than they differ between recordings."
-    model = load("random", size="tiny", seconds=10, labels=[f"Genre---{i}" for i in range(20)])
+    model = load_model("random", size="tiny", seconds=10, labels=[f"Genre---{i}" for i in range(20)])
     stereo = np.stack([music(14, 3, 44100), music(14, 4, 44100)], 1)
     for kind in ("wav", "mp3"):
         soundfile.write(tmp_path / f"a.{kind}", stereo, 44100)
@@ -218,7 +218,7 @@ def test_nearest_is_exact(tmp_path):
         nearest(np.ones(7), table)
 
 
-WRONG = [dict(block=12), dict(block=-1), dict(tokens="tc"), dict(hop=0), dict(hop=6), dict(batch_size=0)]
+WRONG = [dict(block=12), dict(block=-1), dict(tokens="tc"), dict(hop_s=0), dict(hop_s=6), dict(batch_size=0)]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -230,7 +230,7 @@ def test_wrong_parameters_are_named(model, wrong):
 def test_no_audio_in_a_folder(model, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="no audio"):
         embed(tmp_path, model)
-    save(model, tmp_path / "m.safetensors")
+    save_checkpoint(model, tmp_path / "m.safetensors")
     assert main(["embed", str(tmp_path), "--out", f"{tmp_path}/e.parquet", "--model", f"{tmp_path}/m.safetensors"]) == 2
     assert "no audio" in capsys.readouterr().err
     assert embedding.embed(torch.zeros(16000), model).height == 1, "silence is fine"

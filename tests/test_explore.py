@@ -11,18 +11,19 @@ import pytest
 import soundfile
 import torch
 
-from maestlib import attention, pictures
-from maestlib.blocks import Embeddings
-from maestlib.controls import Latest, Track, hear
-from maestlib.explore import AttentionExplorer, LayerExplorer, PatchoutExplorer, TagExplorer
-from maestlib.mel import MEL
-from maestlib.model import MAEST, MAESTConfig, Patchout, grid, kept
+from maestlib.audio.mel import MEL
+from maestlib.models.maest import MAEST, MAESTConfig
+from maestlib.models.patchout import Patchout, patch_grid, select_patches
+from maestlib.probing.embeddings import Embeddings
+from maestlib.widgets import attention, figures
+from maestlib.widgets.controls import LatestOnlyWorker, TrackPicker, load_for_playback
+from maestlib.widgets.explorers import AttentionExplorer, LayerExplorer, PatchoutExplorer, TagExplorer
 
 LABELS = tuple(f"Group---{c}" for c in "ABCDEFGHIJ")
 
 
 def small(labels=LABELS, seconds=3):
-    return MAEST(MAESTConfig(width=48, heads=3, depth=4, seconds=seconds, labels=labels)).init_weights(0).eval()
+    return MAEST(MAESTConfig(embed_dim=48, num_heads=3, depth=4, seconds=seconds, labels=labels)).init_weights(0).eval()
 
 
 def sound(path, seconds, rate=16000):
@@ -38,7 +39,7 @@ def tunes(tmp_path):
 def test_watched_gives_back_after_an_error():
     model = small()
     with pytest.raises(RuntimeError, match="seen enough"):
-        with attention.watched(model, lambda *_: (_ for _ in ()).throw(RuntimeError("seen enough"))):
+        with attention.capture_qk(model, lambda *_: (_ for _ in ()).throw(RuntimeError("seen enough"))):
             model(torch.zeros(1, 96, 187))
     assert all("attend" not in vars(b.attn) for b in model.blocks)
 
@@ -46,8 +47,8 @@ def test_watched_gives_back_after_an_error():
 @pytest.mark.parametrize("patchout", [None, Patchout(keep_every=3, drop_rows=(0, 8))])
 def test_looks_are_the_weights_that_the_model_uses(patchout):
     model, mel = small(), torch.randn(96, 187, generator=torch.Generator().manual_seed(0))
-    found, x = attention.looks(model, mel, patchout), model.tokens(mel[None], patchout)
-    rows, columns = kept(grid(187), patchout)
+    found, x = attention.attention_maps(model, mel, patchout), model.embed_patches(mel[None], patchout)
+    rows, columns = select_patches(patch_grid(187), patchout)
     assert found.rows.tolist() == rows.tolist() and found.columns.tolist() == columns.tolist()
     with torch.inference_mode():
         for i, block in enumerate(model.blocks):
@@ -63,15 +64,15 @@ def test_reach_against_loops():
     rows, columns = torch.tensor([0, 2, 5]), torch.tensor([1, 4])
     look = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(1)).softmax(-1)
     places = [(r, c) for r in rows.tolist() for c in columns.tolist()]
-    for head, found in zip(look, attention.reach(look, rows, columns), strict=True):
+    for head, found in zip(look, attention.attention_distance(look, rows, columns), strict=True):
         weight = head[2:, 2:] / head[2:, 2:].sum(-1, keepdim=True)
         far = [[(abs(c - e), abs(r - d)) for d, e in places] for r, c in places]
         torch.testing.assert_close(found, (weight[..., None] * torch.tensor(far)).sum(1).mean(0))
 
 
 def test_the_veil_lies_where_no_kept_patch_is():
-    rows, columns = kept((9, 17), Patchout.random(rows=4, columns=9), torch.Generator().manual_seed(3))
-    x, y, z = pictures.veil((96, 187), rows, columns)
+    rows, columns = select_patches((9, 17), Patchout.random(rows=4, columns=9), torch.Generator().manual_seed(3))
+    x, y, z = figures.coverage_mask((96, 187), rows, columns)
     seen = np.zeros((96, 187), bool)
     for r in rows:
         for c in columns:
@@ -83,13 +84,13 @@ def test_the_veil_lies_where_no_kept_patch_is():
 def test_neighbours_against_loops():
     values = np.random.default_rng(0).normal(size=(30, 3, 3, 6)).astype(np.float16)
     values[7, 2] = values[4, 2]  # twins in the last block
-    near = pictures.neighbours(Embeddings(values, {}), 4, "cd", 3)
+    near = figures.nearest_per_block(Embeddings(values, {}), 4, "cd", 3)
     assert near.filter(block=2, rank=0)["track"].item() == 7 and near.filter(block=2, rank=0)["cosine"].item() > 0.999
-    x = pictures.vectors(Embeddings(values, {}), 0, "cd")
+    x = figures.block_vectors(Embeddings(values, {}), 0, "cd")
     cosine = [x[4] @ v / np.linalg.norm(x[4]) / np.linalg.norm(v) for v in x]
     assert near.filter(block=0)["track"].to_list() == [i for i in np.argsort(cosine)[::-1] if i != 4][:3]
     table = pl.DataFrame({"track_id": [f"<{i}>" for i in range(30)], "labels": [["a"]] * 30})
-    assert "&lt;4&gt;" in pictures.plot_neighbours(near, table, 4).layout.title.text, "titles are text, not markup"
+    assert "&lt;4&gt;" in figures.plot_neighbours(near, table, 4).layout.title.text, "titles are text, not markup"
 
 
 def test_a_clip_that_is_gone_is_said_and_the_map_stays(tunes):
@@ -111,16 +112,16 @@ def test_a_clip_that_is_gone_is_said_and_the_map_stays(tunes):
 
 def test_tags_of_a_song_end_with_it_and_a_model_without_labels_says_so():
     mel = torch.randn(96, 437, generator=torch.Generator().manual_seed(0))
-    parts = list(pictures.through_time(mel, small(), 2.0, batch=3))
+    parts = list(figures.sliding_tags(mel, small(), 2.0, batch=3))
     middles, said = (np.concatenate(side) for side in zip(*parts, strict=True))
     assert len(parts) > 1 and said.shape == (len(middles), 10)
     assert middles[0] == 1 and abs(middles[-1] + 1 - 437 / 62.5) < 1e-9, "the last window ends with the song"
-    ((one, _),) = pictures.through_time(mel[:, :100], small(), 2.0)
+    ((one, _),) = figures.sliding_tags(mel[:, :100], small(), 2.0)
     assert one.tolist() == [0.8], "shorter than the window"
     with pytest.raises(ValueError, match="no labels"):
-        list(pictures.through_time(mel, small(())))
+        list(figures.sliding_tags(mel, small(())))
     with pytest.raises(ValueError, match="window_s=9"):
-        list(pictures.through_time(mel, small(), 9))
+        list(figures.sliding_tags(mel, small(), 9))
 
 
 def test_no_backlog_and_an_error_does_not_end_it():
@@ -132,7 +133,7 @@ def test_no_backlog_and_an_error_does_not_end_it():
             raise ValueError("zero")
         done.append(n)
 
-    latest = Latest(work, failed.append)
+    latest = LatestOnlyWorker(work, failed.append)
     latest(0)
     time.sleep(0.05)
     for n in range(1, 200):
@@ -148,10 +149,10 @@ def test_hours_are_cut_and_moments_refused(tmp_path):
         for _ in range(180):
             file.write(np.zeros(8000 * 60, np.int16))
     start = time.perf_counter()
-    wave, says = hear(path, limit_s=30)
+    wave, says = load_for_playback(path, limit_s=30)
     assert len(wave) == 480_000 and "180 min" in says and time.perf_counter() - start < 5
     with pytest.raises(ValueError, match="shorter than one patch"):
-        hear(sound(tmp_path / "moment.wav", 0.2))
+        load_for_playback(sound(tmp_path / "moment.wav", 0.2))
 
 
 def send(upload, name, content, piece=100_000):
@@ -164,7 +165,7 @@ def send(upload, name, content, piece=100_000):
 def test_what_cannot_be_read_is_said_and_changes_nothing(tmp_path, tunes):
     (tmp_path / "words.mp3").write_text("not music")
     heard = []
-    track = Track(tunes, MEL, 30, heard.append)
+    track = TrackPicker(tunes, MEL, 30, heard.append)
     for path in (tmp_path / "words.mp3", tmp_path / "none.wav", tmp_path, sound(tmp_path / "moment.wav", 0.1)):
         track.path.value = str(path)
         assert track.says.value.startswith("⚠") and not heard, path
@@ -178,7 +179,7 @@ def test_what_cannot_be_read_is_said_and_changes_nothing(tmp_path, tunes):
 
 def test_the_menu_names_what_is_heard_or_nothing(tunes):
     heard = []
-    track = Track(tunes, MEL, 30, heard.append)
+    track = TrackPicker(tunes, MEL, 30, heard.append)
     for name in ("long", "short"):
         track.pick.value = name
     track.path.value = tunes["long"]
@@ -193,7 +194,7 @@ def test_the_menu_names_what_is_heard_or_nothing(tunes):
 @pytest.mark.parametrize("labels", [LABELS, ()])
 def test_explorers_take_every_track_and_a_model_without_labels(kind, labels, tunes):
     explorer = kind(small(labels), tunes)
-    works = [v for v in vars(explorer).values() if isinstance(v, Latest)]
+    works = [v for v in vars(explorer).values() if isinstance(v, LatestOnlyWorker)]
     for name in ("short", "long"):
         explorer.track.pick.value = name
         for one in works:

@@ -5,16 +5,21 @@ import json
 import pytest
 import torch
 
-from maestlib.export import LogMel, to_onnx, to_torch
-from maestlib.mel import MelConfig, logmel, normalise
-from maestlib.model import MAEST, MAESTConfig, Patchout
+from maestlib.audio.mel import MelConfig, logmel, normalize
+from maestlib.models.export import LogMel, export_onnx, export_torch
+from maestlib.models.maest import MAEST, MAESTConfig
+from maestlib.models.patchout import Patchout
 
 LABELS = ("Rock---Krautrock", "Non-Music---Poesía", "Pop---Schlager")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["one head", "separated"])
+@pytest.fixture(scope="module", params=[False, True], ids=["one head", "separate_heads"])
 def model(request):
-    model = MAEST(MAESTConfig(5, LABELS, width=96, heads=3, depth=2, separated=request.param)).init_weights(1).eval()
+    model = (
+        MAEST(MAESTConfig(5, LABELS, embed_dim=96, num_heads=3, depth=2, separate_heads=request.param))
+        .init_weights(1)
+        .eval()
+    )
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():
@@ -34,7 +39,7 @@ def sizes(shortest):
 def test_the_mel_as_layers(frontend):
     config = MelConfig(frontend=frontend)
     wave = 0.3 * torch.randn(2, 16_000 + 100, generator=torch.Generator().manual_seed(4))
-    reference = normalise(logmel(wave, config), config)[..., : 16_100 // 256]
+    reference = normalize(logmel(wave, config), config)[..., : 16_100 // 256]
     torch.testing.assert_close(LogMel(config)(wave), reference, atol=1e-4, rtol=0)
 
 
@@ -42,7 +47,7 @@ def test_the_mel_as_layers(frontend):
 def test_onnx_from_the_mel(model, patchout, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    assert to_onnx(model, tmp_path / "mel.onnx", patchout=patchout) < 1e-4
+    assert export_onnx(model, tmp_path / "mel.onnx", patchout=patchout) < 1e-4
     assert [p.name for p in tmp_path.iterdir()] == ["mel.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "mel.onnx", providers=["CPUExecutionProvider"])
     for mel in sizes(16):
@@ -59,37 +64,37 @@ def test_onnx_from_the_mel(model, patchout, tmp_path):
 def test_onnx_from_the_wave(model, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    assert to_onnx(model, tmp_path / "tags.onnx", with_mel=True) < 1e-4
+    assert export_onnx(model, tmp_path / "tags.onnx", with_mel=True) < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "tags.onnx", providers=["CPUExecutionProvider"])
     for samples in (80_000, 30_000):
         wave = 0.2 * torch.randn(2, samples, generator=torch.Generator().manual_seed(5))
         (activations,) = session.run(["activations"], {"wave": wave.numpy()})
         with torch.no_grad():
-            expected = model(normalise(logmel(wave))[..., : samples // 256]).sigmoid()
+            expected = model(normalize(logmel(wave))[..., : samples // 256]).sigmoid()
         torch.testing.assert_close(torch.from_numpy(activations), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("with_mel", [False, True])
 def test_torch_export(model, with_mel, tmp_path):
-    assert to_torch(model, tmp_path / "model.pt2", with_mel=with_mel) < 1e-4
+    assert export_torch(model, tmp_path / "model.pt2", with_mel=with_mel) < 1e-4
     extra = {"config.json": ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
     assert MAESTConfig.from_dict(json.loads(extra["config.json"])) == model.config
     for mel in sizes(26):
         x = mel[:, 0].repeat(1, 256) if with_mel else mel
         with torch.no_grad():
-            expected = model(normalise(logmel(x))[..., : mel.shape[2]]).sigmoid() if with_mel else model(mel)
+            expected = model(normalize(logmel(x))[..., : mel.shape[2]]).sigmoid() if with_mel else model(mel)
             torch.testing.assert_close(program(x), expected, atol=1e-4, rtol=0)
     with pytest.raises(AssertionError, match="Guard failed"):
         program(torch.zeros(1, 400 * 256) if with_mel else torch.zeros(1, 96, 400))
 
 
 def test_what_cannot_be_exported(tmp_path):
-    model = MAEST(MAESTConfig(5, LABELS, width=96, heads=3, depth=1)).init_weights(1).eval()
+    model = MAEST(MAESTConfig(5, LABELS, embed_dim=96, num_heads=3, depth=1)).init_weights(1).eval()
     with pytest.raises(ValueError, match="random"):
-        to_torch(model, tmp_path / "x.pt2", patchout=Patchout.random(rows=3))
+        export_torch(model, tmp_path / "x.pt2", patchout=Patchout.random(rows=3))
     with pytest.raises(ValueError, match="drop_rows"):
-        to_torch(model, tmp_path / "x.pt2", patchout=Patchout(drop_rows=(9,)))
+        export_torch(model, tmp_path / "x.pt2", patchout=Patchout(drop_rows=(9,)))
     with pytest.raises(ValueError, match="float32"):
-        to_torch(model.bfloat16(), tmp_path / "x.pt2")
+        export_torch(model.bfloat16(), tmp_path / "x.pt2")
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maestlib.model import MAEST, MAESTConfig, Patchout, attention_in_pieces, cost, grid, kept
+from maestlib.models.maest import MAEST, MAESTConfig, chunked_attention, count_flops
+from maestlib.models.patchout import Patchout, patch_grid, select_patches
 
 PARITY = Path(os.environ.get("MAESTLIB_DATA", Path(__file__).parents[2] / "shared")) / "parity"
 LABELS = [f"Group---{i}" for i in range(7)]
@@ -48,7 +49,7 @@ def reference(state, mel, heads, depth, rows, columns):
 
 @pytest.fixture(scope="module")
 def model():
-    config = MAESTConfig(seconds=5, labels=LABELS, width=96, heads=3, depth=4)
+    config = MAESTConfig(seconds=5, labels=LABELS, embed_dim=96, num_heads=3, depth=4)
     model = MAEST(config).init_weights(1).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():  # away from the initial values, so that no parameter can be ignored
@@ -63,7 +64,7 @@ def model():
 @pytest.mark.parametrize("frames", [312, 100, 16])
 def test_equals_the_reference(model, patchout, frames):
     mel = torch.randn(2, 96, frames, generator=torch.Generator().manual_seed(3))
-    rows, columns = kept(grid(frames), patchout)
+    rows, columns = select_patches(patch_grid(frames), patchout)
     blocks, logits = reference(model.state_dict(), mel, 3, 4, rows, columns)
     with torch.no_grad():
         torch.testing.assert_close(model(mel, patchout).double(), logits, atol=1e-5, rtol=1e-4)
@@ -75,7 +76,7 @@ def test_blocks_of_the_released_layout():
     "Block embeddings that the released code computed with the first two blocks of a random state dict in its layout."
     state = load_file(Path(__file__).parent / "released_layout_two_blocks.safetensors")
     expected = {k: state.pop(k) for k in ("block0", "block1")}
-    model = MAEST(MAESTConfig(seconds=30, labels=LABELS, width=96, heads=3, depth=2)).eval()
+    model = MAEST(MAESTConfig(seconds=30, labels=LABELS, embed_dim=96, num_heads=3, depth=2)).eval()
     own = {k: v for k, v in model.state_dict().items() if k.startswith(("norm", "head"))}
     model.load_state_dict(state | own, strict=True)
     mel = torch.randn(2, 96, 1875, generator=torch.Generator().manual_seed(7))
@@ -90,7 +91,7 @@ def test_parity_with_the_released_code():
     "Logits, features, twelve blocks, the shorter input and the inference patchouts, to 1e-4."
     state = torch.load(PARITY / "official_layout_dim96.pt", weights_only=True)
     want = np.load(PARITY / "reference_outputs.npz")
-    model = MAEST(MAESTConfig(seconds=30, labels=[str(i) for i in range(400)], width=96, heads=3)).eval()
+    model = MAEST(MAESTConfig(seconds=30, labels=[str(i) for i in range(400)], embed_dim=96, num_heads=3)).eval()
     model.load_state_dict(state, strict=True)
     mel = torch.randn(2, 96, 1875, generator=torch.Generator().manual_seed(7))
     patchouts = {
@@ -101,7 +102,11 @@ def test_parity_with_the_released_code():
         "t5f3": Patchout(keep_every=5, drop_rows=(0, 7, 8)),
     }
     with torch.no_grad():
-        ours = {"logits": model(mel), "features": model.features(mel).mean(1), "logits_625": model(mel[..., :625])}
+        ours = {
+            "logits": model(mel),
+            "features": model.forward_features(mel).mean(1),
+            "logits_625": model(mel[..., :625]),
+        }
         ours |= {f"block{i}": x.flatten(1) for i, x in enumerate(model.embed(mel, blocks=range(12)).unbind(1))}
         ours["block6_625"] = model.embed(mel[..., :625])[:, 0].flatten(1)
         for name, patchout in patchouts.items():
@@ -117,27 +122,27 @@ def test_training_uses_the_whole_time_table(model):
     mel = torch.zeros(1, 96, 100)
     model.train()
     starts = {
-        round(float(model.tokens(mel, generator=torch.Generator().manual_seed(s))[0, 2, 0].detach()), 5)
+        round(float(model.embed_patches(mel, generator=torch.Generator().manual_seed(s))[0, 2, 0].detach()), 5)
         for s in range(200)
     }
     model.eval()
-    assert len(starts) == model.time_new_pos_embed.shape[-1] - grid(100)[1] + 1
+    assert len(starts) == model.time_new_pos_embed.shape[-1] - patch_grid(100)[1] + 1
 
 
 def test_random_patchout_is_a_fair_draw():
     counts = np.zeros(9)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2000):
-        rows, columns = kept((9, 30), Patchout.random(rows=3, columns=15), generator)
+        rows, columns = select_patches((9, 30), Patchout.random(rows=3, columns=15), generator)
         assert len(set(rows.tolist())) == 6 and len(set(columns.tolist())) == 15
         counts[rows] += 1
     assert np.abs(counts / 2000 - 6 / 9).max() < 0.05
 
 
 def test_dropped_patches_are_not_paid_for():
-    config = MAESTConfig.of("base", labels=["a"] * 400)
-    assert cost(config)["of"] == 1676 and cost(config, Patchout(keep_every=3))["tokens"] == 560
-    assert cost(config, Patchout(keep_every=3))["gflop"] < cost(config)["gflop"] / 3
+    config = MAESTConfig.from_size("base", labels=["a"] * 400)
+    assert count_flops(config)["total_tokens"] == 1676 and count_flops(config, Patchout(keep_every=3))["tokens"] == 560
+    assert count_flops(config, Patchout(keep_every=3))["gflop"] < count_flops(config)["gflop"] / 3
 
 
 @pytest.mark.parametrize(
@@ -168,6 +173,6 @@ def test_attention_in_pieces_is_attention():
     bias = torch.randn(2, 1, 1, 300, generator=torch.Generator().manual_seed(1))
     louder = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
     for room in (2**21, 2 * 300**2, 7 * 300, 1):  # all at once; two heads; seven queries; one
-        torch.testing.assert_close(attention_in_pieces(q, k, v, room=room), expected)
-        torch.testing.assert_close(attention_in_pieces(q, k, v, bias, room), louder)
-    torch.testing.assert_close(attention_in_pieces(q[:, :, :2], k, v), expected[:, :, :2])
+        torch.testing.assert_close(chunked_attention(q, k, v, room=room), expected)
+        torch.testing.assert_close(chunked_attention(q, k, v, bias, room), louder)
+    torch.testing.assert_close(chunked_attention(q[:, :, :2], k, v), expected[:, :, :2])

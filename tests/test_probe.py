@@ -6,13 +6,18 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from maestlib import blocks, layers, probe
-from maestlib.blocks import Embeddings, extract
-from maestlib.corpus import Corpus
-from maestlib.layers import paired, summarise
-from maestlib.mel import MEL
-from maestlib.model import MAEST, MAESTConfig
-from maestlib.probe import Probe, Recipe, settings, study, train_probes
+from maestlib.audio.mel import MEL
+from maestlib.datasets.batches import Corpus
+from maestlib.models.maest import MAEST, MAESTConfig
+from maestlib.probing import embeddings as embeddings_module
+from maestlib.probing import layers
+from maestlib.probing import study as study_module
+from maestlib.probing.embeddings import Embeddings, extract_embeddings
+from maestlib.probing.layers import paired_difference, summarize
+from maestlib.probing.probe import Probe, ProbeConfig, train_probes
+from maestlib.probing.study import probe_settings, run_study
+from maestlib.training import metrics
+from maestlib.widgets import studies
 
 LABELS = ["Band---A", "Band---B", "Key---C"]
 
@@ -45,14 +50,14 @@ def made(n=90, source=True):
     return corpus, Embeddings(values.astype(np.float16), {"model": "made"})
 
 
-RECIPE = Recipe(rate=1e-2, epochs=6, batch=16, hidden=32)
+RECIPE = ProbeConfig(learning_rate=1e-2, epochs=6, batch_size=16, hidden_dim=32)
 
 
 def test_a_killed_extraction_goes_on(tmp_path, monkeypatch):
     corpus, _ = made(60)
-    model = MAEST(MAESTConfig(width=24, heads=2, depth=2, seconds=1)).init_weights(0).eval()
-    whole = extract(corpus, model, tmp_path / "whole", commit=16)
-    right, calls = blocks.averaged, []
+    model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    whole = extract_embeddings(corpus, model, tmp_path / "whole", commit=16)
+    right, calls = embeddings_module.embed_tracks, []
 
     def dies(*args):
         calls.append(1)
@@ -60,22 +65,22 @@ def test_a_killed_extraction_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return right(*args)
 
-    monkeypatch.setattr(blocks, "averaged", dies)
+    monkeypatch.setattr(embeddings_module, "embed_tracks", dies)
     with pytest.raises(KeyboardInterrupt):
-        extract(corpus, model, tmp_path / "killed", commit=16)
-    resumed = extract(corpus, model, tmp_path / "killed", commit=16)
+        extract_embeddings(corpus, model, tmp_path / "killed", commit=16)
+    resumed = extract_embeddings(corpus, model, tmp_path / "killed", commit=16)
     assert np.array_equal(resumed.values, whole.values) and len(calls) == 3 + 2  # two pieces were kept
     corpus.store.index = corpus.store.index.with_columns(checksum=pl.col("checksum") + (pl.col("track_id") == "t3"))
-    extract(corpus, model, tmp_path / "killed", commit=16)
+    extract_embeddings(corpus, model, tmp_path / "killed", commit=16)
     assert len(calls) == 6, "only the track whose mel has changed"
 
 
 def test_another_model_is_refused(tmp_path):
     corpus, _ = made(60)
-    config = MAESTConfig(width=24, heads=2, depth=2, seconds=1)
-    extract(corpus, MAEST(config).init_weights(0).eval(), tmp_path)
+    config = MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)
+    extract_embeddings(corpus, MAEST(config).init_weights(0).eval(), tmp_path)
     with pytest.raises(ValueError, match="another model"):
-        extract(corpus, MAEST(config).init_weights(1).eval(), tmp_path)
+        extract_embeddings(corpus, MAEST(config).init_weights(1).eval(), tmp_path)
 
 
 def test_not_finite(tmp_path):
@@ -83,18 +88,18 @@ def test_not_finite(tmp_path):
     embeddings.values[3, 1, 0, 2] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         train_probes(embeddings, corpus, [Probe((0,), RECIPE)])
-    model = MAEST(MAESTConfig(width=24, heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
     with torch.no_grad():
         model.cls_token.fill_(1e5)
     with pytest.raises(ValueError, match="t0.* not finite"):
-        extract(corpus, model, tmp_path)
+        extract_embeddings(corpus, model, tmp_path)
     assert not list(tmp_path.glob("*.npz"))
 
 
 @pytest.mark.parametrize("together", [1, 3, 100])
 def test_company_changes_nothing(together):
     corpus, embeddings = made()
-    probes = [Probe(embeddings.of(b, t), Recipe(rate=r, dropout=d, seed=s, epochs=5, batch=16, hidden=32))
+    probes = [Probe(embeddings.of(b, t), ProbeConfig(learning_rate=r, dropout=d, seed=s, epochs=5, batch_size=16, hidden_dim=32))
               for b, t, r, d, s in (((1,), "d", 1e-2, 0.5, 0), ((0,), "d", 1e-2, 0.5, 1), ((1,), "c", 1e-3, 0.0, 0),
                                     ((0, 1), "cdt", 1e-2, 0.75, 2), ((1,), "dt", 1e-2, 0.5, 0))]  # fmt: skip
     alone = [train_probes(embeddings, corpus, [p], dtype="float32")[0] for p in probes]
@@ -104,40 +109,46 @@ def test_company_changes_nothing(together):
 
 def test_study_finds_where_the_labels_are_and_scores_as_scikit_learn(tmp_path):
     corpus, embeddings = made(300)
-    recipes = [RECIPE, Recipe(**vars(RECIPE) | {"seed": 1})]
-    table = study(
-        corpus, embeddings, "made", settings(embeddings), recipes, ("mlp", "linear", "knn"), tmp_path / "s.parquet"
+    recipes = [RECIPE, ProbeConfig(**vars(RECIPE) | {"seed": 1})]
+    table = run_study(
+        corpus,
+        embeddings,
+        "made",
+        probe_settings(embeddings),
+        recipes,
+        ("mlp", "linear", "knn"),
+        tmp_path / "s.parquet",
     )
-    scores = summarise(table)
+    scores = summarize(table)
     for method in ("mlp", "linear", "knn"):
-        best = scores.filter(method=method).sort("validation").row(-1, named=True)
+        best = scores.filter(method=method).sort("val_roc_auc").row(-1, named=True)
         assert best["blocks"] == "1" and "d" in best["tokens"] and best["roc_auc"] > 0.85
     with_dist, without = dict(blocks="1", tokens="d", method="mlp"), dict(blocks="0", tokens="d", method="mlp")
-    gain = paired(table, with_dist, without)
+    gain = paired_difference(table, with_dist, without)
     assert gain["low"] > 0 and gain["p"] < 0.02
     fit = train_probes(embeddings, corpus, [Probe(embeddings.of((1,), "d"), RECIPE)])[0]
-    truth, rows = corpus.targets[corpus.split("test")], table.filter(**with_dist, seed=0)
+    truth, rows = corpus.targets[corpus.indices("test")], table.filter(**with_dist, seed=0)
     for metric, theirs in (("roc_auc", roc_auc_score), ("map", average_precision_score)):
         expected = [theirs(truth[:, i], fit.scores[:, i]) for i in range(3)]
         assert np.abs(rows[metric].to_numpy() - expected).max() < 1e-9
-    more = study(corpus, embeddings, "made", [((0, 1), "cd")], recipes, out=tmp_path / "s.parquet")
+    more = run_study(corpus, embeddings, "made", [((0, 1), "cd")], recipes, out=tmp_path / "s.parquet")
     assert set(more["blocks"]) == {"0+1"} and len(pl.read_parquet(tmp_path / "s.parquet")) == len(table) + len(more)
 
 
 def test_a_label_with_no_positive(capsys):
     corpus, embeddings = made()
-    corpus.targets[corpus.split("test"), 0] = 0
-    corpus.targets[corpus.split("validation"), 1] = 0
-    corpus.targets[corpus.split("train"), 2] = 0
-    table = study(corpus, embeddings, "made", [((1,), "d")], [RECIPE])
+    corpus.targets[corpus.indices("test"), 0] = 0
+    corpus.targets[corpus.indices("validation"), 1] = 0
+    corpus.targets[corpus.indices("train"), 2] = 0
+    table = run_study(corpus, embeddings, "made", [((1,), "d")], [RECIPE])
     said = capsys.readouterr().out
     assert all(f"no positive in {s}" in said for s in ("train", "validation", "test"))
     assert table["label"].to_list() == LABELS[:2] and table["map"].null_count() == 1
-    assert summarise(table)["map"][0] == pytest.approx(table["map"][1])
-    assert summarise(table, LABELS[0])["map"][0] is None
+    assert summarize(table)["map"][0] == pytest.approx(table["map"][1])
+    assert summarize(table, LABELS[0])["map"][0] is None
     with pytest.raises(ValueError, match="no score"):
-        paired(table, {}, {}, LABELS[0])
-    corpus.targets[corpus.split("validation")] = 0
+        paired_difference(table, {}, {}, LABELS[0])
+    corpus.targets[corpus.indices("validation")] = 0
     with pytest.raises(ValueError, match="validation: no label"):
         train_probes(embeddings, corpus, [Probe((0,), RECIPE)])
 
@@ -151,41 +162,45 @@ def test_what_is_not_there(wrong):
 
 
 def test_recipe_is_checked():
-    for wrong in (dict(dropout=1.0), dict(epochs=0), dict(rate=0.0)):
+    for wrong in (dict(dropout=1.0), dict(epochs=0), dict(learning_rate=0.0)):
         with pytest.raises(ValueError):
-            Recipe(**wrong)
+            ProbeConfig(**wrong)
     with pytest.raises(ValueError, match="methods"):
-        study(*made(), "made", [((0,), "c")], methods=("svm",))
+        run_study(*made(), "made", [((0,), "c")], methods=("svm",))
 
 
 def test_figures_without_a_browser():
     corpus, embeddings = made()
-    table = study(corpus, embeddings, "made", settings(embeddings), [RECIPE])
-    assert len(layers.plot_layers(summarise(table), "made").data) == len(probe.TOKENS)
-    assert layers.plot_labels(table, "made").data[0].z.shape == (3, 2)
+    table = run_study(corpus, embeddings, "made", probe_settings(embeddings), [RECIPE])
+    assert len(layers.plot_layers(summarize(table), "made").data) == len(study_module.TOKENS)
+    assert layers.plot_label_scores(table, "made").data[0].z.shape == (3, 2)
     assert sum(len(t.x) for t in layers.plot_map(corpus, embeddings, (1,), "d", "Band").data) == 90
-    assert layers.findings(table, "made")[0].startswith("by validation the best setting is block 1")
+    assert layers.describe_findings(table, "made")[0].startswith("by validation the best setting is block 1")
 
 
 def test_embeddings_belong_to_their_tracks(tmp_path):
     corpus, embeddings = made(100)
     with pytest.raises(ValueError, match="embeddings of 100 tracks: the corpus has 60"):
-        study(blocks.subset(corpus, 60), embeddings, "made", [((0,), "c")], [RECIPE])
-    model = MAEST(MAESTConfig(width=24, heads=2, depth=2, seconds=1)).init_weights(0).eval()
-    found, out = extract(corpus, model, tmp_path / "store"), tmp_path / "study.parquet"
-    turned = Corpus(corpus.table.reverse(), corpus.store, corpus.rows[::-1], LABELS, corpus.targets[::-1].copy(), MEL)
+        run_study(embeddings_module.subset_corpus(corpus, 60), embeddings, "made", [((0,), "c")], [RECIPE])
+    model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    found, out = extract_embeddings(corpus, model, tmp_path / "store"), tmp_path / "study.parquet"
+    turned = Corpus(
+        corpus.table.reverse(), corpus.store, corpus.store_rows[::-1], LABELS, corpus.targets[::-1].copy(), MEL
+    )
     with pytest.raises(ValueError, match="embeddings of t0: the corpus has t99 there"):
         train_probes(found, turned, [Probe((0,), RECIPE)])
-    first = study(corpus, found, "m", [((0,), "c")], [RECIPE], out=out)
+    first = run_study(corpus, found, "m", [((0,), "c")], [RECIPE], out=out)
     corpus.store.mels[:] = 1 - corpus.store.mels
     corpus.store.index = corpus.store.index.with_columns(checksum=pl.col("checksum") + 1)
-    again = study(corpus, extract(corpus, model, tmp_path / "store"), "m", [((0,), "c")], [RECIPE], out=out)
+    again = run_study(
+        corpus, extract_embeddings(corpus, model, tmp_path / "store"), "m", [((0,), "c")], [RECIPE], out=out
+    )
     assert not again["map"].equals(first["map"]), "other mels, other scores"
-    renamed = Corpus(corpus.table, corpus.store, corpus.rows, list("XYZ"), corpus.targets, MEL)
-    assert set(study(renamed, found, "m", [((0,), "c")], [RECIPE], out=out)["label"]) == set("XYZ")
+    renamed = Corpus(corpus.table, corpus.store, corpus.store_rows, list("XYZ"), corpus.targets, MEL)
+    assert set(run_study(renamed, found, "m", [((0,), "c")], [RECIPE], out=out)["label"]) == set("XYZ")
     next((tmp_path / "store").glob("*.npz")).write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"npz: not a whole file"):
-        extract(corpus, model, tmp_path / "store")
+        extract_embeddings(corpus, model, tmp_path / "store")
 
 
 def test_a_track_shorter_than_a_patch(tmp_path):
@@ -193,30 +208,30 @@ def test_a_track_shorter_than_a_patch(tmp_path):
     corpus.store.index = corpus.store.index.with_columns(
         frames=pl.when(pl.col("track_id") == "t3").then(1).otherwise(100)
     )
-    model = MAEST(MAESTConfig(width=24, heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
     for what in (model, "mel"):
-        assert np.isfinite(extract(corpus, what, tmp_path / str(what)[:3]).values[3]).all()
+        assert np.isfinite(extract_embeddings(corpus, what, tmp_path / str(what)[:3]).values[3]).all()
 
 
 def test_a_study_keeps_to_its_resamples(tmp_path):
     corpus, embeddings = made()
     file = tmp_path / "s.parquet"
-    nothing = study(corpus, embeddings, "made", [], out=file)
-    assert len(nothing) == len(summarise(nothing)) == 0
-    some = study(corpus, embeddings, "made", [((1,), "d")], [RECIPE], out=file, count=50)
+    nothing = run_study(corpus, embeddings, "made", [], out=file)
+    assert len(nothing) == len(summarize(nothing)) == 0
+    some = run_study(corpus, embeddings, "made", [((1,), "d")], [RECIPE], out=file, n_bootstrap=50)
     assert some.columns == nothing.columns
     with pytest.raises(ValueError, match="holds 50 resamples"):
-        study(corpus, embeddings, "made", [((1,), "c")], [RECIPE], out=file)
+        run_study(corpus, embeddings, "made", [((1,), "c")], [RECIPE], out=file)
 
 
 def test_a_split_without_tracks():
     corpus, embeddings = made()
     for split in ("validation", "test"):
         gone = pl.when(pl.col("split") == split).then(pl.lit("train")).otherwise("split").alias("split")
-        bare = Corpus(corpus.table.with_columns(gone), corpus.store, corpus.rows, LABELS, corpus.targets, MEL)
+        bare = Corpus(corpus.table.with_columns(gone), corpus.store, corpus.store_rows, LABELS, corpus.targets, MEL)
         for method in ("mlp", "linear", "knn"):
             with pytest.raises(ValueError, match=f"{split}: the split is empty"):
-                study(bare, embeddings, "made", [((0,), "c")], [RECIPE], (method,))
+                run_study(bare, embeddings, "made", [((0,), "c")], [RECIPE], (method,))
 
 
 def test_equal_scores_are_no_difference():
@@ -225,26 +240,28 @@ def test_equal_scores_are_no_difference():
     perfect = truth.astype(float)
     slip = perfect.copy()
     slip[20] = 2
-    drawn = probe.resamples(40, 200)
-    rows = [dict(zip(("roc_auc", "map"), map(float, map(np.squeeze, probe.ranking_scores(truth, s))), strict=True))
+    drawn = metrics.bootstrap_weights(40, 200)
+    rows = [dict(zip(("roc_auc", "map"), map(float, map(np.squeeze, metrics.roc_auc_and_ap(truth, s))), strict=True))
             | {f"{m}_resampled": x.astype(np.float32) for m, x in zip(("roc_auc", "map"),
-               probe.ranking_scores(truth, s, drawn), strict=True)} for s in (perfect, slip)]  # fmt: skip
-    base = dict.fromkeys(probe.KEY, None) | dict(model="m", method="mlp", tokens="c", label="x", validation=0.5, seed=0)
-    schema = probe._schema(200)
+               metrics.roc_auc_and_ap(truth, s, drawn), strict=True)} for s in (perfect, slip)]  # fmt: skip
+    base = dict.fromkeys(study_module.KEY, None) | dict(
+        model="m", method="mlp", tokens="c", label="x", val_roc_auc=0.5, seed=0
+    )
+    schema = study_module._schema(200)
     table = pl.DataFrame([base | dict(blocks=b) | row for b, row in zip("01", rows, strict=True)], schema=schema)
-    gain = paired(table, dict(blocks="0"), dict(blocks="1"))
+    gain = paired_difference(table, dict(blocks="0"), dict(blocks="1"))
     assert gain["difference"] > 0 and gain["low"] == 0 and gain["p"] > 0.1
-    assert summarise(table)["map_high"].max() <= 1
+    assert summarize(table)["map_high"].max() <= 1
 
 
 def test_the_widget_starts_from_nothing(tmp_path):
     corpus, embeddings = made()
     embeddings.values = np.concatenate([embeddings.values] * 2, 1)  # four blocks
     shallow = Embeddings(embeddings.values[:, :2], {"model": "shallow"})
-    corpus.targets[corpus.split("train"), 2] = 0
+    corpus.targets[corpus.indices("train"), 2] = 0
     corpus.table = corpus.table.with_columns(path=pl.col("track_id"))
     data = {"made": (corpus, {"deep": embeddings, "shallow": shallow})}
-    panel = layers.Layers(data, {"made": tmp_path / "s.parquet"}, [RECIPE])
+    panel = studies.LayersWidget(data, {"made": tmp_path / "s.parquet"}, [RECIPE])
     assert "not probed yet" in panel.text.value and not panel.button.disabled
     assert LABELS[2] not in panel.label.options
     panel.blocks.value = (3,)

@@ -7,22 +7,28 @@ import pytest
 import torch
 
 import maestlib as ml
-from maestlib.model import MAEST, MAESTConfig, Patchout
-from maestlib.reduction import Reduced, attended, quantised
-from maestlib.speed import Setting, benchmark, frontier, plot_frontier, predicted, reading, recommend
+from maestlib.models.maest import MAEST, MAESTConfig
+from maestlib.models.patchout import Patchout
+from maestlib.models.reduction import ReducedMAEST, quantize_int8, top_attended
+from maestlib.speed.benchmark import InferenceSetting, benchmark, build_forward
+from maestlib.speed.tradeoff import pareto_front, plot_pareto, predict_throughput, recommend
 
 
 def small(**fields):
-    return MAEST(MAESTConfig(width=32, heads=2, depth=3, seconds=2, labels=("a", "b"), **fields)).init_weights(0).eval()
+    return (
+        MAEST(MAESTConfig(embed_dim=32, num_heads=2, depth=3, seconds=2, labels=("a", "b"), **fields))
+        .init_weights(0)
+        .eval()
+    )
 
 
 def results(rows):
     "A results table: (setting, hours of audio an hour, mAP, can be recommended)."
-    told = Setting(keep_every=2, merge=0.2).advice(30)
+    told = InferenceSetting(keep_every=2, merge=0.2).embed_kwargs(30)
     return pl.DataFrame(
         [
-            dict(setting=s, hours_per_hour=float(h), map=m, memory_mb=1.0, family="patchout", ratio=1.0,
-                 model="maest", advice=told if ok else None, device="x", threads=2, gflop=100 / h, clips_per_s=h / 30)
+            dict(setting=s, realtime_factor=float(h), map=m, memory_mb=1.0, family="patchout", ratio=1.0,
+                 model="maest", embed_kwargs=told if ok else None, device="x", threads=2, gflop=100 / h, clips_per_s=h / 30)
             for s, h, m, ok in rows
         ]
     )  # fmt: skip
@@ -32,8 +38,8 @@ TABLE = results([("slow", 100, 0.5, True), ("fast", 400, 0.4, True), ("bad", 90,
 
 
 def test_the_frontier_is_what_no_other_beats():
-    assert frontier(TABLE.head(3))["setting"].to_list() == ["slow", "fast"]
-    assert frontier(TABLE)["setting"].to_list() == ["int8"]
+    assert pareto_front(TABLE.head(3))["setting"].to_list() == ["slow", "fast"]
+    assert pareto_front(TABLE)["setting"].to_list() == ["int8"]
 
 
 def test_advice():
@@ -46,14 +52,20 @@ def test_advice():
 def test_advice_goes_into_embed():
     found = recommend(1, min_map=0.1, table=TABLE)
     assert found["reduction"] == {"merge": 0.2, "keep": 1.0}
-    reduced, options = Reduced(small(), **found["reduction"]), found["options"] | {"block": 1, "hop": 2}
+    reduced, options = ReducedMAEST(small(), **found["reduction"]), found["options"] | {"block": 1, "hop": 2}
     assert len(ml.embed(torch.randn(16000 * 4), reduced, **options)) >= 2
 
 
 def test_only_what_embed_can_do_is_advised():
-    cannot = [Setting("effnet"), Setting(seconds=10), Setting(overlap=0.5), Setting(compiled=True), Setting(threads=1)]
-    assert [s.advice(30) for s in cannot] == [None] * 5
-    assert json.loads(Setting(dtype="int8").advice(30))["options"]["dtype"] == "int8"
+    cannot = [
+        InferenceSetting("effnet"),
+        InferenceSetting(seconds=10),
+        InferenceSetting(overlap=0.5),
+        InferenceSetting(compiled=True),
+        InferenceSetting(threads=1),
+    ]
+    assert [s.embed_kwargs(30) for s in cannot] == [None] * 5
+    assert json.loads(InferenceSetting(dtype="int8").embed_kwargs(30))["options"]["dtype"] == "int8"
 
 
 @pytest.mark.parametrize(
@@ -76,13 +88,13 @@ def test_nothing_measured_yet(tmp_path):
 
 
 def test_an_empty_selection_is_a_figure():
-    assert "nothing" in plot_frontier(TABLE[:0]).layout.title.text
+    assert "nothing" in plot_pareto(TABLE[:0]).layout.title.text
 
 
 def test_prediction_needs_two_points():
-    assert abs(predicted(TABLE, 1.0) / 100 - 1) < 0.01
+    assert abs(predict_throughput(TABLE, 1.0) / 100 - 1) < 0.01
     with pytest.raises(ValueError, match="two measured"):
-        predicted(TABLE.head(1), 1.0)
+        predict_throughput(TABLE.head(1), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -96,24 +108,24 @@ def test_prediction_needs_two_points():
 )
 def test_shares_out_of_range(how, words):
     with pytest.raises(ValueError, match=words):
-        Reduced(small(), **how)
+        ReducedMAEST(small(), **how)
 
 
 @pytest.mark.parametrize("fields", [dict(overlap=1.0), dict(batch=-1)])
 def test_settings_that_make_no_sense(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
-        Setting(**fields)
+        InferenceSetting(**fields)
 
 
 def test_an_unknown_model_is_named():
     with pytest.raises(ValueError, match="model=other"):
-        benchmark([Setting("other")], {"maest": small()})
+        benchmark([InferenceSetting("other")], {"maest": small()})
 
 
-@pytest.mark.parametrize("how", [dict(merge=0.2), dict(keep=0.3), dict(merge=0.2, separated=True)])
+@pytest.mark.parametrize("how", [dict(merge=0.2), dict(keep=0.3), dict(merge=0.2, separate_heads=True)])
 def test_a_reduced_model_goes_where_a_maest_goes(how):
-    model = small(separated=how.pop("separated", False))
-    reduced = Reduced(model, **how, **({"at": 1} if "keep" in how else {}))
+    model = small(separate_heads=how.pop("separate_heads", False))
+    reduced = ReducedMAEST(model, **how, **({"at": 1} if "keep" in how else {}))
     wave = torch.randn(16000 * 3, generator=torch.Generator().manual_seed(0))
     full, less = (ml.embed(wave, m, block=2, dtype="float32") for m in (model, reduced))
     assert less.shape == full.shape
@@ -123,22 +135,24 @@ def test_a_reduced_model_goes_where_a_maest_goes(how):
 
 
 def test_another_reduction_is_another_model():
-    from maestlib.embedding import _fingerprint
+    from maestlib.inference.embedding import model_fingerprint
 
     model = small()
-    found = {_fingerprint(m) for m in (model, Reduced(model, 0.1), Reduced(model, 0.2), quantised(model))}
+    found = {
+        model_fingerprint(m) for m in (model, ReducedMAEST(model, 0.1), ReducedMAEST(model, 0.2), quantize_int8(model))
+    }
     assert len(found) == 4
 
 
 def test_what_is_attended_to_stays():
     k = torch.zeros(1, 1, 12, 4)
     k[0, 0, 5] = k[0, 0, 9] = 1
-    assert attended(torch.ones(1, 1, 12, 4), k, 0.2).tolist() == [[0, 1, 5, 9]]
+    assert top_attended(torch.ones(1, 1, 12, 4), k, 0.2).tolist() == [[0, 1, 5, 9]]
 
 
 def test_tags_of_a_setting_are_those_of_the_model():
     model, mel = small(), torch.randn(2, 96, 125, generator=torch.Generator().manual_seed(0))
-    read, frames = reading(Setting(keep_every=2, block=1, dtype="float32"), model, tags=True)
+    read, frames = build_forward(InferenceSetting(keep_every=2, block=1, dtype="float32"), model, tags=True)
     values = torch.from_numpy(read(mel))
     assert frames == 125 and values.shape == (2, 3 * 3 * 32 + 2)
     assert torch.allclose(values[:, -2:], model(mel, Patchout(2)).sigmoid(), atol=1e-5)
@@ -147,7 +161,7 @@ def test_tags_of_a_setting_are_those_of_the_model():
 
 def test_int8_is_near():
     model, mel = small(), torch.randn(2, 96, 125, generator=torch.Generator().manual_seed(0))
-    a, b = (m.embed(mel, (2,)).flatten(1) for m in (model, quantised(model)))
+    a, b = (m.embed(mel, (2,)).flatten(1) for m in (model, quantize_int8(model)))
     cosine = torch.cosine_similarity(a, b)
     assert (cosine > 0.99).all() and (cosine < 0.9999999).all()
-    assert torch.allclose(model(mel), quantised(model)(mel), atol=0.2)
+    assert torch.allclose(model(mel), quantize_int8(model)(mel), atol=0.2)

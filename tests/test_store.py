@@ -19,13 +19,15 @@ import pytest
 import soundfile
 import torch
 
-import maestlib.store as room
-from maestlib.mel import MelConfig
-from maestlib.store import MelStore, extract, verify
+import maestlib.audio.store as room
+from maestlib.audio import extract
+from maestlib.audio.extract import extract_mels
+from maestlib.audio.mel import MelConfig
+from maestlib.audio.store import MelStore, verify_store
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["maestlib.store"])
-quick = partial(extract, seconds=1.5, min_seconds=0.2, workers=0, chunk=3)
+CONTEXT.set_forkserver_preload(["maestlib.audio.extract"])
+quick = partial(extract_mels, seconds=1.5, min_seconds=0.2, workers=0, chunk=3)
 
 
 def content(store):
@@ -120,7 +122,7 @@ def _session(process):
 SCRIPT = """
 import sys
 import polars as pl
-from maestlib.store import extract
+from maestlib.audio.extract import extract_mels as extract
 if __name__ == "__main__":
     extract(pl.read_parquet(sys.argv[1]), sys.argv[2], 1.5, 0.2, workers=2, chunk=3)
 """
@@ -144,7 +146,7 @@ def test_workers_give_the_same_and_do_not_outlive_a_kill(table, whole, tmp_path)
             break
         time.sleep(0.1)
     assert not group, "processes were left behind"
-    extract(table, tmp_path / "store", 1.5, 0.2, workers=2, chunk=5)
+    extract_mels(table, tmp_path / "store", 1.5, 0.2, workers=2, chunk=5)
     assert content(tmp_path / "store") == content(whole)
 
 
@@ -152,15 +154,15 @@ def _ends_on_purpose(path):
     if "abort" in path:
         os.abort()
     if "stall" in path:
-        room.TIMEOUT = 1
-        return room._timed(time.sleep, 30)
+        extract.DECODE_TIMEOUT_S = 1
+        return extract._with_timeout(time.sleep, 30)
     return path.encode(), ""
 
 
 def test_a_crash_or_a_stall_costs_one_file():
     paths = [f"{i}" for i in range(12)]
     paths[3], paths[4], paths[9] = "abort 3", "stall 4", "abort 9"
-    results = list(room._results(_ends_on_purpose, paths, 2))
+    results = list(extract._imap_ordered(_ends_on_purpose, paths, 2))
     assert [mel.decode() for mel, _ in results] == [p if len(p) < 3 else "" for p in paths]
     assert [bool(error) for _, error in results] == [len(p) > 2 for p in paths]
     assert "abort 3: decoding it crashed" in results[3][1]
@@ -219,7 +221,7 @@ def test_two_ranks(table, whole, tmp_path):
         process.join()
         assert process.exitcode == 0
     two, one = MelStore(tmp_path / "two"), MelStore(whole)
-    assert verify(tmp_path / "two").is_empty()
+    assert verify_store(tmp_path / "two").is_empty()
     assert two.tracks.equals(one.tracks) and two.report.equals(one.report)
     assert two.index["shard"].unique().to_list() == [0, 1]
     assert all(np.array_equal(two.read(i), one.read(i)) for i in range(len(one)))
@@ -228,13 +230,13 @@ def test_two_ranks(table, whole, tmp_path):
 def test_growing_and_new_labels(table, whole, tmp_path):
     for rows in (10, 25, 40):
         quick(table.head(rows), tmp_path / "grown")
-        assert verify(tmp_path / "grown").is_empty()
+        assert verify_store(tmp_path / "grown").is_empty()
     assert content(tmp_path / "grown") == content(whole)
     before = (tmp_path / "grown/mels.000.f16").stat().st_mtime_ns
     relabelled = table.with_columns(labels=pl.lit(["New---Label"]))
     quick(relabelled, tmp_path / "grown")
     assert MelStore(tmp_path / "grown").tracks["labels"].to_list() == [["New---Label"]] * 38
-    assert verify(tmp_path / "grown").is_empty()
+    assert verify_store(tmp_path / "grown").is_empty()
     assert (tmp_path / "grown/mels.000.f16").stat().st_mtime_ns == before
 
 
@@ -275,21 +277,21 @@ def test_refuses_another_table_while_unfinished(table, tmp_path, monkeypatch):
 
 def test_verify_finds_any_flipped_byte(whole, tmp_path):
     store = Path(shutil.copytree(whole, tmp_path / "a"))
-    assert verify(store).is_empty()
+    assert verify_store(store).is_empty()
     rng = np.random.default_rng()
     for name, good in content(store).items():
         for place in rng.integers(len(good), size=8):
             bad = bytearray(good)
             bad[place] ^= 1 << rng.integers(8)
             (store / name).write_bytes(bad)
-            assert not verify(store).is_empty(), f"{name}, byte {place}"
+            assert not verify_store(store).is_empty(), f"{name}, byte {place}"
         for wrong in (good[:-1], good + b"\0", b""):
             (store / name).write_bytes(wrong)
-            assert not verify(store).is_empty(), f"{name}, {len(wrong)} bytes"
+            assert not verify_store(store).is_empty(), f"{name}, {len(wrong)} bytes"
         (store / name).unlink()
-        assert not verify(store).is_empty(), f"without {name}"
+        assert not verify_store(store).is_empty(), f"without {name}"
         (store / name).write_bytes(good)
-    assert verify(store).is_empty()
+    assert verify_store(store).is_empty()
 
 
 class _Crops(torch.utils.data.Dataset):
@@ -300,22 +302,22 @@ class _Crops(torch.utils.data.Dataset):
         return len(self.store)
 
     def __getitem__(self, row):
-        return self.store.crops([row], 50)[0]
+        return self.store.read_crops([row], 50)[0]
 
 
 def test_crops(whole):
     store = MelStore(whole)
     for start, row in ((0, 0), (3, 5)):
         assert np.array_equal(store.read(row, start, 10), store.read(row)[start : start + 10])
-    long = store.crops(range(len(store)), 200)
+    long = store.read_crops(range(len(store)), 200)
     for crop, frames, row in zip(long, store.index["frames"], range(len(store)), strict=True):
         assert np.array_equal(crop[:, :frames].T, store.read(row)) and not crop[:, frames:].any()
-    random = [store.crops([1, 2], 20, np.random.default_rng(4)) for _ in range(2)]
-    assert torch.equal(*random) and not torch.equal(random[0], store.crops([1, 2], 20))
+    random = [store.read_crops([1, 2], 20, np.random.default_rng(4)) for _ in range(2)]
+    assert torch.equal(*random) and not torch.equal(random[0], store.read_crops([1, 2], 20))
     batches = torch.utils.data.DataLoader(_Crops(store), 8, num_workers=2, multiprocessing_context=CONTEXT)
-    assert torch.equal(torch.cat(list(batches)), store.crops(range(len(store)), 50))
-    assert store.rows(["t3", "t0", "t39"]).tolist() == [3, 0, 37]
+    assert torch.equal(torch.cat(list(batches)), store.read_crops(range(len(store)), 50))
+    assert store.lookup(["t3", "t0", "t39"]).tolist() == [3, 0, 37]
     with pytest.raises(ValueError, match="1 tracks are not in it .t7"):
-        store.rows(["t1", "t7"])
+        store.lookup(["t1", "t7"])
     with pytest.raises(ValueError, match="row=99"):
         store.read(99)

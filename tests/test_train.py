@@ -15,15 +15,15 @@ import pytest
 import soundfile
 import torch
 
-from maestlib import datasets
-from maestlib.corpus import prepare, windows
-from maestlib.files import resolve
-from maestlib.metrics import evaluate
-from maestlib.runs import compare, run_test
-from maestlib.settings import TrainConfig
-from maestlib.store import extract
-from maestlib.train import Trainer, fit, start
-from maestlib.weights import load
+from maestlib.audio.extract import extract_mels
+from maestlib.core.files import resolve_path
+from maestlib.datasets import registry
+from maestlib.datasets.batches import load_corpus
+from maestlib.models.checkpoint import load_model
+from maestlib.training.config import TrainConfig
+from maestlib.training.evaluation import compare_runs, predict_test, window_starts
+from maestlib.training.metrics import evaluate
+from maestlib.training.trainer import Trainer, create_model, fit
 
 TOP = Path(__file__).parents[1]
 
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 def papermill(folder, out, *arguments, to=None):
     "Run the training notebook on the folder from another folder than the project's."
-    settings = {"dataset": folder, "out": out, "seconds": 5, "batch_size": 4, "patchout_columns": 10}
+    settings = {"dataset": folder, "out_dir": out, "seconds": 5, "batch_size": 4, "patchout_columns": 10}
     parameters = [x for k, v in settings.items() for x in ("-p", k, str(v))]
     files = [TOP / "nbs/train.ipynb", to] if to else [TOP / "nbs/train.ipynb"]
     command = [sys.executable, "-m", "papermill", *files, *parameters, *arguments]
@@ -56,10 +56,10 @@ def papermill(folder, out, *arguments, to=None):
 
 
 def test_the_same_seed_gives_the_same_numbers(folder, tmp_path, monkeypatch):
-    first = papermill(folder, tmp_path / "one", "-p", "steps", "6", to=tmp_path / "one.ipynb")
+    first = papermill(folder, tmp_path / "one", "-p", "max_steps", "6", to=tmp_path / "one.ipynb")
     assert first.returncode == 0, first.stderr[-3000:]
     assert "tokens kept" in first.stderr and "clips/s" in first.stderr and "ROC-AUC" in first.stderr
-    second = papermill(folder, tmp_path / "two", "-p", "steps", "6")  # no output path: the notebook is printed
+    second = papermill(folder, tmp_path / "two", "-p", "max_steps", "6")  # no output path: the notebook is printed
     assert second.returncode == 0, second.stderr[-3000:]
     assert len(second.stdout) < 1_000_000 and json.loads(second.stdout)["cells"]
 
@@ -70,30 +70,32 @@ def test_the_same_seed_gives_the_same_numbers(folder, tmp_path, monkeypatch):
     assert stored.equals(pl.read_parquet(tmp_path / "two/test.parquet"))
 
     monkeypatch.setenv("MAESTLIB_CACHE", str(folder.parent / "cache"))
-    corpus = prepare(str(folder))
+    corpus = load_corpus(str(folder))
     assert len(corpus.table) == 29  # the text file is left out
-    again = evaluate(corpus.targets[corpus.split("test")], run_test(tmp_path / "one", corpus), corpus.labels)
+    again = evaluate(corpus.targets[corpus.indices("test")], predict_test(tmp_path / "one", corpus), corpus.labels)
     assert again.equals(stored)
 
 
 def test_a_store_is_a_dataset(folder, tmp_path):
     store = tmp_path / "store"
-    report = extract(datasets.load(folder), store, seconds=5, workers=0)
+    report = extract_mels(registry.load_dataset(folder), store, seconds=5, workers=0)
     assert len(report) == 1  # the text file
     out = tmp_path / "run"
-    config = TrainConfig(seconds=5, dataset=str(store), size="tiny", steps=2, batch_size=4, out=str(out)).settle()
-    corpus = prepare(config.dataset)
-    metrics = fit(config, corpus, start(config, corpus))
+    config = TrainConfig(
+        seconds=5, dataset=str(store), size="tiny", max_steps=2, batch_size=4, out_dir=str(out)
+    ).resolve_auto()
+    corpus = load_corpus(config.dataset)
+    metrics = fit(config, corpus, create_model(config, corpus))
     assert metrics["step"][-1] == 2 and len(corpus.table) == 29
-    assert run_test(out, corpus).shape == (len(corpus.split("test")), 4)
-    longer = TrainConfig(seconds=10, dataset=str(store), steps=2, out=str(tmp_path / "x")).settle()
+    assert predict_test(out, corpus).shape == (len(corpus.indices("test")), 4)
+    longer = TrainConfig(seconds=10, dataset=str(store), max_steps=2, out_dir=str(tmp_path / "x")).resolve_auto()
     with pytest.raises(ValueError, match="seconds=10: the store holds 5"):
-        fit(longer, corpus, start(longer, corpus))
+        fit(longer, corpus, create_model(longer, corpus))
 
 
 EVERYTHING = {
-    "seconds": 5, "steps": 24, "batch_size": 4, "patchout_columns": 20, "mixup": 0.3, "time_masks": 20,
-    "frequency_masks": 5, "balanced": True, "swa": True, "schedule": "recipe", "dtype": "float32",
+    "seconds": 5, "max_steps": 24, "batch_size": 4, "patchout_columns": 20, "mixup": 0.3, "time_masks": 20,
+    "frequency_masks": 5, "balanced_sampling": True, "swa": True, "schedule": "recipe", "dtype": "float32",
 }  # fmt: skip
 
 
@@ -124,14 +126,16 @@ def read(run, name):
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, out, err = ended(module(folder, *options(EVERYTHING | {"dataset": folder, "validations": 6, "out": run})))
+    code, out, err = ended(
+        module(folder, *options(EVERYTHING | {"dataset": folder, "num_validations": 6, "out_dir": run}))
+    )
     assert code == 0, err[-2000:]
     return run
 
 
 def test_killed_and_resumed_it_learns_the_same(folder, undisturbed, tmp_path):
     run, draw, kills = tmp_path / "killed", np.random.default_rng(0), 0
-    start = options(EVERYTHING | {"dataset": folder, "validations": 6, "out": run})
+    start = options(EVERYTHING | {"dataset": folder, "num_validations": 6, "out_dir": run})
     while not (run / "last.safetensors").exists():
         begun = (run / "config.json").exists()
         process = module(folder, *(["--resume", run] if begun else start))
@@ -146,7 +150,7 @@ def test_killed_and_resumed_it_learns_the_same(folder, undisturbed, tmp_path):
             kills += 1
             assert kills < 12
     assert kills > 0
-    for name in ("steps", "metrics"):
+    for name in ("max_steps", "metrics"):
         assert read(run, name).equals(read(undisturbed, name)), name
     for name in ("best", "last", "swa"):
         assert (run / f"{name}.safetensors").stat().st_size == (undisturbed / f"{name}.safetensors").stat().st_size
@@ -155,7 +159,9 @@ def test_killed_and_resumed_it_learns_the_same(folder, undisturbed, tmp_path):
 
 def test_asked_to_end_it_saves(folder, undisturbed, tmp_path):
     run = tmp_path / "asked"
-    process = module(folder, *options(EVERYTHING | {"dataset": folder, "validations": 6, "out": run}), bufsize=1)
+    process = module(
+        folder, *options(EVERYTHING | {"dataset": folder, "num_validations": 6, "out_dir": run}), bufsize=1
+    )
     while not (run / "metrics.parquet").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -164,24 +170,26 @@ def test_asked_to_end_it_saves(folder, undisturbed, tmp_path):
     assert f"go on with -p resume {run}" in out and (run / "state.pt").exists(), out
     code, out, err = ended(module(folder, "--resume", run))
     assert code == 0 and "goes on at step" in out, err[-2000:]
-    assert read(run, "steps").equals(read(undisturbed, "steps"))
+    assert read(run, "max_steps").equals(read(undisturbed, "max_steps"))
     code, out, err = ended(module(folder, "--resume", run, "--size", "base"))
     assert code == 1 and "size=base: the run to resume has tiny" in err
 
 
 def test_two_processes_learn_what_one_does(folder, undisturbed, tmp_path):
     run = tmp_path / "two"
-    settings = EVERYTHING | {"dataset": folder, "validations": 6, "out": run}
+    settings = EVERYTHING | {"dataset": folder, "num_validations": 6, "out_dir": run}
     code, out, err = ended(module(folder, *options(settings), processes=2))
     assert code == 0, err[-2000:]
-    for name in ("steps", "metrics"):
+    for name in ("max_steps", "metrics"):
         one, two = read(undisturbed, name), read(run, name)
         assert one.columns == two.columns and len(one) == len(two)
         for column in one.columns:
             np.testing.assert_allclose(
                 one[column].to_numpy(), two[column].to_numpy(), rtol=2e-3, atol=1e-5, err_msg=column
             )
-    code, out, err = ended(module(folder, *options(settings | {"out": tmp_path / "x", "batch_size": 5}), processes=2))
+    code, out, err = ended(
+        module(folder, *options(settings | {"out_dir": tmp_path / "x", "batch_size": 5}), processes=2)
+    )
     assert code != 0 and "batch_size=5: give a multiple of the 2 processes" in err
 
 
@@ -190,16 +198,16 @@ def small(folder, monkeypatch):
     monkeypatch.setenv("MAESTLIB_CACHE", str(folder.parent / "cache"))
 
     def small(**settings):
-        given = {"seconds": 5, "dataset": str(folder), "steps": 4, "batch_size": 4, "dtype": "float32"}
-        config = TrainConfig(**given | settings).settle()
-        corpus = prepare(config.dataset)
-        return config, corpus, start(config, corpus)
+        given = {"seconds": 5, "dataset": str(folder), "max_steps": 4, "batch_size": 4, "dtype": "float32"}
+        config = TrainConfig(**given | settings).resolve_auto()
+        corpus = load_corpus(config.dataset)
+        return config, corpus, create_model(config, corpus)
 
     return small
 
 
 def test_out_of_memory_takes_smaller_pieces(small, tmp_path, monkeypatch, capsys):
-    plain = fit(*small(out=str(tmp_path / "plain"), mixup=0.3))
+    plain = fit(*small(out_dir=str(tmp_path / "plain"), mixup=0.3))
     whole = Trainer.loss
 
     def short_of_memory(self, mel, *rest):
@@ -208,7 +216,7 @@ def test_out_of_memory_takes_smaller_pieces(small, tmp_path, monkeypatch, capsys
         return whole(self, mel, *rest)
 
     monkeypatch.setattr(Trainer, "loss", short_of_memory)
-    short = fit(*small(out=str(tmp_path / "short"), mixup=0.3))
+    short = fit(*small(out_dir=str(tmp_path / "short"), mixup=0.3))
     assert "2 clips at once from here on, the same 4 in a step" in capsys.readouterr().out
     np.testing.assert_allclose(short["loss"].to_numpy(), plain["loss"].to_numpy(), rtol=1e-4)
 
@@ -216,7 +224,7 @@ def test_out_of_memory_takes_smaller_pieces(small, tmp_path, monkeypatch, capsys
 def test_a_loss_that_is_no_number_ends_the_run(small, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "loss", lambda self, mel, *_: (self.net(mel) * torch.nan).sum())
     with pytest.raises(FloatingPointError, match="at step 0: give a smaller learning_rate"):
-        fit(*small(out=str(tmp_path / "nan")))
+        fit(*small(out_dir=str(tmp_path / "nan")))
     assert not (tmp_path / "nan/best.safetensors").exists()
 
 
@@ -225,39 +233,41 @@ def test_a_full_disk_does_not_end_the_run(small, tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as once:
-        once.setattr("maestlib.train.torch.save", full)
-        metrics = fit(*small(out=str(tmp_path / "full"), steps=8, validations=4))
+        once.setattr("maestlib.training.trainer.torch.save", full)
+        metrics = fit(*small(out_dir=str(tmp_path / "full"), max_steps=8, num_validations=4))
     assert metrics["step"][-1] == 8 and "make room" in capsys.readouterr().out
     assert (tmp_path / "full/last.safetensors").exists()
 
 
 def test_a_student_hears_its_teacher(small, tmp_path):
-    fit(*small(out=str(tmp_path / "teacher")))
-    config, corpus, student = small(out=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), steps=2)
+    fit(*small(out_dir=str(tmp_path / "teacher")))
+    config, corpus, student = small(out_dir=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), max_steps=2)
     before = student.head_dist.weight.detach().clone()
-    fit(config, corpus, student, load(config.teacher))
-    assert student.config.separated and not torch.equal(before, student.head_dist.weight)
-    assert load(tmp_path / "student").config.separated
+    fit(config, corpus, student, load_model(config.teacher))
+    assert student.config.separate_heads and not torch.equal(before, student.head_dist.weight)
+    assert load_model(tmp_path / "student").config.separate_heads
 
 
 def test_fine_tuning_starts_from_a_run(small, tmp_path):
-    fit(*small(out=str(tmp_path / "first")))
-    config, corpus, model = small(out=str(tmp_path / "second"), init=str(tmp_path / "first"), freeze=6, layer_decay=0.8)
-    first = load(tmp_path / "first")
+    fit(*small(out_dir=str(tmp_path / "first")))
+    config, corpus, model = small(
+        out_dir=str(tmp_path / "second"), init=str(tmp_path / "first"), freeze_blocks=6, layer_decay=0.8
+    )
+    first = load_model(tmp_path / "first")
     assert torch.equal(model.head[1].weight, first.head[1].weight)
     fit(config, corpus, model)
     same = [torch.equal(a.attn.qkv.weight, b.attn.qkv.weight) for a, b in zip(model.blocks, first.blocks, strict=True)]
     assert same == [True] * 6 + [False] * 6
     with pytest.raises(ValueError, match="it is tiny, not small; give size=tiny"):
-        small(out=str(tmp_path / "x"), init=str(tmp_path / "first"), size="small")
+        small(out_dir=str(tmp_path / "x"), init=str(tmp_path / "first"), size="small")
 
 
 def test_the_baseline_is_trained_by_the_same_loop(small, tmp_path):
-    config, corpus, model = small(out=str(tmp_path / "cnn"), model="effnet-b0", steps=2, swa=True)
+    config, corpus, model = small(out_dir=str(tmp_path / "cnn"), model="effnet-b0", max_steps=2, swa=True)
     fit(config, corpus, model)
-    assert run_test(tmp_path / "cnn", corpus).shape == (len(corpus.split("test")), 4)
-    fit(*small(out=str(tmp_path / "maest"), steps=2))
-    assert set(compare(tmp_path)["model"]) == {"effnet-b0", "maest"}
+    assert predict_test(tmp_path / "cnn", corpus).shape == (len(corpus.indices("test")), 4)
+    fit(*small(out_dir=str(tmp_path / "maest"), max_steps=2))
+    assert set(compare_runs(tmp_path)["model"]) == {"effnet-b0", "maest"}
 
 
 def test_bad_parameters_end_before_anything_is_built(folder, tmp_path):
@@ -277,14 +287,14 @@ def test_bad_parameters_end_before_anything_is_built(folder, tmp_path):
         ({"seconds": 5, "patchout_columns": 30}, "patchout_columns=30: nothing is kept of 30"),
         ({"patchout_rows": 9}, "patchout_rows=9"),
         ({"patchout_rows": -1}, "patchout_rows=-1"),
-        ({"minutes": 0}, "minutes=0"),
+        ({"max_minutes": 0}, "minutes=0"),
         ({"epochs": 0}, "epochs=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"learning_rate": -1}, "learning_rate=-1"),
         ({"preset": "maest-7s"}, "preset='maest-7s'.*maest-5s"),
         ({"model": "effnet-b0", "patchout_rows": 3}, "patchout_rows=3.*effnet-b0"),
         ({"gpus": 99}, "gpus=99"),
-        ({"schedule": "steps"}, "schedule='steps'"),
+        ({"schedule": "max_steps"}, "schedule='steps'"),
         ({"teacher": "runs/nobody"}, "teacher=runs/nobody"),
         ({"init": "runs/nowhere"}, "runs/nowhere"),
         ({"dataset": "nowhere"}, "nowhere"),
@@ -292,7 +302,7 @@ def test_bad_parameters_end_before_anything_is_built(folder, tmp_path):
 )
 def test_bad_parameters_are_named(wrong, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        TrainConfig(**wrong).settle()
+        TrainConfig(**wrong).resolve_auto()
 
 
 def test_the_parameters_are_the_fields():
@@ -303,30 +313,30 @@ def test_the_parameters_are_the_fields():
 
 
 def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("maestlib.settings.best_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr("maestlib.settings.best_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("maestlib.training.config.default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("maestlib.training.config.default_dtype", lambda device: torch.bfloat16)
     for seconds, columns in {5: 15, 10: 30, 20: 60, 30: 90}.items():
-        config = TrainConfig(seconds=seconds).settle()
+        config = TrainConfig(seconds=seconds).resolve_auto()
         assert (config.size, config.patchout_rows, config.patchout_columns) == ("base", 3, columns)
-        assert config.minutes is None
-        assert (config.mixup, config.time_masks, config.frequency_masks, config.balanced) == (0.3, 20, 5, True)
+        assert config.max_minutes is None
+        assert (config.mixup, config.time_masks, config.frequency_masks, config.balanced_sampling) == (0.3, 20, 5, True)
         assert config.swa and config.schedule == "recipe" and config.epochs == 130
-        same = TrainConfig(preset=f"maest-{seconds}s").settle()
+        same = TrainConfig(preset=f"maest-{seconds}s").resolve_auto()
         assert (same.seconds, same.patchout_columns) == (seconds, columns)
 
 
 def test_windows_cover_every_frame():
     for length in (1, 311, 312, 313, 1875, 1876, 10_000):
         seen = np.zeros(length, bool)
-        for first in windows(length, 312):
+        for first in window_starts(length, 312):
             seen[first : first + 312] = True
         assert seen.all()
 
 
 def test_run_folders_do_not_overwrite(tmp_path, monkeypatch):
-    monkeypatch.setattr("maestlib.files._TOP", tmp_path)
+    monkeypatch.setattr("maestlib.core.files._TOP", tmp_path)
     monkeypatch.delenv("MAESTLIB_RUNS")
-    assert TrainConfig().settle().out == "runs/maest-30s-tunes"
+    assert TrainConfig().resolve_auto().out_dir == "runs/maest-30s-tunes"
     (tmp_path / "runs/maest-30s-tunes").mkdir(parents=True)
-    assert TrainConfig().settle().out == "runs/maest-30s-tunes-2"
-    assert resolve("runs").is_absolute()
+    assert TrainConfig().resolve_auto().out_dir == "runs/maest-30s-tunes-2"
+    assert resolve_path("runs").is_absolute()

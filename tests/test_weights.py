@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from maestlib import hub
-from maestlib.hub import REGISTRY, Released, fetch, label_names, models
-from maestlib.mel import MelConfig
-from maestlib.model import MAEST, MAESTConfig, Patchout
-from maestlib.weights import FREQUENCY, TIME, load, save
+from maestlib.audio.mel import MelConfig
+from maestlib.models import hub
+from maestlib.models.checkpoint import FREQUENCY, TIME, load_model, save_checkpoint
+from maestlib.models.hub import REGISTRY, ReleasedModel, download, label_names, list_models
+from maestlib.models.maest import MAEST, MAESTConfig
+from maestlib.models.patchout import Patchout
 
 PARITY = Path(os.environ.get("MAESTLIB_DATA", Path(__file__).parents[2] / "shared")) / "parity"
 DISCOGS = label_names(400)
@@ -35,7 +36,7 @@ def trained(model, seed=2):
 
 @pytest.fixture(scope="module")
 def model():
-    return trained(MAEST(MAESTConfig(seconds=5, labels=DISCOGS, width=96, heads=3, depth=3)).init_weights(1))
+    return trained(MAEST(MAESTConfig(seconds=5, labels=DISCOGS, embed_dim=96, num_heads=3, depth=3)).init_weights(1))
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +114,10 @@ def write(layout, state, folder):
     elif layout == "old":  # what PyTorch wrote before 1.6
         torch.save(state, file, _use_new_zipfile_serialization=False)
     elif layout == "ours":
-        config = MAESTConfig(columns * 0.16 // 1 + 1, DISCOGS, width=96, heads=3, depth=depth(state))
+        config = MAESTConfig(columns * 0.16 // 1 + 1, DISCOGS, embed_dim=96, num_heads=3, depth=depth(state))
         model = MAEST(config)
         model.load_state_dict(state)
-        save(model, file := folder / "best.safetensors", run="test")
+        save_checkpoint(model, file := folder / "best.safetensors", run="test")
     elif layout == "safetensors":
         save_file(state, file)
     elif layout == "ast":
@@ -136,7 +137,7 @@ LAYOUTS = ("bare", "state_dict", "net", "net_swa", "training", "old", "ours", "s
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_the_same_model(model, state, outputs, layout, tmp_path):
-    again = load(write(layout, state, tmp_path))
+    again = load_model(write(layout, state, tmp_path))
     assert again.config == model.config and not again.training
     assert all(p.requires_grad and p.dtype == torch.float32 for p in again.parameters())
     tolerance = 1e-5 if "ast" in layout else 0
@@ -148,8 +149,8 @@ def test_every_layout_is_the_same_model(model, state, outputs, layout, tmp_path)
 def test_parity_through_load(layout, tmp_path):
     "What the released code computes, to 1e-4, whatever the file."
     state = torch.load(PARITY / "official_layout_dim96.pt", weights_only=True)
-    model = load(PARITY / "official_layout_dim96.pt" if layout == "bare" else write(layout, state, tmp_path))
-    assert model.config == MAESTConfig(seconds=30, labels=DISCOGS, width=96, heads=3)
+    model = load_model(PARITY / "official_layout_dim96.pt" if layout == "bare" else write(layout, state, tmp_path))
+    assert model.config == MAESTConfig(seconds=30, labels=DISCOGS, embed_dim=96, num_heads=3)
     want, mel = np.load(PARITY / "reference_outputs.npz"), random_mel(1875)
     with torch.no_grad():
         ours = {f"block{i}": x.flatten(1) for i, x in enumerate(model.embed(mel, blocks=range(12)).unbind(1))}
@@ -164,7 +165,7 @@ def test_full_size_against_maest_infer(tmp_path):
     maest_infer = pytest.importorskip("maest_infer")
     theirs = trained(maest_infer.get_maest(arch="discogs-maest-10s-pw-129e", pretrained=False))
     torch.save(theirs.state_dict(), tmp_path / "full.ckpt")
-    ours, mel = load(tmp_path / "full.ckpt"), random_mel(625, batch=1)
+    ours, mel = load_model(tmp_path / "full.ckpt"), random_mel(625, batch=1)
     assert ours.config == MAESTConfig(seconds=10, labels=DISCOGS)
     with torch.no_grad():
         logits, _ = theirs(mel.clone(), melspectrogram_input=True)
@@ -194,15 +195,15 @@ def test_passt_is_stretched(state, tmp_path, capsys):
     time, frequency = torch.randn(1, 96, 1, 99, generator=generator), torch.randn(1, 96, 12, 1, generator=generator)
     heads = {k: torch.randn(527, *v.shape[1:], generator=generator) for k, v in state.items() if len(v) == 400}
     torch.save(state | heads | {TIME: time, FREQUENCY: frequency}, tmp_path / "passt.pt")
-    model = load(tmp_path / "passt.pt", seconds=30)
+    model = load_model(tmp_path / "passt.pt", seconds=30)
     assert "12 rows, 99 columns to 9 rows, 187 columns" in capsys.readouterr().out
     assert len(model.config.labels) == 527 and model.config.grid == (9, 186)
     want = time[0, :, 0].numpy() @ cubic(99, 187).T, frequency[0, :, :, 0].numpy() @ cubic(12, 9).T
     np.testing.assert_allclose(model.state_dict()[TIME][0, :, 0], want[0], atol=2e-4)
     np.testing.assert_allclose(model.state_dict()[FREQUENCY][0, :, :, 0], want[1], atol=2e-4)
     assert torch.equal(model.head[1].weight, heads["head.1.weight"])
-    assert load(tmp_path / "passt.pt").config.seconds == 10
-    whole = load(tmp_path / "passt.pt", mel=MelConfig(bands=128))  # its own height: the rows stay
+    assert load_model(tmp_path / "passt.pt").config.seconds == 10
+    whole = load_model(tmp_path / "passt.pt", mel=MelConfig(n_mels=128))  # its own height: the rows stay
     assert torch.equal(whole.state_dict()[FREQUENCY], frequency)
 
 
@@ -216,10 +217,10 @@ def test_deit_becomes_a_maest(tmp_path, capsys):
     theirs = trained(deit).state_dict()
     torch.save({"model": theirs}, tmp_path / "deit.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match="no head for music"):
-        load(tmp_path / "deit.pth")
-    model = load(tmp_path / "deit.pth", labels=["jig", "reel"], new_head=True, seconds=10)
+        load_model(tmp_path / "deit.pth")
+    model = load_model(tmp_path / "deit.pth", labels=["jig", "reel"], new_head=True, seconds=10)
     assert "untrained head for 2 labels" in capsys.readouterr().out
-    assert (model.config.depth, model.config.heads, model.config.labels) == (2, 3, ("jig", "reel"))
+    assert (model.config.depth, model.config.num_heads, model.config.labels) == (2, 3, ("jig", "reel"))
     ours = model.state_dict()
     grid = theirs["pos_embed"][0, 2:].reshape(24, 24, 96).permute(2, 0, 1).numpy()
     grid = cubic(24, 9) @ grid @ cubic(24, 62).T
@@ -232,7 +233,7 @@ def test_deit_becomes_a_maest(tmp_path, capsys):
 
 
 def test_another_length_keeps_everything_else(model, state, tmp_path, capsys):
-    longer = load(write("ours", state, tmp_path), seconds=20)
+    longer = load_model(write("ours", state, tmp_path), seconds=20)
     changed = {k for k, v in longer.state_dict().items() if not torch.equal(v, state[k])}
     assert changed == {TIME} and longer.config.seconds == 20 and longer.config.labels == DISCOGS
     want = state[TIME][0, :, 0].numpy() @ cubic(31, 125).T
@@ -243,42 +244,42 @@ def test_another_length_keeps_everything_else(model, state, tmp_path, capsys):
 def test_a_new_head_only_on_request(state, tmp_path, capsys):
     file = write("bare", state, tmp_path)
     with pytest.raises(ValueError, match=r"bare\.ckpt: 400 labels, but 2 were given; new_head=True"):
-        load(file, labels=["jig", "reel"])
-    model = load(file, labels=["jig", "reel"], new_head=True, seed=3)
+        load_model(file, labels=["jig", "reel"])
+    model = load_model(file, labels=["jig", "reel"], new_head=True, seed=3)
     assert "untrained head for 2 labels in place of 400" in capsys.readouterr().out
     assert model(random_mel(312)).shape == (2, 2) and torch.equal(model.norm.weight, state["norm.weight"])
-    assert torch.equal(model.head[1].weight, load(file, labels=["a", "b"], new_head=True, seed=3).head[1].weight)
+    assert torch.equal(model.head[1].weight, load_model(file, labels=["a", "b"], new_head=True, seed=3).head[1].weight)
     mine = [f"mine {i}" for i in range(400)]
     assert (
-        load(file, labels=mine).config.labels[1] == "mine 1"
+        load_model(file, labels=mine).config.labels[1] == "mine 1"
     )  # this layout holds no names, so that these may be right
     with pytest.raises(ValueError, match="labels are others: 'Blues---Boogie Woogie'"):
-        load(write("ours", state, tmp_path), labels=DISCOGS[::-1])
+        load_model(write("ours", state, tmp_path), labels=DISCOGS[::-1])
 
 
 def test_training_checkpoints_prefer_the_average(state, tmp_path):
     "`net.` holds zeros in this file."
-    assert load(write("training", state, tmp_path)).cls_token.abs().sum() > 0
+    assert load_model(write("training", state, tmp_path)).cls_token.abs().sum() > 0
 
 
 def test_separated_heads(state, tmp_path):
-    model, mel = load(write("bare", state, tmp_path), separated=True), random_mel(312)
+    model, mel = load_model(write("bare", state, tmp_path), separate_heads=True), random_mel(312)
     with torch.no_grad():
-        cls, dist = model.features(mel).unbind(1)
+        cls, dist = model.forward_features(mel).unbind(1)
         both = (model.head(cls) + model.head_dist(dist)) / 2
         torch.testing.assert_close(model(mel), both)
     with pytest.raises(ValueError, match="no second head"):
-        load(write("ast", state, tmp_path), separated=True)
+        load_model(write("ast", state, tmp_path), separate_heads=True)
 
 
 def test_random_weights(tmp_path):
-    model = load("random", size="tiny", seconds=5, dtype=torch.bfloat16, heads=6)
+    model = load_model("random", size="tiny", seconds=5, dtype=torch.bfloat16, num_heads=6)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.config == MAESTConfig(5, DISCOGS, width=192, heads=6)
-    same, other = (load("random", size="tiny", seconds=5, heads=6, seed=s).head[1].weight for s in (0, 1))
+    assert model.config == MAESTConfig(5, DISCOGS, embed_dim=192, num_heads=6)
+    same, other = (load_model("random", size="tiny", seconds=5, num_heads=6, seed=s).head[1].weight for s in (0, 1))
     assert torch.equal(same.bfloat16(), model.head[1].weight) and not torch.equal(same, other)
-    save(model, tmp_path / "half.safetensors", run="test")
-    again = load(tmp_path / "half.safetensors")  # heads, which no shape tells, come from the file
+    save_checkpoint(model, tmp_path / "half.safetensors", run="test")
+    again = load_model(tmp_path / "half.safetensors")  # heads, which no shape tells, come from the file
     assert again.config == model.config and torch.equal(again.cls_token, model.cls_token.float())
 
 
@@ -287,7 +288,7 @@ def test_half_precision_copies(state, tmp_path):
     for dtype in (torch.float16, torch.bfloat16):
         half = {k: v.to(dtype) for k, v in as_ast(state, 31).items()}
         save_file(half, tmp_path / "half.safetensors")
-        model = load(tmp_path / "half.safetensors")
+        model = load_model(tmp_path / "half.safetensors")
         assert model.cls_token.dtype == torch.float32
         grids = [s[TIME] + s[FREQUENCY] for s in (model.state_dict(), state)]
         torch.testing.assert_close(*grids, atol=8 * torch.finfo(dtype).eps, rtol=0)
@@ -340,7 +341,7 @@ def nan(state):
 def test_what_does_not_fit_is_named(state, make, words, tmp_path):
     torch.save(make(state), tmp_path / "wrong.ckpt")
     with pytest.raises(ValueError, match=words) as error:
-        load(tmp_path / "wrong.ckpt")
+        load_model(tmp_path / "wrong.ckpt")
     assert "wrong.ckpt" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -356,12 +357,12 @@ def test_any_tensor_missing_or_mangled(state, layout, tmp_path):
     wish = {"labels": ["jig"], "new_head": True} if layout == "deit" else {}
     file = tmp_path / "wrong.safetensors"
     save_file(small, file)
-    load(file, **wish)
+    load_model(file, **wish)
     for k in small:
         for change in ({}, {k: torch.zeros(())}, {k: torch.zeros(2, 3)}):
             save_file({other: t for other, t in small.items() if other != k} | change, file)
             with pytest.raises(ValueError, match=r"wrong\.safetensors") as error:
-                load(file, **wish)
+                load_model(file, **wish)
             assert "\n" not in str(error.value)
 
 
@@ -374,7 +375,7 @@ def test_damaged_files_say_so(state, tmp_path):
     for name, data in files.items():
         (tmp_path / "bad.ckpt").write_bytes(data)
         with pytest.raises(ValueError, match=r"bad\.ckpt") as error:
-            load(tmp_path / "bad.ckpt")
+            load_model(tmp_path / "bad.ckpt")
         assert "\n" not in str(error.value) and "weights_only" not in str(error.value), name
 
 
@@ -387,17 +388,17 @@ def test_a_pickle_that_runs_code_does_not_run(state, tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.ckpt")
     for name in ("zip", "old", "plain2", "plain4", "module"):
         with pytest.raises(ValueError, match=rf"{name}\.ckpt: holds Python objects, which could run code"):
-            load(tmp_path / f"{name}.ckpt")
+            load_model(tmp_path / f"{name}.ckpt")
     assert not sprung.exists()
 
 
 def test_names_that_are_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="did you mean 'discogs-maest-30s-pw-129e'"):
-        load("discogs-maest-30s-pw-129")
+        load_model("discogs-maest-30s-pw-129")
     with pytest.raises(FileNotFoundError, match=r"best\.safetensors"):
-        load(tmp_path)
+        load_model(tmp_path)
     with pytest.raises(ValueError, match="size='huge'"):
-        load("random", size="huge")
+        load_model("random", size="huge")
 
 
 # ---- downloads ----
@@ -441,7 +442,9 @@ def here(tmp_path, monkeypatch):
 
 
 def entry(url, content, sha256=None, **fields):
-    return Released("model", url, len(content), sha256 or hashlib.sha256(content).hexdigest(), 5, 400, "none", **fields)
+    return ReleasedModel(
+        "model", url, len(content), sha256 or hashlib.sha256(content).hexdigest(), 5, 400, "none", **fields
+    )
 
 
 CONTENT = np.random.default_rng(0).bytes(3_500_000)
@@ -452,12 +455,12 @@ def test_a_broken_download_is_continued(here, ranges):
     with serve(CONTENT, ranges, stop_at=2_500_000) as server:
         wanted = entry(server["url"], CONTENT)
         with pytest.raises(ConnectionError, match="loading again continues") as error:
-            fetch(wanted)
+            download(wanted)
         assert server["url"] in str(error.value) and not wanted.path.exists()
         server["plan"]["stop_at"] = None
-        assert fetch(wanted).read_bytes() == CONTENT
+        assert download(wanted).read_bytes() == CONTENT
         assert server["asked"] == ([0, 2_500_000] if ranges else [0, 0])
-        assert fetch(wanted) == here / "model.ckpt" and len(server["asked"]) == 2
+        assert download(wanted) == here / "model.ckpt" and len(server["asked"]) == 2
     assert [p.name for p in here.iterdir()] == ["model.ckpt"]
 
 
@@ -465,14 +468,14 @@ def test_a_download_that_lacked_only_its_name(here):
     here.mkdir(parents=True)
     (here / "model.ckpt.part").write_bytes(CONTENT)
     with serve(CONTENT) as server:
-        assert fetch(entry(server["url"], CONTENT)).read_bytes() == CONTENT
+        assert download(entry(server["url"], CONTENT)).read_bytes() == CONTENT
 
 
 def test_a_wrong_download_is_not_kept(here):
     with serve(CONTENT) as server:
         wanted = entry(server["url"], CONTENT, sha256="0" * 64)
         with pytest.raises(ValueError, match=hashlib.sha256(CONTENT).hexdigest()) as error:
-            fetch(wanted)
+            download(wanted)
         assert "0" * 64 in str(error.value) and not wanted.path.exists()
 
 
@@ -480,7 +483,7 @@ def test_many_processes_download_once(here):
     results = []
     with serve(CONTENT) as server:
         wanted = entry(server["url"], CONTENT)
-        threads = [threading.Thread(target=lambda: results.append(fetch(wanted))) for _ in range(4)]
+        threads = [threading.Thread(target=lambda: results.append(download(wanted))) for _ in range(4)]
         [t.start() for t in threads]
         [t.join() for t in threads]
         assert results == [here / "model.ckpt"] * 4 and server["asked"] == [0]
@@ -492,26 +495,26 @@ def test_offline_and_by_hand(here, state, tmp_path, monkeypatch):
     content = write("bare", state, tmp_path).read_bytes()
     with serve(content) as server:
         url = server["url"]
-    monkeypatch.setitem(REGISTRY, "model", entry(url, content, separated=True))
+    monkeypatch.setitem(REGISTRY, "model", entry(url, content, separate_heads=True))
     with pytest.raises(ConnectionError) as error:
-        load("model")
+        load_model("model")
     assert url in str(error.value) and str(here / "model.ckpt") in str(error.value)
     (here / "model.ckpt").write_bytes(content)
-    model = load("model")
-    assert model.config.separated and torch.equal(model.norm.bias, state["norm.bias"])
+    model = load_model("model")
+    assert model.config.separate_heads and torch.equal(model.norm.bias, state["norm.bias"])
     (here / "model.ckpt").write_bytes(content[:-1] + b"?")
     with pytest.raises(ValueError, match=REGISTRY["model"].sha256):
-        load("model")
+        load_model("model")
     (here / "model.ckpt").write_bytes(content[:-1])
     with pytest.raises(ValueError, match="bytes"):
-        load("model")
+        load_model("model")
 
 
 def test_the_registry():
-    table = models()
+    table = list_models()
     assert len(table) == 10 and table["name"].n_unique() == table["url"].n_unique() == table["sha256"].n_unique() == 10
     maest = table.filter(table["layout"] == "released")
     assert len(maest) == 8 and set(maest["licence"]) == {"CC BY-NC-SA 4.0"}
     assert maest["seconds"].to_list() == [5, 10, 10, 10, 20, 30, 30, 30]
-    assert [name for name, e in REGISTRY.items() if e.separated] == ["discogs-maest-30s-pw-73e-ts"]
+    assert [name for name, e in REGISTRY.items() if e.separate_heads] == ["discogs-maest-30s-pw-73e-ts"]
     assert hub.label_names(519)[-1] in hub.label_names(519) and "---" in hub.label_names(519)[-1]
