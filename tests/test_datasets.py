@@ -159,7 +159,7 @@ def test_one_clip_is_the_same_bytes_here_and_there(corpus, catalogue):
 def test_a_killed_build_goes_on(corpus, tmp_path, monkeypatch):
     table, folder = corpus
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
-    code = f"from maestlib import datasets; datasets.load('tunes', clips={CLIPS})"
+    code = f"import maestlib as ml; ml.load_dataset('tunes', clips={CLIPS})"
     # a session of its own, so that the whole group can be killed
     build = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
     audio = tmp_path / folder.relative_to(folder.parents[2])

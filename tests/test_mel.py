@@ -111,8 +111,8 @@ def test_bad_parts(tmp_path, arguments, words):
     "arguments, words",
     [
         (dict(frontend="librosa"), "frontend='librosa'"),
-        (dict(f_max=9000), "fmax=9000"),
-        (dict(hop_length=0), "hop=0"),
+        (dict(f_max=9000), "f_max=9000"),
+        (dict(hop_length=0), "hop_length=0"),
     ],
 )
 def test_bad_config(arguments, words):

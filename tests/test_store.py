@@ -19,7 +19,7 @@ import pytest
 import soundfile
 import torch
 
-import maestlib.audio.store as room
+import maestlib.audio.extract as room
 from maestlib.audio import extract
 from maestlib.audio.extract import extract_mels
 from maestlib.audio.mel import MelConfig

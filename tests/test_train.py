@@ -150,7 +150,7 @@ def test_killed_and_resumed_it_learns_the_same(folder, undisturbed, tmp_path):
             kills += 1
             assert kills < 12
     assert kills > 0
-    for name in ("max_steps", "metrics"):
+    for name in ("steps", "metrics"):
         assert read(run, name).equals(read(undisturbed, name)), name
     for name in ("best", "last", "swa"):
         assert (run / f"{name}.safetensors").stat().st_size == (undisturbed / f"{name}.safetensors").stat().st_size
@@ -170,7 +170,7 @@ def test_asked_to_end_it_saves(folder, undisturbed, tmp_path):
     assert f"go on with -p resume {run}" in out and (run / "state.pt").exists(), out
     code, out, err = ended(module(folder, "--resume", run))
     assert code == 0 and "goes on at step" in out, err[-2000:]
-    assert read(run, "max_steps").equals(read(undisturbed, "max_steps"))
+    assert read(run, "steps").equals(read(undisturbed, "steps"))
     code, out, err = ended(module(folder, "--resume", run, "--size", "base"))
     assert code == 1 and "size=base: the run to resume has tiny" in err
 
@@ -180,7 +180,7 @@ def test_two_processes_learn_what_one_does(folder, undisturbed, tmp_path):
     settings = EVERYTHING | {"dataset": folder, "num_validations": 6, "out_dir": run}
     code, out, err = ended(module(folder, *options(settings), processes=2))
     assert code == 0, err[-2000:]
-    for name in ("max_steps", "metrics"):
+    for name in ("steps", "metrics"):
         one, two = read(undisturbed, name), read(run, name)
         assert one.columns == two.columns and len(one) == len(two)
         for column in one.columns:
@@ -294,7 +294,7 @@ def test_bad_parameters_end_before_anything_is_built(folder, tmp_path):
         ({"preset": "maest-7s"}, "preset='maest-7s'.*maest-5s"),
         ({"model": "effnet-b0", "patchout_rows": 3}, "patchout_rows=3.*effnet-b0"),
         ({"gpus": 99}, "gpus=99"),
-        ({"schedule": "max_steps"}, "schedule='steps'"),
+        ({"schedule": "steps"}, "schedule='steps'"),
         ({"teacher": "runs/nobody"}, "teacher=runs/nobody"),
         ({"init": "runs/nowhere"}, "runs/nowhere"),
         ({"dataset": "nowhere"}, "nowhere"),

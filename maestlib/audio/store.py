@@ -113,7 +113,7 @@ def verify_store(
         names = sorted({line.split("  ")[-1] for line in written ^ now}) or [seal.name]
         problems += [(name, "missing, or not what SHA256SUMS says") for name in names]
     if not problems:
-        index, width = pl.read_parquet(store / "index.parquet"), read_json(store / "meta.json")["config"]["bands"] * 2
+        index, width = pl.read_parquet(store / "index.parquet"), read_json(store / "meta.json")["config"]["n_mels"] * 2
         shards = {int(f.name.split(".")[1]): f for f in sorted(store.glob("mels.*.f16"))}
         for shard in sorted(set(index["shard"]) | set(shards)):
             rows, file = index.filter(shard=shard), shards.get(shard)

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         add("--model", default=DEFAULT_MODEL, help="a name that `maestlib models` lists, a checkpoint, or a run folder")
         add("--keep-every", type=int, default=1, metavar="K", help="patchout: read one column of patches in K; faster")
         add("--drop-rows", type=int, nargs="+", default=[], metavar="ROW", help="patchout: leave out rows, 0 is lowest")
-        add("--hop", type=float, help="seconds from window to window; half a window if not given")
+        add("--hop-s", type=float, help="seconds from window to window; half a window if not given")
         add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "int8"], help="of the matrix products")
         add("--batch-size", type=int, help="windows read at once; without it as many as are fast")
     command("models", "List the models that can be loaded by name.")
@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     here = lambda path: str(Path(path).expanduser().absolute())  # noqa: E731  (of the shell, not of the project)
     if Path(args.model).expanduser().exists():
         args.model = here(args.model)
-    shared = {name: getattr(args, name) for name in ("model", "hop", "dtype", "batch_size")}
+    shared = {name: getattr(args, name) for name in ("model", "hop_s", "dtype", "batch_size")}
     shared["patchout"] = Patchout(args.keep_every, args.drop_rows)
     if args.command == "tag":
         for label, activation in tag(here(args.path), top=args.top, **shared).iter_rows():

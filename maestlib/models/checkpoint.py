@@ -379,7 +379,7 @@ def load_model(
     labels: list[str] | tuple[str, ...] | None = None,  # in output order; None: its own
     new_head: bool = False,  # start a new head, for other labels
     mel: MelConfig | None = None,  # another front end, to train on with; None: its own
-    heads: int | None = None,  # of attention; None: one for 64 channels, or for 32 where 64 do not divide the width
+    num_heads: int | None = None,  # of attention; None: one for 64 channels, or for 32 where 64 do not divide the width
     separate_heads: bool | None = None,  # cls and dist have a head each; None: as released
     size: str = "base",  # of a random model: tiny, small or base
     seed: int = 0,  # of a random model or a new head
@@ -390,7 +390,7 @@ def load_model(
 
     Raises `FileNotFoundError` or `ConnectionError` where there is no file, and `ValueError` for one that is no MAEST.
     """
-    asked = {"seconds": seconds, "mel": mel, "num_heads": heads, "separate_heads": separate_heads}
+    asked = {"seconds": seconds, "mel": mel, "num_heads": num_heads, "separate_heads": separate_heads}
     asked = {k: v for k, v in asked.items() if v is not None}
     if str(name) == "random":
         asked |= {"labels": label_names(400) if labels is None else labels}

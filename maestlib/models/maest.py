@@ -241,7 +241,7 @@ class MAEST(nn.Module):
     ) -> torch.Tensor:  # (batch, labels) logits
         "Tag logits: the head over the mean of cls and dist; two heads averaged where they are separated."
         if separate:
-            return self.num_heads(mel, patchout, generator)
+            return self.forward_separate(mel, patchout, generator)
         return self.forward_head(self.forward_features(mel, patchout, generator))
 
     def forward_head(self, two: torch.Tensor) -> torch.Tensor:  # (batch, 2, width), as of `features` → (batch, labels)

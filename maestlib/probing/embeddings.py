@@ -68,7 +68,7 @@ def subset_corpus(
     share = tracks / len(corpus.table)
     keep = [corpus.indices(s) for s in SPLITS]
     keep = np.sort(np.concatenate([part[: max(1, round(share * len(part)))] for part in keep]))
-    return replace(corpus, table=corpus.table[keep], rows=corpus.store_rows[keep], targets=corpus.targets[keep])
+    return replace(corpus, table=corpus.table[keep], store_rows=corpus.store_rows[keep], targets=corpus.targets[keep])
 
 # %% ../../nbs/probing/embeddings.ipynb #f79a85d2
 def segment_starts(

@@ -122,7 +122,7 @@ def recommend(
     Raises `ValueError` where nothing is fast or good enough, and says what comes nearest; `FileNotFoundError` where
     nothing was measured.
     """
-    if deadline is None == min_map is None:
+    if (deadline is None) == (min_map is None):
         raise ValueError("deadline, min_map: give one of them")
     if not hours_of_audio > 0:
         raise ValueError(f"hours_of_audio={hours_of_audio}: give a number above 0")
