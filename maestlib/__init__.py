@@ -7,7 +7,7 @@ import lazy_loader
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+_load, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["core", "audio", "datasets", "models", "inference", "training", "probing", "speed", "widgets"],
     submod_attrs={
@@ -26,3 +26,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "speed.tradeoff": ["recommend"],
     },
 )
+
+
+def __getattr__(name):
+    value = _load(name)
+    if not name.startswith("__"):
+        from .core.docs import append_docments  # imported late: `import maestlib` stays light
+
+        globals()[name] = append_docments(value)
+    return value

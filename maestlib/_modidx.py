@@ -78,6 +78,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'maestlib.core.device.default_dtype': ('core/device.html#default_dtype', 'maestlib/core/device.py'),
                                       'maestlib.core.device.matmul_tflops': ('core/device.html#matmul_tflops', 'maestlib/core/device.py'),
                                       'maestlib.core.device.resolve_dtype': ('core/device.html#resolve_dtype', 'maestlib/core/device.py')},
+            'maestlib.core.docs': { 'maestlib.core.docs.append_docments': ('core/docs.html#append_docments', 'maestlib/core/docs.py'),
+                                    'maestlib.core.docs.parameter_section': ('core/docs.html#parameter_section', 'maestlib/core/docs.py')},
             'maestlib.core.files': { 'maestlib.core.files._PrintHandler': ('core/files.html#_printhandler', 'maestlib/core/files.py'),
                                      'maestlib.core.files._PrintHandler.emit': ( 'core/files.html#_printhandler.emit',
                                                                                  'maestlib/core/files.py'),

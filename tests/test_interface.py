@@ -1,0 +1,36 @@
+"""What `import maestlib as ml` offers: light, small, and documented."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+from fastcore.docments import docments
+
+import maestlib as ml
+
+FLOORS = {"core", "audio", "datasets", "models", "inference", "training", "probing", "speed", "widgets"}
+NAMES = [name for name in dir(ml) if name not in FLOORS]
+
+
+def test_it_offers_few_names_and_the_floors():
+    assert FLOORS <= set(dir(ml)) and len(NAMES) <= 30
+    assert not any(name.startswith("_") for name in dir(ml))
+
+
+def test_importing_it_imports_no_torch():
+    code = "import sys, maestlib; dir(maestlib); sys.exit('torch' in sys.modules or 'polars' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_tells_what_the_signature_says(name):
+    item = getattr(ml, name)
+    public = [m for n, m in vars(item).items() if inspect.isfunction(m) and not n.startswith("_")]
+    for documented in [item, *(public if inspect.isclass(item) else [])]:
+        text = inspect.getdoc(documented)
+        assert text and text == inspect.cleandoc(documented.__doc__)
+        for parameter, described in docments(documented, full=True).items():
+            if parameter not in ("self", "cls", "return"):
+                assert described["docment"], f"{name}: {documented.__name__}({parameter}) has no comment"
+                assert described["docment"].splitlines()[0] in text, f"{name}: {parameter} is not in help"
