@@ -104,7 +104,7 @@ def test_labels_and_drops_agree_with_ten_lines_of_python(dumps):
         )
 
     dropped = Counter(reason(w, s) for w, s in tracks)
-    table, drops = c.curate(masters, releases, discogs.catalogue_from_tracklists(releases), k=k)
+    table, drops = c.curate(masters, releases, discogs.catalogue_from_tracklists(releases), num_labels=k)
     assert drops["dropped_tracks"].to_list() == [0, *(dropped[i] for i in range(6))]
     assert table.height == dropped[6] and drops["step"].to_list() == ["pool", *c.DROP_REASONS]
     assert all(row["labels"] == sorted(labels[row["work"]] & frequent) for row in table.iter_rows(named=True))
@@ -135,7 +135,9 @@ def test_a_broken_dump_says_where_and_keeps_the_rest(kind, out, tmp_path, monkey
             "empty": b"",
         }[kind]
     )
-    with pytest.raises(ValueError, match=r"broken\.xml.*broke after record \d+ \(release \w+\)") as error:
+    with pytest.raises(
+        ValueError, match=r"broken\.xml.*truncated or corrupt after record \d+ \(release \w+\)"
+    ) as error:
         discogs.read_releases(path, out=tmp_path / out if out else None)
     assert "\n" not in str(error.value)
     count = int(str(error.value).split("after record ")[1].split()[0])
@@ -198,7 +200,7 @@ def test_malformed_catalogues_are_named(lines, message, tmp_path):
     path = tmp_path / "own.csv"
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message) as error:
-        c.read_tracks(path)
+        c.read_catalogue(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -215,7 +217,7 @@ def test_own_tracks_match_by_master_or_release(tmp_path):
         }
     )
     own.write_parquet(tmp_path / "own.parquet")
-    table, drops = c.curate(masters, releases, c.read_tracks(tmp_path / "own.parquet"), validation=0, test=0)
+    table, drops = c.curate(masters, releases, c.read_catalogue(tmp_path / "own.parquet"), validation=0, test=0)
     assert dict(drops.select("step", "dropped_tracks").rows())["not in the dumps"] == 3
     assert table["work"].to_list() == [113, 1660109] and table["split"].to_list() == ["train", "train"]
     assert table["artists"].to_list() == [["Vince Watson"], ["A guest", "The Persuader"]]
@@ -320,7 +322,7 @@ def test_figures_show_what_the_tables_say(dumps):
     masters, releases, *_ = dumps
     table, drops = c.curate(masters, releases, discogs.catalogue_from_tracklists(releases))
     assert sum(c.plot_labels_per_track(table).data[0].y) == table.height
-    top = c.plot_top(table, "labels", top=3).data[0]
+    top = c.plot_most_frequent(table, "labels", top=3).data[0]
     assert top.x[-1] == max(Counter(table["labels"].explode()).values()) and len(top.x) == 3
     steps = c.plot_drops(drops).data[0]
     assert sum(steps.y[:-1]) == steps.y[-1] == table.height
