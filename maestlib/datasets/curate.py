@@ -209,7 +209,7 @@ def curate(
     min_seconds: float = 20.0,  # drop tracks that are not longer
     vocabulary: list[str] | None = None,  # keep these labels instead of the most frequent
     validation: int | float = 0.1,  # tracks or a fraction of them, as for `artist_split`
-    test: int | float = 0.1,
+    test: int | float = 0.1,  # the same for the test split
     seed: int = 0,  # of the split
 ) -> tuple[pl.DataFrame, pl.DataFrame]:  # (track_id, artist, path, labels, split, artists, work, duration_s), drops
     """Label, filter and split a catalogue; also count what was dropped, by reason (paper §3.1).
@@ -234,7 +234,7 @@ def curate(
 
 # %% ../../nbs/datasets/curate.ipynb #364628ab
 def plot_most_frequent(
-    table: pl.DataFrame,
+    table: pl.DataFrame,  # with that column
     column: str,  # a list column: labels, styles, genres, artists
     top: int = 20,  # bars
 ) -> go.Figure:
