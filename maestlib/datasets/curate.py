@@ -293,10 +293,8 @@ def plot_cooccurrence(
     return go.Figure(heatmap).update_layout(
         template="plotly_white",
         title="Co-occurrence: % of the tracks of a row's label that have the column's label too",
-        xaxis_tickangle=-60,
-        yaxis_autorange="reversed",
-        xaxis_showgrid=False,
-        yaxis_showgrid=False,
+        xaxis=dict(tickangle=-60, dtick=1, tickfont_size=10, showgrid=False),
+        yaxis=dict(autorange="reversed", dtick=1, tickfont_size=10, showgrid=False),
         height=300 + 20 * len(names),
     )
 

@@ -224,7 +224,7 @@ def plot_splits(
         title="Labels per split (dotted: the split's part of all tracks)",
         yaxis_title="% of the label's tracks",
         yaxis_rangemode="tozero",
-        xaxis_tickangle=-60,
+        xaxis=dict(tickangle=-60, dtick=1, tickfont_size=10),
         height=520,
     )
 
