@@ -1,4 +1,4 @@
-"""Curation against the standard library, against broken and hostile files, and against the rules of a fair split."""
+"""Discogs dumps against the standard library, broken and hostile files, and the guarantees of splits and sampling."""
 
 import gzip
 import os
@@ -36,12 +36,12 @@ def seconds(text):
     return sum(int(p) * 60**i for i, p in enumerate(reversed(text.split(":")))) if text else None
 
 
-def leaves(record):  # the tracks that can be heard, by the standard library
+def leaf_tracks(record):  # tracks and movements, without headings and index tracks
     tracks = [t for t in record.iter("track") if t.find("sub_tracks") is None]
     return [t for t in tracks if t.findtext("position") or t.findtext("duration")]
 
 
-def test_tables_are_what_the_standard_library_reads(dumps):
+def test_tables_equal_what_the_standard_library_reads(dumps):
     masters, releases, master_tree, release_tree = dumps
     for table, tree, key, year in (
         (masters, master_tree, "master_id", "year"),
@@ -55,13 +55,15 @@ def test_tables_are_what_the_standard_library_reads(dumps):
             assert row["genres"] == texts(record, "genres/genre") and row["styles"] == texts(record, "styles/style")
     assert masters["main_release"].to_list() == [int(r.findtext("main_release")) for r in master_tree]
     assert releases["master_id"].to_list() == [int(r.findtext("master_id") or 0) or None for r in release_tree]
-    assert releases["seconds"].to_list() == [[seconds(t.findtext("duration")) for t in leaves(r)] for r in release_tree]
+    assert releases["seconds"].to_list() == [
+        [seconds(t.findtext("duration")) for t in leaf_tracks(r)] for r in release_tree
+    ]
     assert releases["track_artists"].to_list() == [
-        [texts(t, "artists/artist/name") for t in leaves(r)] for r in release_tree
+        [texts(t, "artists/artist/name") for t in leaf_tracks(r)] for r in release_tree
     ]
 
 
-def test_labels_and_drops_agree_with_ten_lines_of_python(dumps):
+def test_labels_and_drops_agree_with_plain_python(dumps):
     masters, releases, master_tree, release_tree = dumps
     work = {r: int(r.findtext("master_id") or -int(r.get("id"))) for r in release_tree}
     work |= {m: int(m.get("id")) for m in master_tree}
@@ -69,7 +71,7 @@ def test_labels_and_drops_agree_with_ten_lines_of_python(dumps):
     for record, w in work.items():
         styles[w] |= {*texts(record, "styles/style")}
         genres[w] |= {*texts(record, "genres/genre")}
-    tracks = [(work[r], seconds(t.findtext("duration"))) for r in release_tree for t in leaves(r)]
+    tracks = [(work[r], seconds(t.findtext("duration"))) for r in release_tree for t in leaf_tracks(r)]
     pool.update(w for w, s in tracks if s and s > 20)
     listed = defaultdict(list)
     for line in asset_path("discogs_519.txt").read_text(encoding="utf8").splitlines():
@@ -80,11 +82,11 @@ def test_labels_and_drops_agree_with_ten_lines_of_python(dumps):
             votes[style].update({g: 1 / len(texts(record, "genres/genre")) for g in texts(record, "genres/genre")})
     listed.update((s, [min(v, key=lambda g: (-round(v[g], 6), g))]) for s, v in votes.items())
     labels = {w: {f"{g}---{s}" for s in styles[w] for g in (genres[w] & {*listed[s]} or listed[s][:1])} for w in styles}
-    tally = Counter()
+    counts = Counter()
     for w, n in pool.items():
-        tally.update({label: n for label in labels[w]})
+        counts.update({label: n for label in labels[w]})
     k = 60
-    frequent = {label for label, _ in sorted(tally.items(), key=lambda item: (-item[1], item[0]))[:k]}
+    frequent = {label for label, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:k]}
 
     def reason(w, s):
         return next(
@@ -104,7 +106,7 @@ def test_labels_and_drops_agree_with_ten_lines_of_python(dumps):
         )
 
     dropped = Counter(reason(w, s) for w, s in tracks)
-    table, drops = c.curate(masters, releases, discogs.catalogue_from_tracklists(releases), k=k)
+    table, drops = c.curate(masters, releases, discogs.catalogue_from_tracklists(releases), num_labels=k)
     assert drops["dropped_tracks"].to_list() == [0, *(dropped[i] for i in range(6))]
     assert table.height == dropped[6] and drops["step"].to_list() == ["pool", *c.DROP_REASONS]
     assert all(row["labels"] == sorted(labels[row["work"]] & frequent) for row in table.iter_rows(named=True))
@@ -120,35 +122,37 @@ RELEASES = asset_path("discogs_releases.xml.gz")
 
 
 @pytest.mark.parametrize("out", [None, "out.parquet"])
-@pytest.mark.parametrize("kind", ["cut", "damaged", "plain cut", "tag", "empty"])
-def test_a_broken_dump_says_where_and_keeps_the_rest(kind, out, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", ["truncated", "corrupt", "truncated xml", "tag", "empty"])
+def test_a_broken_dump_names_the_last_record_and_saves_those_before(damage, out, tmp_path, monkeypatch):
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path / "cache"))
     packed, plain = RELEASES.read_bytes(), gzip.decompress(RELEASES.read_bytes())
     half = len(packed) // 2
-    path = tmp_path / f"broken.xml{'.gz' if kind in ('cut', 'damaged') else ''}"
+    path = tmp_path / f"broken.xml{'.gz' if damage in ('truncated', 'corrupt') else ''}"
     path.write_bytes(
         {
-            "cut": packed[:half],
-            "damaged": packed[:half] + b"\xff" * 64 + packed[half + 64 :],
-            "plain cut": plain[: len(plain) // 2],
+            "truncated": packed[:half],
+            "corrupt": packed[:half] + b"\xff" * 64 + packed[half + 64 :],
+            "truncated xml": plain[: len(plain) // 2],
             "tag": plain.replace(b"</release>", b"</relase>", 101).replace(b"</relase>", b"</release>", 100),
             "empty": b"",
-        }[kind]
+        }[damage]
     )
-    with pytest.raises(ValueError, match=r"broken\.xml.*broke after record \d+ \(release \w+\)") as error:
+    with pytest.raises(
+        ValueError, match=r"broken\.xml.*truncated or corrupt after record \d+ \(release \w+\)"
+    ) as error:
         discogs.read_releases(path, out=tmp_path / out if out else None)
     assert "\n" not in str(error.value)
     count = int(str(error.value).split("after record ")[1].split()[0])
-    [kept] = tmp_path.rglob("*.partial.parquet")
-    assert str(kept) in str(error.value) and not (tmp_path / "out.parquet").exists()
-    whole = discogs.read_releases(RELEASES)
-    assert pl.read_parquet(kept).equals(whole.head(count))
-    assert count == {"tag": 100, "empty": 0}.get(kind, count) and (count >= 90 or kind == "empty")
+    [saved] = tmp_path.rglob("*.partial.parquet")
+    assert str(saved) in str(error.value) and not (tmp_path / "out.parquet").exists()
+    complete = discogs.read_releases(RELEASES)
+    assert pl.read_parquet(saved).equals(complete.head(count))
+    assert count == {"tag": 100, "empty": 0}.get(damage, count) and (count >= 90 or damage == "empty")
     if count:
-        assert f"(release {whole['release_id'][count - 1]})" in str(error.value)
+        assert f"(release {complete['release_id'][count - 1]})" in str(error.value)
 
 
-def test_plain_and_packed_lazy_and_eager_are_the_same(tmp_path):
+def test_plain_or_gzipped_lazy_or_eager_the_table_is_the_same(tmp_path):
     plain = tmp_path / "releases.xml"
     plain.write_bytes(gzip.decompress(RELEASES.read_bytes()))
     lazy = discogs.read_releases(plain, out=tmp_path / "releases.parquet")
@@ -164,7 +168,7 @@ def test_plain_and_packed_lazy_and_eager_are_the_same(tmp_path):
         '<!DOCTYPE masters SYSTEM "file://{secret}">',
     ],
 )
-def test_documents_that_declare_a_type_are_refused(doctype, tmp_path):
+def test_a_document_type_is_refused(doctype, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("the secret")
     path, entity = tmp_path / "masters.xml", "&x;" if "ENTITY" in doctype else ""
@@ -175,14 +179,14 @@ def test_documents_that_declare_a_type_are_refused(doctype, tmp_path):
     assert "the secret" not in str(error.value) and {p.name for p in tmp_path.iterdir()} == {"secret", "masters.xml"}
 
 
-def test_the_wrong_dump_and_no_dump():
+def test_another_dump_and_a_missing_file_are_refused():
     with pytest.raises(InvalidDump, match="<releases>"):
         discogs.read_masters(RELEASES)
     with pytest.raises(FileNotFoundError, match="nowhere.xml"):
         discogs.read_masters("/nowhere.xml")
 
 
-# Tables of one's own
+# Catalogues
 
 
 @pytest.mark.parametrize(
@@ -194,17 +198,17 @@ def test_the_wrong_dump_and_no_dump():
         (["track_id,path,release_id,duration_s", "a,a.wav,r7,30"], "release_id is 'r7' for track a"),
     ],
 )
-def test_malformed_catalogues_are_named(lines, message, tmp_path):
-    path = tmp_path / "own.csv"
+def test_a_malformed_catalogue_is_refused_with_its_path(lines, message, tmp_path):
+    path = tmp_path / "catalogue.csv"
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message) as error:
-        c.read_tracks(path)
+        c.read_catalogue(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_own_tracks_match_by_master_or_release(tmp_path):
+def test_catalogue_tracks_match_by_master_or_release(tmp_path):
     masters, releases = discogs.read_masters(asset_path("discogs_masters.xml.gz")), discogs.read_releases(RELEASES)
-    own = pl.DataFrame(
+    tracks = pl.DataFrame(
         {
             "track_id": ["a", "b", "c", "d", "e"],
             "path": ["x.wav"] * 5,
@@ -214,20 +218,20 @@ def test_own_tracks_match_by_master_or_release(tmp_path):
             "duration_s": [30.0, 21, 99, 99, 99],
         }
     )
-    own.write_parquet(tmp_path / "own.parquet")
-    table, drops = c.curate(masters, releases, c.read_tracks(tmp_path / "own.parquet"), validation=0, test=0)
+    tracks.write_parquet(tmp_path / "catalogue.parquet")
+    table, drops = c.curate(masters, releases, c.read_catalogue(tmp_path / "catalogue.parquet"), validation=0, test=0)
     assert dict(drops.select("step", "dropped_tracks").rows())["not in the dumps"] == 3
     assert table["work"].to_list() == [113, 1660109] and table["split"].to_list() == ["train", "train"]
     assert table["artists"].to_list() == [["Vince Watson"], ["A guest", "The Persuader"]]
     labels = [["Tech House", "Techno"], ["Deep House"]]
     assert table["labels"].to_list() == [[f"Electronic---{style}" for style in styles] for styles in labels]
-    assert c.curate(masters, releases, own, vocabulary=["Electronic---Techno"], test=0, validation=0)[0].height == 1
+    assert c.curate(masters, releases, tracks, vocabulary=["Electronic---Techno"], test=0, validation=0)[0].height == 1
 
 
 # Splits
 
 
-def catalogue(n=20_000, seed=1):
+def made_catalogue(n=20_000, seed=1):
     random = np.random.default_rng(seed)
     artists = [[f"artist {int(a)}" for a in n / 4 * random.power(0.6, 2 if i % 12 == 0 else 1)] for i in range(n)]
     artists = [["Various"] if i % 20 == 0 else a for i, a in enumerate(artists)]
@@ -238,13 +242,13 @@ def catalogue(n=20_000, seed=1):
 
 
 def test_splits_are_disjoint_stratified_and_seeded():
-    tracks = splits.artist_split(catalogue(), validation=2000, test=0.1)
-    seen = defaultdict(set)
-    for names, part in tracks.select("artists", "split").rows():
+    tracks = splits.artist_split(made_catalogue(), validation=2000, test=0.1)
+    splits_of = defaultdict(set)
+    for names, split in tracks.select("artists", "split").rows():
         for name in names:
-            seen[name].add(part)
-    assert seen.pop("Various") == {"train", "validation", "test"}  # it ties nothing together
-    assert all(len(parts) == 1 for parts in seen.values())
+            splits_of[name].add(split)
+    assert splits_of.pop("Various") == {"train", "validation", "test"}  # it ties nothing together
+    assert all(len(found) == 1 for found in splits_of.values())
     assert (
         tracks.filter(pl.col("artists").list.contains("Various"))
         .group_by("work")
@@ -256,26 +260,26 @@ def test_splits_are_disjoint_stratified_and_seeded():
     assert all(abs(size[name] - 2000) < 100 for name in ("validation", "test"))
     each = tracks.explode("labels").group_by("labels").agg(pl.len().alias("n"), (pl.col("split") == "test").mean())
     assert (each.filter(pl.col("n") > 300)["split"] - 0.1).abs().max() < 0.02
-    again = splits.artist_split(catalogue().sample(fraction=1, shuffle=True, seed=5), validation=2000, test=0.1)
+    again = splits.artist_split(made_catalogue().sample(fraction=1, shuffle=True, seed=5), validation=2000, test=0.1)
     assert (
         splits.split_fingerprint(again)
         == splits.split_fingerprint(tracks)
-        != splits.split_fingerprint(splits.artist_split(catalogue(), 2000, 0.1, seed=1))
+        != splits.split_fingerprint(splits.artist_split(made_catalogue(), 2000, 0.1, seed=1))
     )
 
 
 def test_a_giant_component_goes_to_training_and_is_reported(capsys):
     with_hub = pl.concat_list("artists", pl.lit("The hub"))
     artists = pl.when(pl.int_range(pl.len()) < 6000).then(with_hub).otherwise("artists")
-    tracks = catalogue().with_columns(artists.alias("artists"))
+    tracks = made_catalogue().with_columns(artists.alias("artists"))
     tracks = splits.artist_split(tracks)
     assert "in training: 1 of" in capsys.readouterr().out
     assert {*tracks.filter(pl.col("artists").list.contains("The hub"))["split"]} == {"train"}
     assert splits.check_split(tracks)["largest_component"].max() >= 6000
 
 
-def test_a_leak_is_found():
-    tracks = splits.artist_split(catalogue(2000))
+def test_an_artist_in_two_splits_is_found():
+    tracks = splits.artist_split(made_catalogue(2000))
     splits.check_split(tracks)
     held = tracks.filter((pl.col("split") == "test") & (pl.col("artists").list.first() != "Various")).head(1)
     leak = held.with_columns(track_id=pl.lit("one more"), split=pl.lit("train"))
@@ -283,17 +287,17 @@ def test_a_leak_is_found():
         splits.check_split(pl.concat([tracks, leak]))
     assert held["artists"][0][0] in str(error.value)
     with pytest.raises(ValueError, match="validation=5000"):
-        splits.artist_split(catalogue(2000), validation=5000)
+        splits.artist_split(made_catalogue(2000), validation=5000)
 
 
 # Balanced sampling
 
 
-def test_weights_are_the_papers():
-    tracks = catalogue()
-    tally = Counter(tracks["labels"].explode())
-    expected = [sum(1000 / (tally[label] + 100) for label in labels) for labels in tracks["labels"]]
-    names = sorted(tally)
+def test_weights_follow_the_paper():
+    tracks = made_catalogue()
+    counts = Counter(tracks["labels"].explode())
+    expected = [sum(1000 / (counts[label] + 100) for label in labels) for labels in tracks["labels"]]
+    names = sorted(counts)
     hot = np.array([[name in labels for name in names] for labels in tracks["labels"].to_list()], float)
     assert np.allclose(splits.balanced_weights(tracks), expected) and np.allclose(
         splits.balanced_weights(hot), expected
@@ -309,18 +313,18 @@ def test_draws_are_seeded_without_replacement_and_by_weight():
     assert (np.sort(draw) != np.sort(splits.sample_balanced(weights, n=100, epoch=1, seed=1))).any()
     drawn = np.concatenate([splits.sample_balanced(weights, n=10, epoch=e) for e in range(3000)])
     counts = np.bincount(drawn, minlength=1000)
-    share = counts.reshape(-1, 5).sum(0) / counts.sum()
-    assert np.abs(share - np.array([0.1, 0.2, 0.3, 0.4, 0])).max() < 0.01  # 10 of 800: nearly with replacement
+    fraction = counts.reshape(-1, 5).sum(0) / counts.sum()
+    assert np.abs(fraction - np.array([0.1, 0.2, 0.3, 0.4, 0])).max() < 0.01  # 10 of 800: nearly with replacement
 
 
 # Figures
 
 
-def test_figures_show_what_the_tables_say(dumps):
+def test_figures_show_the_tables(dumps):
     masters, releases, *_ = dumps
     table, drops = c.curate(masters, releases, discogs.catalogue_from_tracklists(releases))
     assert sum(c.plot_labels_per_track(table).data[0].y) == table.height
-    top = c.plot_top(table, "labels", top=3).data[0]
+    top = c.plot_most_frequent(table, "labels", top=3).data[0]
     assert top.x[-1] == max(Counter(table["labels"].explode()).values()) and len(top.x) == 3
     steps = c.plot_drops(drops).data[0]
     assert sum(steps.y[:-1]) == steps.y[-1] == table.height

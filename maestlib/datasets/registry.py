@@ -13,10 +13,11 @@ import polars as pl
 
 from ..core.files import AUDIO_SUFFIXES, log, named_rng, resolve_path
 from . import synth
+from .benchmarks import BENCHMARKS
 from .table import validate_table
 
 # %% ../../nbs/datasets/registry.ipynb #0564be81
-REGISTRY = {"tunes": synth.build_tunes}  # name: a function of options that returns the table
+REGISTRY = {"tunes": synth.build_tunes} | BENCHMARKS  # name: a function of options that returns the table
 
 
 def load_dataset(
@@ -24,8 +25,6 @@ def load_dataset(
     **options,  # of the named dataset (tunes: clips=1200, seed=0) or of `load_folder`
 ) -> pl.DataFrame:  # the uniform table
     "A dataset by its name or its place. Raises `ValueError` with the names known, or what is wrong with a table."
-    from maestlib.datasets import benchmarks  # noqa: F401  (adds the public tagging datasets to NAMED)
-
     if str(name) in REGISTRY:
         return validate_table(REGISTRY[str(name)](**options), str(name))
     path = resolve_path(name)

@@ -1,4 +1,4 @@
-"""Published split files: genuine rows against a second reading, broken ones, and the whole files where they are."""
+"""Published split files: rows of the originals against a second reader, broken files, and the whole originals."""
 
 import gzip
 import os
@@ -11,14 +11,14 @@ import polars as pl
 import pytest
 
 from maestlib.core.files import asset_path
-from maestlib.datasets import benchmarks, registry
+from maestlib.datasets import benchmarks, protocol, registry
 from maestlib.datasets.table import SPLITS, label_vocabulary, multi_hot
 
 FULL = Path(os.environ.get("MAESTLIB_DATA", "/nonexistent"), "splits")
-EXCERPTS = asset_path("downstream")
+EXCERPTS = asset_path("benchmarks")
 OPTIONS = {"mtt tagged": {"clips": "tagged"}, "msd": {"incomplete": True}, "msd-cals": {"incomplete": True}}
 FOLDERS = {"mtg": "mtg_jamendo", "mtt": "mtt", "msd": "msd"}
-NAMES = [*benchmarks.PAPER_COUNTS, "mtt tagged"]
+NAMES = [*protocol.PAPER_COUNTS, "mtt tagged"]
 
 
 def load(name, top=EXCERPTS, **options):
@@ -31,7 +31,7 @@ def copy(tmp_path):
     return Path(shutil.copytree(EXCERPTS, tmp_path / "copy"))
 
 
-# The genuine files, read a second time by a few lines of plain Python
+# Rows of the original files, read a second time by plain Python
 
 TOPS = [pytest.param(EXCERPTS, id="excerpts")]
 TOPS.append(pytest.param(FULL, id="full", marks=pytest.mark.skipif(not FULL.is_dir(), reason="no MAESTLIB_DATA")))
@@ -44,11 +44,11 @@ def read(path):
 
 
 @pytest.mark.parametrize("top", TOPS)
-@pytest.mark.parametrize("task, word", benchmarks.TASKS.items())
-def test_mtg_is_what_the_files_say(task, word, top):
+@pytest.mark.parametrize("task, file_task", benchmarks.MTG_TASKS.items())
+def test_mtg_equals_the_files(task, file_task, top):
     table = load(f"mtg-{task}", top)
     rows = [(line.split("\t"), split) for split in SPLITS
-            for line in read(top / f"mtg_jamendo/autotagging_{word}-{split}.tsv")[1:]]  # fmt: skip
+            for line in read(top / f"mtg_jamendo/autotagging_{file_task}-{split}.tsv")[1:]]  # fmt: skip
     assert table["track_id"].to_list() == [f[0] for f, _ in rows]
     assert table["artist"].to_list() == [f[1] for f, _ in rows] and table["path"].to_list() == [f[3] for f, _ in rows]
     assert table["labels"].to_list() == [f[5:] for f, _ in rows] and table["split"].to_list() == [s for _, s in rows]
@@ -56,7 +56,7 @@ def test_mtg_is_what_the_files_say(task, word, top):
 
 
 @pytest.mark.parametrize("top", TOPS)
-def test_mtt_is_what_the_file_says(top):
+def test_mtt_equals_the_file(top):
     rows = [line.split("\t") for line in read(top / "mtt/groundtruth_12-1-3.tsv")[1:]]
     table = load("mtt", top)
     assert table.select("split", "path").rows() == [tuple(r[:2]) for r in rows]
@@ -65,7 +65,7 @@ def test_mtt_is_what_the_file_says(top):
 
 
 @pytest.mark.parametrize("top", TOPS)
-def test_msd_is_what_the_files_say(top):
+def test_msd_equals_the_files(top):
     table, tags = load("msd", top), read(top / "msd/tags.txt")
     for split, short in (("train", "train"), ("validation", "valid"), ("test", "test")):
         part, ids = table.filter(pl.col("split") == split), read(top / f"msd/usual_{short}.txt")
@@ -81,12 +81,12 @@ def test_msd_is_what_the_files_say(top):
     assert cals["track_id"].to_list() == ids and set(cals["split"]) == {"validation", "test"}
 
 
-# Whole files
+# Original files
 
 
-@pytest.mark.skipif(not FULL.is_dir(), reason="the whole split files are where MAESTLIB_DATA says")
+@pytest.mark.skipif(not FULL.is_dir(), reason="MAESTLIB_DATA names no folder of the original split files")
 @pytest.mark.parametrize("name, row", zip(NAMES, range(len(NAMES)), strict=True))
-def test_whole_files_have_the_published_counts(name, row, capsys):
+def test_original_files_have_the_published_counts(name, row, capsys):
     counts = {
         "mtg-genre": (32572, 11043, 11479, 87),
         "mtg-instrument": (14395, 5466, 5115, 40),
@@ -98,35 +98,35 @@ def test_whole_files_have_the_published_counts(name, row, capsys):
         "msd-cals": (0, 34730, 34913, 0),
     }[name]
     table = load(name, FULL)
-    said = capsys.readouterr().out
-    [line] = benchmarks.report_protocol(table, name.split()[0]).to_dicts()
+    message = capsys.readouterr().out
+    [line] = protocol.report_protocol(table, name.split()[0]).to_dicts()
     assert (*(line[s] for s in SPLITS), line["labels"]) == counts
-    shipped = benchmarks.published_protocols().filter(pl.col("fingerprint") == line["fingerprint"])
+    shipped = protocol.published_protocols().filter(pl.col("fingerprint") == line["fingerprint"])
     assert shipped.to_dicts() == [line]
-    assert line["variant"] in said and f"paper: {benchmarks.PAPER_COUNTS[name.split()[0]][0]:,}" in said
+    assert line["variant"] in message and f"paper: {protocol.PAPER_COUNTS[name.split()[0]][0]:,}" in message
 
 
 # Protocols
 
 
-def test_an_excerpt_or_a_track_less_is_no_published_list(capsys):
+def test_an_excerpt_is_not_a_published_list(capsys):
     table = load("mtg-genre")
     assert "no published list" in capsys.readouterr().out
-    whole, less = (benchmarks.report_protocol(t, "mtg-genre") for t in (table, table[1:]))
-    assert whole["fingerprint"].item() != less["fingerprint"].item()
-    assert benchmarks.report_protocol(table.reverse(), "mtg-genre").equals(whole)
+    complete, shorter = (protocol.report_protocol(t, "mtg-genre") for t in (table, table[1:]))
+    assert complete["fingerprint"].item() != shorter["fingerprint"].item()
+    assert protocol.report_protocol(table.reverse(), "mtg-genre").equals(complete)
 
 
 def test_artists_in_two_splits_are_counted():
     table = load("mtg-genre")
     leak = table.with_columns(artist=pl.when(pl.int_range(pl.len()).is_in([0, 11])).then(
         pl.lit("both")).otherwise("artist"))  # fmt: skip
-    counts = [benchmarks.report_protocol(t, "x")["artists_in_two_splits"].item() for t in (table, leak, load("msd"))]
+    counts = [protocol.report_protocol(t, "x")["artists_in_two_splits"].item() for t in (table, leak, load("msd"))]
     assert counts == [0, 1, None]
 
 
-def test_all_and_the_demo_corpus_are_known_by_name():
-    assert set(registry.REGISTRY) == {"tunes", *benchmarks.PAPER_COUNTS}
+def test_benchmarks_and_the_demo_corpus_are_registered():
+    assert set(registry.REGISTRY) == {"tunes", *protocol.PAPER_COUNTS}
     with pytest.raises(ValueError, match="msd-cals"):
         registry.load_dataset("mtg-gender")
 
@@ -134,10 +134,10 @@ def test_all_and_the_demo_corpus_are_known_by_name():
 # MagnaTagATune from the original annotations: the excerpt in their layout, 188 quoted columns, tab-separated
 
 
-def annotations(folder, extra=()):
+def write_annotations(folder, extra=()):
     rows = [line.split("\t") for line in read(EXCERPTS / "mtt/groundtruth_12-1-3.tsv")[1:]]
-    used = sorted({t for r in rows for t in r[2].split(",") if t})
-    tags = [*(f"rare {i}" for i in range(182)), *used]
+    used_tags = sorted({t for r in rows for t in r[2].split(",") if t})
+    tags = [*(f"rare {i}" for i in range(182)), *used_tags]
     lines = [["clip_id", *tags, "mp3_path"]]
     lines += [[str(i), *("01"[t in r[2].split(",")] for t in tags), r[1]] for i, r in enumerate(rows)]
     lines += [[str(i), *"0" * len(tags), path] for i, path in extra]
@@ -146,7 +146,7 @@ def annotations(folder, extra=()):
 
 
 def test_annotations_and_ground_truth_are_the_same_table(copy, capsys):
-    annotations(copy, [(35644, "6/norine_braun-now_and_zen-08-gently-117-146.mp3")])
+    write_annotations(copy, [(35644, "6/norine_braun-now_and_zen-08-gently-117-146.mp3")])
     table = load("mtt", copy)
     assert "1 clips, damaged as published, are left out: 6/norine_braun" in capsys.readouterr().out
     expected = load("mtt")
@@ -155,8 +155,8 @@ def test_annotations_and_ground_truth_are_the_same_table(copy, capsys):
     assert [set(x) for x in table["labels"].to_list()] == [set(x) for x in expected["labels"].to_list()]
 
 
-def test_a_list_of_clips_is_followed_and_its_unknown_track_refused(copy):
-    annotations(copy)
+def test_a_list_of_clips_is_followed_and_an_unknown_clip_refused(copy):
+    write_annotations(copy)
     kept = load("mtt tagged")
     for short, split in (("train", "train"), ("valid", "validation"), ("test", "test")):
         paths = kept.filter(pl.col("split") == split)["path"]
@@ -172,7 +172,7 @@ def test_a_list_of_clips_is_followed_and_its_unknown_track_refused(copy):
 # Last.fm
 
 
-def tags_file(folder, table):
+def write_lastfm(folder, table):
     tags = (folder / "msd/tags.txt").read_text().split("\n")[:-1]
     with sqlite3.connect(folder / "msd/lastfm_tags.db") as db:
         db.executescript("CREATE TABLE tids (tid TEXT); CREATE TABLE tags (tag TEXT); "
@@ -180,15 +180,15 @@ def tags_file(folder, table):
         db.executemany("INSERT INTO tids VALUES (?)", [(i,) for i in table["track_id"]])
         db.executemany("INSERT INTO tags VALUES (?)", [(t,) for t in ["seen live", *tags]])
         for i, labels in enumerate(table["labels"], 1):
-            found = ["rock", "happy"] if labels is None else labels
-            db.executemany("INSERT INTO tid_tag VALUES (?, ?, ?)", [(i, tags.index(t) + 2, 51) for t in found])
+            known = ["rock", "happy"] if labels is None else labels
+            db.executemany("INSERT INTO tid_tag VALUES (?, ?, ?)", [(i, tags.index(t) + 2, 51) for t in known])
             db.execute("INSERT INTO tid_tag VALUES (?, 1, 100), (?, 3, 50)", (i, i))  # seen live, pop: not counted
     db.close()
 
 
-def test_lastfm_gives_the_labels_that_are_missing(copy, capsys):
+def test_lastfm_fills_unknown_labels(copy, capsys):
     table = load("msd")
-    tags_file(copy, table)
+    write_lastfm(copy, table)
     filled = load("msd", copy, incomplete=False, drop_empty=True)
     assert filled.filter(pl.col("split") == "train")["labels"].to_list() == [["rock", "happy"]] * 12
     assert "20 of 20 tracks have the same labels" in capsys.readouterr().out
@@ -203,7 +203,7 @@ def test_cals_with_its_own_labels_needs_their_names(copy):
         load("msd-cals", copy)
     (copy / "msd/cals_tags.txt").write_text("loud\nquiet\n")
     assert load("msd-cals", copy)["labels"].to_list() == [["loud"], ["quiet"]] * 4
-    with pytest.raises(FileNotFoundError, match="train_ids.npy not there; .*incomplete=True"):
+    with pytest.raises(FileNotFoundError, match="train_ids.npy not found; .*incomplete=True"):
         load("msd-cals", copy, incomplete=False)
 
 
@@ -218,13 +218,13 @@ def test_missing_audio_is_counted_named_and_left_out(tmp_path, capsys):
     found = load("mtg-top50", audio=tmp_path)
     assert found["track_id"].to_list() == table["track_id"][2:].to_list()
     assert all(Path(p).is_file() for p in found["path"])
-    said = capsys.readouterr().out
-    assert "2 of 12 tracks have no audio (2 train, 0 validation, 0 test) and are left out: " in said
-    assert ", ".join(table["path"][:2]) in said
+    message = capsys.readouterr().out
+    assert "2 of 12 tracks have no audio (2 train, 0 validation, 0 test) and are left out: " in message
+    assert ", ".join(table["path"][:2]) in message
     assert load("mtg-top50")["path"].to_list() == table["path"].to_list()
 
 
-def test_a_folder_without_the_audio_is_refused(tmp_path):
+def test_a_folder_without_audio_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none of the 12 tracks .* looked for as \d\d/\d+.mp3"):
         load("mtg-genre", audio=tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
@@ -248,7 +248,7 @@ MTG, MTT, MSD = "mtg_jamendo/autotagging_genre-test.tsv", "mtt/groundtruth_12-1-
     [
         ("mtg-genre", MTG, b"TRACK_ID", b"TRACK", "columns are not TRACK_ID"),
         ("mtg-genre", MTG, b"track_0002011", b"song_2011", "unknown track 'song_2011'"),
-        ("mtg-genre", MTG, b"track_0002011", b"track_0004246", "track_0004246 stands there twice"),
+        ("mtg-genre", MTG, b"track_0002011", b"track_0004246", "track_id track_0004246"),
         ("mtg-genre", MTG, b"195.0\tgenre---electronic", b"195.0", "line 2 has no tag"),
         ("mtg-genre", MTG, b"genre---pop", b"genre---pap", "label 'genre---pap' has no positive in train"),
         ("mtg-genre", MTG, b"genre---pop", b"genre---\xff", "cannot be read .*download"),
@@ -257,18 +257,18 @@ MTG, MTT, MSD = "mtg_jamendo/autotagging_genre-test.tsv", "mtt/groundtruth_12-1-
         ("mtt", MTT, b"train\t0/ammonite", b"train\td/ammonite", "d/ammonite.* is not in the split of its folder"),
         ("msd", MSD, b"TR", b"SO", "unknown track 'SO"),
         ("msd", MSD, b"\n", b"\nTRAAAAK128F9318780\n", r"usual_valid_y.npy: \(11, 50\), but usual_valid.txt has 12"),
-        ("msd", "msd/usual_test_y.npy", b"'|b1'", b"'|O' ", "usual_test_y.npy: no plain array"),
+        ("msd", "msd/usual_test_y.npy", b"'|b1'", b"'|O' ", "usual_test_y.npy: not a plain array"),
         ("msd", "msd/tags.txt", b"rock\npop\n", b"rock\n", "there are 49 tags"),
     ],
 )
-def test_broken_files_are_named(name, file, old, new, message, copy):
+def test_a_broken_file_is_refused_with_its_path(name, file, old, new, message, copy):
     edit(copy / file, old, new)
     with pytest.raises(ValueError, match=message) as error:
         load(name, copy)
     assert str(copy) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_cut_archive_is_named(copy):
+def test_a_truncated_archive_is_refused_with_its_path(copy):
     path = copy / MSD
     (copy / f"{MSD}.gz").write_bytes(gzip.compress(path.read_bytes())[:-20])
     path.unlink()
@@ -276,11 +276,11 @@ def test_a_cut_archive_is_named(copy):
         load("msd", copy)
 
 
-def test_missing_files_say_where_they_come_from(copy, monkeypatch):
+def test_errors_for_missing_files_name_the_source(copy, monkeypatch):
     (copy / MTG).unlink()
-    with pytest.raises(FileNotFoundError, match="autotagging_genre-test.tsv: not there; https"):
+    with pytest.raises(FileNotFoundError, match="autotagging_genre-test.tsv: not found; https"):
         load("mtg-genre", copy)
-    with pytest.raises(FileNotFoundError, match="labels of train .train_y.npy or lastfm_tags.db. not there"):
+    with pytest.raises(FileNotFoundError, match="labels of train .train_y.npy or lastfm_tags.db. not found"):
         load("msd", copy, incomplete=False)
     monkeypatch.delenv("MAESTLIB_DATA", raising=False)
     with pytest.raises(ValueError, match="MAESTLIB_DATA; the files are published at https"):
@@ -300,13 +300,13 @@ def test_a_label_missing_in_one_split_is_dropped_from_all_on_request(copy, capsy
 # Figures
 
 
-def test_figures_show_what_the_tables_say():
-    rows = benchmarks.published_protocols()
-    bars = benchmarks.plot_protocols(rows).data
+def test_figures_show_the_tables():
+    rows = protocol.published_protocols()
+    bars = protocol.plot_protocols(rows).data
     total = np.sum([b.x for b in bars], 0)[::-1]
     assert np.allclose(total, 100 * rows["tracks"] / rows["paper_tracks"])
     table = load("mtg-genre")
-    validation, test, _ = benchmarks.plot_shares(table, "mtg-genre").data
+    validation, test, _ = protocol.plot_label_frequency(table, "mtg-genre").data
     assert list(test.hovertext) == label_vocabulary(table)
     expected = 100 * multi_hot(table.filter(pl.col("split") == "test"), list(test.hovertext)).mean(0)
     assert np.allclose(test.y, expected) and len(validation.x) == 3
