@@ -164,6 +164,23 @@ def _init_weights(probes: list[Probe], in_dim: int, num_labels: int) -> list[tor
         weights.append([*first, *second])
     return [torch.stack(same) for same in zip(*weights, strict=True)]
 
+# %% ../../nbs/probing/probe.ipynb #9628313e
+def _grouped_adam(
+    weights: list[torch.Tensor],  # (probes, …) each
+    grads: list[torch.Tensor],  # of the same shapes, to be filled before each step
+    configs: list[ProbeConfig],  # of the probes, sorted by learning rate
+) -> torch.optim.Adam:  # each group has the `lr_schedule` of its probes
+    groups, start = [], 0
+    for learning_rate, same in itertools.groupby(configs, key=lambda config: config.learning_rate):
+        members = list(same)
+        stop = start + len(members)
+        params = [w[start:stop].requires_grad_() for w in weights]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad[start:stop]
+        groups.append({"params": params, "lr": learning_rate, "lr_schedule": members[0].lr_schedule()})
+        start = stop
+    return torch.optim.Adam(groups, weight_decay=configs[0].weight_decay, fused=True)
+
 # %% ../../nbs/probing/probe.ipynb #c353f4cd
 class _BatchedMLP:
     "Probes of one shape as one network."
@@ -175,21 +192,9 @@ class _BatchedMLP:
         self.weights = [w.to(sources.device) for w in _init_weights(probes, in_dim, num_labels)]  # w1, b1, w2, b2
         self.grads = [torch.zeros_like(w) for w in self.weights]
         self.best_weights = [w.clone() for w in self.weights]
-        self.optimizer = self._make_optimizer([p.config for p in probes])
+        self.optimizer = _grouped_adam(self.weights, self.grads, [p.config for p in probes])
         dropout = torch.tensor([p.config.dropout for p in probes], device=sources.device)
         self.dropout_scale = (1 / (1 - dropout)).to(sources.dtype)[:, None, None]
-
-    def _make_optimizer(self, configs: list[ProbeConfig]) -> torch.optim.Adam:
-        groups, start = [], 0
-        for learning_rate, same in itertools.groupby(configs, key=lambda c: c.learning_rate):
-            same = list(same)
-            stop = start + len(same)
-            params = [w[start:stop].requires_grad_() for w in self.weights]
-            for param, grad in zip(params, self.grads, strict=True):
-                param.grad = grad[start:stop]
-            groups.append({"params": params, "lr": learning_rate, "lr_schedule": same[0].lr_schedule()})
-            start = stop
-        return torch.optim.Adam(groups, weight_decay=configs[0].weight_decay, fused=True)
 
     def set_epoch(self, epoch: int):
         for group in self.optimizer.param_groups:

@@ -76,21 +76,7 @@ class InferenceSetting:
     @property
     def family(self) -> str:
         "What makes the setting faster, for grouping: e.g. patchout, block, patchout + merging."
-        if self.model.startswith("effnet"):
-            return "EfficientNet-B0"
-        if self.model.startswith("maest-"):
-            return "other lengths"
-        techniques = {
-            "patchout": self.keep_every > 1 or self.drop_rows,
-            "merging": self.merge,
-            "dropping": self.keep_rate < 1,
-            "precision": self.dtype != "auto",
-            "window": self.seconds or self.overlap,
-        }
-        used = [name for name, is_used in techniques.items() if is_used]
-        if used:
-            return " + ".join(used)
-        return "all patches" if self.block == 6 else "block"
+        return _family(self)
 
     def embed_kwargs(
         self,
@@ -107,6 +93,24 @@ class InferenceSetting:
             "hop_s": hop_s,
         }
         return json.dumps({"reduction": self.reduction, "options": options})
+
+# %% ../../nbs/speed/benchmark.ipynb #4e114aa7
+def _family(setting: InferenceSetting) -> str:
+    if setting.model.startswith("effnet"):
+        return "EfficientNet-B0"
+    if setting.model.startswith("maest-"):
+        return "other lengths"
+    techniques = {
+        "patchout": setting.keep_every > 1 or setting.drop_rows,
+        "merging": setting.merge,
+        "dropping": setting.keep_rate < 1,
+        "precision": setting.dtype != "auto",
+        "window": setting.seconds or setting.overlap,
+    }
+    used = [name for name, is_used in techniques.items() if is_used]
+    if used:
+        return " + ".join(used)
+    return "all patches" if setting.block == 6 else "block"
 
 # %% ../../nbs/speed/benchmark.ipynb #9aa81174
 def build_forward(
