@@ -1,4 +1,4 @@
-"""What the notebooks blocks, probe and layers cannot show: bad input, a kill, many probes beside one."""
+"""Probing where the notebooks do not go: bad input, interrupted extraction, many probes against one."""
 
 import numpy as np
 import polars as pl
@@ -11,11 +11,10 @@ from maestlib.datasets.batches import Corpus
 from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.probing import embeddings as embeddings_module
 from maestlib.probing import layers
-from maestlib.probing import study as study_module
 from maestlib.probing.embeddings import Embeddings, extract_embeddings
 from maestlib.probing.layers import paired_difference, summarize
 from maestlib.probing.probe import Probe, ProbeConfig, train_probes
-from maestlib.probing.study import probe_settings, run_study
+from maestlib.probing.study import KEY_COLUMNS, TOKEN_STACKS, probe_settings, run_study, study_schema
 from maestlib.training import metrics
 from maestlib.widgets import studies
 
@@ -26,8 +25,8 @@ class Store:
     "A mel store in memory."
 
     def __init__(self, n, frames=100):
-        draw = np.random.default_rng(0)
-        self.mels = draw.random((n, frames, 96)).astype(np.float16)
+        rng = np.random.default_rng(0)
+        self.mels = rng.random((n, frames, 96)).astype(np.float16)
         self.config = MEL
         self.index = pl.DataFrame(
             {"track_id": [f"t{i}" for i in range(n)], "frames": [frames] * n, "checksum": range(n)}
@@ -37,46 +36,46 @@ class Store:
         return self.mels[row][start : None if frames is None else start + frames]
 
 
-def made(n=90, source=True):
+def make_corpus(n=90):
     "A corpus whose labels can be read from its embeddings."
-    draw = np.random.default_rng(1)
-    targets = (draw.random((n, 3)) < 0.4).astype(np.float32)
+    rng = np.random.default_rng(1)
+    targets = (rng.random((n, 3)) < 0.4).astype(np.float32)
     split = np.array(["train"] * (n - 40) + ["validation"] * 20 + ["test"] * 20)
     names = [[x for x, y in zip(LABELS, row, strict=True) if y] for row in targets]
     table = pl.DataFrame({"track_id": [f"t{i}" for i in range(n)], "labels": names, "split": split})
     corpus = Corpus(table, Store(n), np.arange(n), LABELS, targets, MEL)
-    values = draw.normal(size=(n, 2, 3, 8))
+    values = rng.normal(size=(n, 2, 3, 8))
     values[..., 1, 1, :3] += 3 * targets  # block 1, dist
     return corpus, Embeddings(values.astype(np.float16), {"model": "made"})
 
 
-RECIPE = ProbeConfig(learning_rate=1e-2, epochs=6, batch_size=16, hidden_dim=32)
+CONFIG = ProbeConfig(learning_rate=1e-2, epochs=6, batch_size=16, hidden_dim=32)
 
 
-def test_a_killed_extraction_goes_on(tmp_path, monkeypatch):
-    corpus, _ = made(60)
+def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
+    corpus, _ = make_corpus(60)
     model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
-    whole = extract_embeddings(corpus, model, tmp_path / "whole", commit=16)
-    right, calls = embeddings_module.embed_tracks, []
+    expected = extract_embeddings(corpus, model, tmp_path / "complete", tracks_per_file=16)
+    embed_tracks, calls = embeddings_module.embed_tracks, []
 
-    def dies(*args):
+    def interrupted(*args):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return right(*args)
+        return embed_tracks(*args)
 
-    monkeypatch.setattr(embeddings_module, "embed_tracks", dies)
+    monkeypatch.setattr(embeddings_module, "embed_tracks", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        extract_embeddings(corpus, model, tmp_path / "killed", commit=16)
-    resumed = extract_embeddings(corpus, model, tmp_path / "killed", commit=16)
-    assert np.array_equal(resumed.values, whole.values) and len(calls) == 3 + 2  # two pieces were kept
+        extract_embeddings(corpus, model, tmp_path / "killed", tracks_per_file=16)
+    resumed = extract_embeddings(corpus, model, tmp_path / "killed", tracks_per_file=16)
+    assert np.array_equal(resumed.values, expected.values) and len(calls) == 3 + 2  # two files were kept
     corpus.store.index = corpus.store.index.with_columns(checksum=pl.col("checksum") + (pl.col("track_id") == "t3"))
-    extract_embeddings(corpus, model, tmp_path / "killed", commit=16)
+    extract_embeddings(corpus, model, tmp_path / "killed", tracks_per_file=16)
     assert len(calls) == 6, "only the track whose mel has changed"
 
 
 def test_another_model_is_refused(tmp_path):
-    corpus, _ = made(60)
+    corpus, _ = make_corpus(60)
     config = MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)
     extract_embeddings(corpus, MAEST(config).init_weights(0).eval(), tmp_path)
     with pytest.raises(ValueError, match="another model"):
@@ -84,10 +83,10 @@ def test_another_model_is_refused(tmp_path):
 
 
 def test_not_finite(tmp_path):
-    corpus, embeddings = made()
+    corpus, embeddings = make_corpus()
     embeddings.values[3, 1, 0, 2] = np.nan
     with pytest.raises(ValueError, match="NaN"):
-        train_probes(embeddings, corpus, [Probe((0,), RECIPE)])
+        train_probes(embeddings, corpus, [Probe((0,), CONFIG)])
     model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
     with torch.no_grad():
         model.cls_token.fill_(1e5)
@@ -96,26 +95,36 @@ def test_not_finite(tmp_path):
     assert not list(tmp_path.glob("*.npz"))
 
 
-@pytest.mark.parametrize("together", [1, 3, 100])
-def test_company_changes_nothing(together):
-    corpus, embeddings = made()
-    probes = [Probe(embeddings.of(b, t), ProbeConfig(learning_rate=r, dropout=d, seed=s, epochs=5, batch_size=16, hidden_dim=32))
-              for b, t, r, d, s in (((1,), "d", 1e-2, 0.5, 0), ((0,), "d", 1e-2, 0.5, 1), ((1,), "c", 1e-3, 0.0, 0),
-                                    ((0, 1), "cdt", 1e-2, 0.75, 2), ((1,), "dt", 1e-2, 0.5, 0))]  # fmt: skip
+@pytest.mark.parametrize("probes_per_network", [1, 3, 100])
+def test_a_probe_does_not_depend_on_its_network(probes_per_network):
+    corpus, embeddings = make_corpus()
+    shared = dict(epochs=5, batch_size=16, hidden_dim=32)
+    variants = [  # blocks, tokens, learning rate, dropout, seed
+        ((1,), "d", 1e-2, 0.5, 0),
+        ((0,), "d", 1e-2, 0.5, 1),
+        ((1,), "c", 1e-3, 0.0, 0),
+        ((0, 1), "cdt", 1e-2, 0.75, 2),
+        ((1,), "dt", 1e-2, 0.5, 0),
+    ]
+    probes = [
+        Probe(embeddings.source_indices(b, t), ProbeConfig(learning_rate=r, dropout=d, seed=s, **shared))
+        for b, t, r, d, s in variants
+    ]
     alone = [train_probes(embeddings, corpus, [p], dtype="float32")[0] for p in probes]
-    for a, b in zip(alone, train_probes(embeddings, corpus, probes, together=together, dtype="float32"), strict=True):
+    together = train_probes(embeddings, corpus, probes, probes_per_network=probes_per_network, dtype="float32")
+    for a, b in zip(alone, together, strict=True):
         assert a.epoch == b.epoch and np.allclose(a.scores, b.scores, atol=1e-4)
 
 
-def test_study_finds_where_the_labels_are_and_scores_as_scikit_learn(tmp_path):
-    corpus, embeddings = made(300)
-    recipes = [RECIPE, ProbeConfig(**vars(RECIPE) | {"seed": 1})]
+def test_study_finds_the_informative_source_and_scores_like_scikit_learn(tmp_path):
+    corpus, embeddings = make_corpus(300)
+    configs = [CONFIG, ProbeConfig(**vars(CONFIG) | {"seed": 1})]
     table = run_study(
         corpus,
         embeddings,
         "made",
         probe_settings(embeddings),
-        recipes,
+        configs,
         ("mlp", "linear", "knn"),
         tmp_path / "s.parquet",
     )
@@ -126,23 +135,23 @@ def test_study_finds_where_the_labels_are_and_scores_as_scikit_learn(tmp_path):
     with_dist, without = dict(blocks="1", tokens="d", method="mlp"), dict(blocks="0", tokens="d", method="mlp")
     gain = paired_difference(table, with_dist, without)
     assert gain["low"] > 0 and gain["p"] < 0.02
-    fit = train_probes(embeddings, corpus, [Probe(embeddings.of((1,), "d"), RECIPE)])[0]
-    truth, rows = corpus.targets[corpus.indices("test")], table.filter(**with_dist, seed=0)
-    for metric, theirs in (("roc_auc", roc_auc_score), ("map", average_precision_score)):
-        expected = [theirs(truth[:, i], fit.scores[:, i]) for i in range(3)]
+    result = train_probes(embeddings, corpus, [Probe(embeddings.source_indices((1,), "d"), CONFIG)])[0]
+    targets, rows = corpus.targets[corpus.indices("test")], table.filter(**with_dist, seed=0)
+    for metric, reference in (("roc_auc", roc_auc_score), ("map", average_precision_score)):
+        expected = [reference(targets[:, i], result.scores[:, i]) for i in range(3)]
         assert np.abs(rows[metric].to_numpy() - expected).max() < 1e-9
-    more = run_study(corpus, embeddings, "made", [((0, 1), "cd")], recipes, out=tmp_path / "s.parquet")
+    more = run_study(corpus, embeddings, "made", [((0, 1), "cd")], configs, out=tmp_path / "s.parquet")
     assert set(more["blocks"]) == {"0+1"} and len(pl.read_parquet(tmp_path / "s.parquet")) == len(table) + len(more)
 
 
 def test_a_label_with_no_positive(capsys):
-    corpus, embeddings = made()
+    corpus, embeddings = make_corpus()
     corpus.targets[corpus.indices("test"), 0] = 0
     corpus.targets[corpus.indices("validation"), 1] = 0
     corpus.targets[corpus.indices("train"), 2] = 0
-    table = run_study(corpus, embeddings, "made", [((1,), "d")], [RECIPE])
-    said = capsys.readouterr().out
-    assert all(f"no positive in {s}" in said for s in ("train", "validation", "test"))
+    table = run_study(corpus, embeddings, "made", [((1,), "d")], [CONFIG])
+    logged = capsys.readouterr().out
+    assert all(f"no positive in {s}" in logged for s in ("train", "validation", "test"))
     assert table["label"].to_list() == LABELS[:2] and table["map"].null_count() == 1
     assert summarize(table)["map"][0] == pytest.approx(table["map"][1])
     assert summarize(table, LABELS[0])["map"][0] is None
@@ -150,104 +159,104 @@ def test_a_label_with_no_positive(capsys):
         paired_difference(table, {}, {}, LABELS[0])
     corpus.targets[corpus.indices("validation")] = 0
     with pytest.raises(ValueError, match="validation: no label"):
-        train_probes(embeddings, corpus, [Probe((0,), RECIPE)])
+        train_probes(embeddings, corpus, [Probe((0,), CONFIG)])
 
 
 @pytest.mark.parametrize(
     "wrong", [dict(blocks=(5,), tokens="c"), dict(blocks=(0,), tokens="x"), dict(blocks=(0,), tokens="")]
 )
-def test_what_is_not_there(wrong):
+def test_unknown_blocks_and_tokens(wrong):
     with pytest.raises(ValueError, match=r"blocks=|tokens="):
-        made()[1].of(**wrong)
+        make_corpus()[1].source_indices(**wrong)
 
 
-def test_recipe_is_checked():
+def test_config_and_methods_are_checked():
     for wrong in (dict(dropout=1.0), dict(epochs=0), dict(learning_rate=0.0)):
         with pytest.raises(ValueError):
             ProbeConfig(**wrong)
     with pytest.raises(ValueError, match="methods"):
-        run_study(*made(), "made", [((0,), "c")], methods=("svm",))
+        run_study(*make_corpus(), "made", [((0,), "c")], methods=("svm",))
 
 
 def test_figures_without_a_browser():
-    corpus, embeddings = made()
-    table = run_study(corpus, embeddings, "made", probe_settings(embeddings), [RECIPE])
-    assert len(layers.plot_layers(summarize(table), "made").data) == len(study_module.TOKENS)
+    corpus, embeddings = make_corpus()
+    table = run_study(corpus, embeddings, "made", probe_settings(embeddings), [CONFIG])
+    assert len(layers.plot_layers(summarize(table), "made").data) == len(TOKEN_STACKS)
     assert layers.plot_label_scores(table, "made").data[0].z.shape == (3, 2)
     assert sum(len(t.x) for t in layers.plot_map(corpus, embeddings, (1,), "d", "Band").data) == 90
     assert layers.describe_findings(table, "made")[0].startswith("by validation the best setting is block 1")
 
 
 def test_embeddings_belong_to_their_tracks(tmp_path):
-    corpus, embeddings = made(100)
+    corpus, embeddings = make_corpus(100)
     with pytest.raises(ValueError, match="embeddings of 100 tracks: the corpus has 60"):
-        run_study(embeddings_module.subset_corpus(corpus, 60), embeddings, "made", [((0,), "c")], [RECIPE])
+        run_study(embeddings_module.subset_corpus(corpus, 60), embeddings, "made", [((0,), "c")], [CONFIG])
     model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
-    found, out = extract_embeddings(corpus, model, tmp_path / "store"), tmp_path / "study.parquet"
-    turned = Corpus(
+    extracted, out = extract_embeddings(corpus, model, tmp_path / "store"), tmp_path / "study.parquet"
+    reversed_corpus = Corpus(
         corpus.table.reverse(), corpus.store, corpus.store_rows[::-1], LABELS, corpus.targets[::-1].copy(), MEL
     )
     with pytest.raises(ValueError, match="embeddings of t0: the corpus has t99 there"):
-        train_probes(found, turned, [Probe((0,), RECIPE)])
-    first = run_study(corpus, found, "m", [((0,), "c")], [RECIPE], out=out)
+        train_probes(extracted, reversed_corpus, [Probe((0,), CONFIG)])
+    first = run_study(corpus, extracted, "m", [((0,), "c")], [CONFIG], out=out)
     corpus.store.mels[:] = 1 - corpus.store.mels
     corpus.store.index = corpus.store.index.with_columns(checksum=pl.col("checksum") + 1)
     again = run_study(
-        corpus, extract_embeddings(corpus, model, tmp_path / "store"), "m", [((0,), "c")], [RECIPE], out=out
+        corpus, extract_embeddings(corpus, model, tmp_path / "store"), "m", [((0,), "c")], [CONFIG], out=out
     )
     assert not again["map"].equals(first["map"]), "other mels, other scores"
     renamed = Corpus(corpus.table, corpus.store, corpus.store_rows, list("XYZ"), corpus.targets, MEL)
-    assert set(run_study(renamed, found, "m", [((0,), "c")], [RECIPE], out=out)["label"]) == set("XYZ")
+    assert set(run_study(renamed, extracted, "m", [((0,), "c")], [CONFIG], out=out)["label"]) == set("XYZ")
     next((tmp_path / "store").glob("*.npz")).write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"npz: not a whole file"):
         extract_embeddings(corpus, model, tmp_path / "store")
 
 
 def test_a_track_shorter_than_a_patch(tmp_path):
-    corpus, _ = made(60)
+    corpus, _ = make_corpus(60)
     corpus.store.index = corpus.store.index.with_columns(
         frames=pl.when(pl.col("track_id") == "t3").then(1).otherwise(100)
     )
     model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
-    for what in (model, "mel"):
-        assert np.isfinite(extract_embeddings(corpus, what, tmp_path / str(what)[:3]).values[3]).all()
+    for target in (model, "mel"):
+        assert np.isfinite(extract_embeddings(corpus, target, tmp_path / str(target)[:3]).values[3]).all()
 
 
-def test_a_study_keeps_to_its_resamples(tmp_path):
-    corpus, embeddings = made()
+def test_a_study_has_one_number_of_resamples(tmp_path):
+    corpus, embeddings = make_corpus()
     file = tmp_path / "s.parquet"
-    nothing = run_study(corpus, embeddings, "made", [], out=file)
-    assert len(nothing) == len(summarize(nothing)) == 0
-    some = run_study(corpus, embeddings, "made", [((1,), "d")], [RECIPE], out=file, n_bootstrap=50)
-    assert some.columns == nothing.columns
+    empty = run_study(corpus, embeddings, "made", [], out=file)
+    assert len(empty) == len(summarize(empty)) == 0
+    rows = run_study(corpus, embeddings, "made", [((1,), "d")], [CONFIG], out=file, n_bootstrap=50)
+    assert rows.columns == empty.columns
     with pytest.raises(ValueError, match="holds 50 resamples"):
-        run_study(corpus, embeddings, "made", [((1,), "c")], [RECIPE], out=file)
+        run_study(corpus, embeddings, "made", [((1,), "c")], [CONFIG], out=file)
 
 
 def test_a_split_without_tracks():
-    corpus, embeddings = made()
+    corpus, embeddings = make_corpus()
     for split in ("validation", "test"):
-        gone = pl.when(pl.col("split") == split).then(pl.lit("train")).otherwise("split").alias("split")
-        bare = Corpus(corpus.table.with_columns(gone), corpus.store, corpus.store_rows, LABELS, corpus.targets, MEL)
+        emptied = pl.when(pl.col("split") == split).then(pl.lit("train")).otherwise("split").alias("split")
+        bare = Corpus(corpus.table.with_columns(emptied), corpus.store, corpus.store_rows, LABELS, corpus.targets, MEL)
         for method in ("mlp", "linear", "knn"):
             with pytest.raises(ValueError, match=f"{split}: the split is empty"):
-                run_study(bare, embeddings, "made", [((0,), "c")], [RECIPE], (method,))
+                run_study(bare, embeddings, "made", [((0,), "c")], [CONFIG], (method,))
 
 
 def test_equal_scores_are_no_difference():
-    "Two settings that differ in one track of forty: most resamples that miss it tie, and none is moved."
-    truth = np.arange(40) < 8
-    perfect = truth.astype(float)
+    "Two settings differ in one track of forty: resamples without it tie, and count against the difference."
+    target = np.arange(40) < 8
+    perfect = target.astype(float)
     slip = perfect.copy()
     slip[20] = 2
-    drawn = metrics.bootstrap_weights(40, 200)
-    rows = [dict(zip(("roc_auc", "map"), map(float, map(np.squeeze, metrics.roc_auc_and_ap(truth, s))), strict=True))
+    weights = metrics.bootstrap_weights(40, 200)
+    rows = [dict(zip(("roc_auc", "map"), map(float, map(np.squeeze, metrics.roc_auc_and_ap(target, s))), strict=True))
             | {f"{m}_resampled": x.astype(np.float32) for m, x in zip(("roc_auc", "map"),
-               metrics.roc_auc_and_ap(truth, s, drawn), strict=True)} for s in (perfect, slip)]  # fmt: skip
-    base = dict.fromkeys(study_module.KEY, None) | dict(
+               metrics.roc_auc_and_ap(target, s, weights), strict=True)} for s in (perfect, slip)]  # fmt: skip
+    base = dict.fromkeys(KEY_COLUMNS, None) | dict(
         model="m", method="mlp", tokens="c", label="x", val_roc_auc=0.5, seed=0
     )
-    schema = study_module._schema(200)
+    schema = study_schema(200)
     table = pl.DataFrame([base | dict(blocks=b) | row for b, row in zip("01", rows, strict=True)], schema=schema)
     gain = paired_difference(table, dict(blocks="0"), dict(blocks="1"))
     assert gain["difference"] > 0 and gain["low"] == 0 and gain["p"] > 0.1
@@ -255,13 +264,13 @@ def test_equal_scores_are_no_difference():
 
 
 def test_the_widget_starts_from_nothing(tmp_path):
-    corpus, embeddings = made()
+    corpus, embeddings = make_corpus()
     embeddings.values = np.concatenate([embeddings.values] * 2, 1)  # four blocks
     shallow = Embeddings(embeddings.values[:, :2], {"model": "shallow"})
     corpus.targets[corpus.indices("train"), 2] = 0
     corpus.table = corpus.table.with_columns(path=pl.col("track_id"))
     data = {"made": (corpus, {"deep": embeddings, "shallow": shallow})}
-    panel = studies.LayersWidget(data, {"made": tmp_path / "s.parquet"}, [RECIPE])
+    panel = studies.LayersWidget(data, {"made": tmp_path / "s.parquet"}, [CONFIG])
     assert "not probed yet" in panel.text.value and not panel.button.disabled
     assert LABELS[2] not in panel.label.options
     panel.blocks.value = (3,)

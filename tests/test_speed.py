@@ -1,4 +1,4 @@
-"""What the notebooks reduction and speed cannot show: bad input, advice at its limits, reduced models elsewhere."""
+"""Speed where the notebooks do not go: bad input, recommendations at their limits, reduced models in use."""
 
 import json
 
@@ -23,53 +23,58 @@ def small(**fields):
 
 
 def results(rows):
-    "A results table: (setting, hours of audio an hour, mAP, can be recommended)."
-    told = InferenceSetting(keep_every=2, merge=0.2).embed_kwargs(30)
+    "A results table: (setting, realtime factor, mAP, can be recommended)."
+    kwargs = InferenceSetting(keep_every=2, merge=0.2).embed_kwargs(30)
+    shared = dict(memory_mb=1.0, family="patchout", ratio=1.0, model="maest", device="x", threads=2)
     return pl.DataFrame(
         [
-            dict(setting=s, realtime_factor=float(h), map=m, memory_mb=1.0, family="patchout", ratio=1.0,
-                 model="maest", embed_kwargs=told if ok else None, device="x", threads=2, gflop=100 / h, clips_per_s=h / 30)
-            for s, h, m, ok in rows
+            shared
+            | dict(setting=setting, realtime_factor=float(factor), map=score, gflop=100 / factor)
+            | dict(clips_per_s=factor / 30, embed_kwargs=kwargs if supported else None)
+            for setting, factor, score, supported in rows
         ]
-    )  # fmt: skip
+    )
 
 
 TABLE = results([("slow", 100, 0.5, True), ("fast", 400, 0.4, True), ("bad", 90, 0.3, True), ("int8", 900, 0.5, False)])
 
 
-def test_the_frontier_is_what_no_other_beats():
+def test_pareto_front():
     assert pareto_front(TABLE.head(3))["setting"].to_list() == ["slow", "fast"]
     assert pareto_front(TABLE)["setting"].to_list() == ["int8"]
 
 
-def test_advice():
+def test_recommend():
     assert recommend(100, deadline=1, table=TABLE)["setting"] == "slow"
     assert recommend(100, deadline=0.5, table=TABLE)["setting"] == "fast"
     assert recommend(100, min_map=0.45, table=TABLE)["setting"] == "slow"
     assert recommend(100, min_map=0.1, table=TABLE)["options"]["patchout"] == Patchout(2)
 
 
-def test_advice_goes_into_embed():
-    found = recommend(1, min_map=0.1, table=TABLE)
-    assert found["reduction"] == {"merge": 0.2, "keep": 1.0}
-    reduced, options = ReducedMAEST(small(), **found["reduction"]), found["options"] | {"block": 1, "hop": 2}
+def test_recommended_options_go_into_embed():
+    recommended = recommend(1, min_map=0.1, table=TABLE)
+    assert recommended["reduction"] == {"merge": 0.2, "keep": 1.0}
+    reduced, options = (
+        ReducedMAEST(small(), **recommended["reduction"]),
+        recommended["options"] | {"block": 1, "hop_s": 2},
+    )
     assert len(ml.embed(torch.randn(16000 * 4), reduced, **options)) >= 2
 
 
-def test_only_what_embed_can_do_is_advised():
-    cannot = [
+def test_only_what_embed_supports_is_recommended():
+    unsupported = [
         InferenceSetting("effnet"),
         InferenceSetting(seconds=10),
         InferenceSetting(overlap=0.5),
         InferenceSetting(compiled=True),
         InferenceSetting(threads=1),
     ]
-    assert [s.embed_kwargs(30) for s in cannot] == [None] * 5
+    assert [s.embed_kwargs(30) for s in unsupported] == [None] * 5
     assert json.loads(InferenceSetting(dtype="int8").embed_kwargs(30))["options"]["dtype"] == "int8"
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("asked", "message"),
     [
         (dict(deadline=0.01), "fast is the fastest"),
         (dict(min_map=0.9), "slow is the best"),
@@ -77,13 +82,13 @@ def test_only_what_embed_can_do_is_advised():
         (dict(deadline=1, min_map=0.1), "give one of them"),
     ],
 )
-def test_advice_that_cannot_be_given(asked, words):
-    with pytest.raises(ValueError, match=words):
+def test_nothing_to_recommend(asked, message):
+    with pytest.raises(ValueError, match=message):
         recommend(100, **asked, table=TABLE)
 
 
 def test_nothing_measured_yet(tmp_path):
-    with pytest.raises(FileNotFoundError, match="run nbs/speed.ipynb"):
+    with pytest.raises(FileNotFoundError, match="run nbs/speed/tradeoff.ipynb"):
         recommend(1, deadline=1, table=tmp_path / "none.parquet")
 
 
@@ -111,7 +116,7 @@ def test_shares_out_of_range(how, words):
         ReducedMAEST(small(), **how)
 
 
-@pytest.mark.parametrize("fields", [dict(overlap=1.0), dict(batch=-1)])
+@pytest.mark.parametrize("fields", [dict(overlap=1.0), dict(batch_size=-1)])
 def test_settings_that_make_no_sense(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         InferenceSetting(**fields)
@@ -152,8 +157,8 @@ def test_what_is_attended_to_stays():
 
 def test_tags_of_a_setting_are_those_of_the_model():
     model, mel = small(), torch.randn(2, 96, 125, generator=torch.Generator().manual_seed(0))
-    read, frames = build_forward(InferenceSetting(keep_every=2, block=1, dtype="float32"), model, tags=True)
-    values = torch.from_numpy(read(mel))
+    forward, frames = build_forward(InferenceSetting(keep_every=2, block=1, dtype="float32"), model, tags=True)
+    values = torch.from_numpy(forward(mel))
     assert frames == 125 and values.shape == (2, 3 * 3 * 32 + 2)
     assert torch.allclose(values[:, -2:], model(mel, Patchout(2)).sigmoid(), atol=1e-5)
     assert torch.allclose(values[:, 96:192].view(2, 3, 32), model.embed(mel, (1,), Patchout(2))[:, 0], atol=1e-5)

@@ -90,7 +90,7 @@ def plot_tag_comparison(
 # %% ../../nbs/widgets/figures.ipynb #eb281678
 def block_vectors(embeddings: Embeddings, block: int, tokens: str) -> np.ndarray:  # (tracks, values)
     "The stacked tokens of a block; every value has mean 0 and deviation 1."
-    sources = embeddings.of((block,), tokens)
+    sources = embeddings.source_indices((block,), tokens)
     x = embeddings.values.reshape(len(embeddings.values), -1, embeddings.values.shape[3])[:, sources]
     x = x.reshape(len(x), -1).astype(np.float32)
     return (x - x.mean(0)) / np.maximum(x.std(0), 1e-6)

@@ -20,11 +20,11 @@ from ..datasets.batches import Corpus
 from ..models.maest import MAESTConfig, count_flops
 from ..models.patchout import Patchout
 from ..probing.embeddings import Embeddings
-from ..probing.layers import NAMES, plot_layers, plot_map, summarize
+from ..probing.layers import METRIC_TITLES, plot_layers, plot_map, summarize
 from ..probing.probe import ProbeConfig
-from ..probing.study import FIELDS, TOKENS, run_study
+from ..probing.study import PROBE_FIELDS, TOKEN_STACKS, run_study
 from ..speed.benchmark import windows_per_clip
-from ..speed.tradeoff import NAMES, plot_grid, plot_pareto, predict_throughput
+from ..speed.tradeoff import QUALITY_TITLES, plot_grid, plot_pareto, predict_throughput
 
 # %% ../../nbs/widgets/studies.ipynb #9a821613
 class LayersWidget:
@@ -49,7 +49,7 @@ class LayersWidget:
         tip = "cls (c), dist (d) and mean of the patches (t), and their stacks"
         self.tokens = make_control(w.Dropdown, "tokens", tip, "token")
         self.label = make_control(w.Dropdown, "label", "All, a group, or one label", "label")
-        scores = [(v, k) for k, v in NAMES.items()]
+        scores = [(v, k) for k, v in METRIC_TITLES.items()]
         self.metric = make_control(w.Dropdown, "score", "What is scored", "score", options=scores, value="map")
         tip = "Train the probes that are chosen and not stored"
         self.button = make_control(w.Button, "probe it", tip, "compute", disabled=True)
@@ -78,7 +78,7 @@ class LayersWidget:
             raise ValueError(f"{self.dataset.value}: no model here has blocks and tokens to choose from; add a MAEST")
         self.model.options, self.model.value = names, names[0]
         self._depth()
-        self.tokens.options, self.tokens.value = TOKENS, "cdt"
+        self.tokens.options, self.tokens.value = TOKEN_STACKS, "cdt"
         self.label.options, self.label.value = list(dict.fromkeys(["all", *groups, *learnt])), "all"
         self.quiet = False
         self._read()
@@ -96,7 +96,7 @@ class LayersWidget:
         ]
         ours = pl.DataFrame([asdict(r) for r in self.recipes])  # the file may hold other recipes too
         found = pl.concat(found)
-        self.table = pl.concat([found.join(ours, on=FIELDS, how="semi"), found.filter(pl.col("method") != "mlp")])
+        self.table = pl.concat([found.join(ours, on=PROBE_FIELDS, how="semi"), found.filter(pl.col("method") != "mlp")])
         self.cache = {}
         self.draw()
 
@@ -152,7 +152,7 @@ class LayersWidget:
 
         try:
             name, out = self.model.value, self.out[self.dataset.value]
-            run_study(corpus, models[name], name, where, self.recipes, out=out, quiet=True, progress=tick)
+            run_study(corpus, models[name], name, where, self.recipes, out=out, quiet=True, on_progress=tick)
             self._read()
         except Exception as error:  # shown in the widget: the notebook goes on
             self.text.value = html.escape(f"⚠ {error}")
@@ -176,7 +176,7 @@ class TradeoffWidget:
             return make_control(w.SelectMultiple, name, tip, name, options=found, value=found, rows=min(6, len(found)))
 
         self.filters = {name: choice(name) for name in ("device", "dtype", "family")}
-        scores = [(v, k) for k, v in NAMES.items() if k in table.columns]
+        scores = [(v, k) for k, v in QUALITY_TITLES.items() if k in table.columns]
         self.score = make_control(w.Dropdown, "score", "What quality means", "score", options=scores)
         tip = "One column of patches of so many is read"
         self.every = make_control(w.IntSlider, "keep every", tip, "keep", value=1, min=1, max=30)
