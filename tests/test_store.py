@@ -19,7 +19,7 @@ import pytest
 import soundfile
 import torch
 
-from maestlib.audio import extract
+from maestlib.audio import extract, workers
 from maestlib.audio.extract import extract_mels
 from maestlib.audio.mel import MelConfig
 from maestlib.audio.store import MelStore, verify_store
@@ -153,15 +153,15 @@ def _crashes_or_stalls(path):
     if "abort" in path:
         os.abort()
     if "stall" in path:
-        extract.DECODE_TIMEOUT_S = 1
-        return extract._with_timeout(time.sleep, 30)
+        workers.DECODE_TIMEOUT_S = 1
+        return workers._with_timeout(time.sleep, 30)
     return path.encode(), ""
 
 
 def test_a_crash_or_a_stall_costs_one_file():
     paths = [f"{i}" for i in range(12)]
     paths[3], paths[4], paths[9] = "abort 3", "stall 4", "abort 9"
-    results = list(extract._imap_ordered(_crashes_or_stalls, paths, 2))
+    results = list(workers.imap_ordered(_crashes_or_stalls, paths, 2))
     assert [mel.decode() for mel, _ in results] == [p if len(p) < 3 else "" for p in paths]
     assert [bool(error) for _, error in results] == [len(p) > 2 for p in paths]
     assert "abort 3: decoding it crashed" in results[3][1]
