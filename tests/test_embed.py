@@ -16,7 +16,9 @@ import torch
 from maestlib.audio.mel import MelConfig, load_audio, logmel
 from maestlib.inference import embedding
 from maestlib.inference.cli import main
-from maestlib.inference.embedding import embed, nearest, stream_mel, tag
+from maestlib.inference.embedding import embed, tag
+from maestlib.inference.search import nearest
+from maestlib.inference.windows import stream_mel
 from maestlib.models.checkpoint import load_model, save_checkpoint
 
 GOOD, BROKEN = 54, 6
@@ -58,7 +60,7 @@ def corpus(tmp_path_factory, model):
     soundfile.write(top / "audio/cut.flac", music(5), 16000)
     cut = top / "audio/cut.flac"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    (top / "audio/gone.wav").symlink_to(top / "nowhere.wav")
+    (top / "audio/dangling.wav").symlink_to(top / "nowhere.wav")
     save_checkpoint(model, top / "m.safetensors")
     return top
 
@@ -80,7 +82,7 @@ def test_broken_files_are_reported(quiet):
     report = pl.read_parquet(quiet / "emb.report.parquet")
     assert found["path"].n_unique() == GOOD and found["path"].is_sorted()
     names = {Path(p).name for p in report["path"]}
-    assert names == {"a text.mp3", "empty.wav", "one sample.wav", "nan.wav", "cut.flac", "gone.wav"}
+    assert names == {"a text.mp3", "empty.wav", "one sample.wav", "nan.wav", "cut.flac", "dangling.wav"}
     assert len(report) == BROKEN
     assert report["error"].str.len_chars().min() > 10
     assert not list(quiet.glob(".*")) and not (quiet / "emb.parquet.parts").exists()
@@ -88,14 +90,14 @@ def test_broken_files_are_reported(quiet):
 
 SLOWLY = """
 import sys, time
-from maestlib import cli, embedding
-embedding.COMMIT = 0.0
-rows = embedding._rows
-def slow(path, *rest, **more):
+from maestlib.inference import cli, embedding, library
+library.COMMIT_EVERY_S = 0.0
+to_table = embedding._to_table
+def slow_to_table(path, *arguments, **options):
     time.sleep(0.05)
     print(path, flush=True)
-    return rows(path, *rest, **more)
-embedding._rows = slow
+    return to_table(path, *arguments, **options)
+embedding._to_table = slow_to_table
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -208,7 +210,7 @@ def test_nearest_is_exact(tmp_path):
     vectors = draw.normal(size=(500, 24)).astype(np.float32)
     table = pl.DataFrame({"path": [f"{i}" for i in range(500)], "embedding": vectors})
     table.write_parquet(tmp_path / "emb.parquet")
-    found = nearest(table.head(3), tmp_path / "emb.parquet", k=5, chunk=77)
+    found = nearest(table.head(3), tmp_path / "emb.parquet", k=5, chunk_size=77)
     x = table["embedding"].to_numpy().astype(float)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     expected = np.argsort(-(x[:3] @ x.T), 1)[:, :5]

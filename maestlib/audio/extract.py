@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
-import torch
 from tqdm.auto import tqdm
 
 from .mel import MEL, MelConfig, audio_duration, load_audio, logmel, validate_mel
