@@ -481,6 +481,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'maestlib/models/hub.py'),
                                      'maestlib.models.hub._append': ('models/hub.html#_append', 'maestlib/models/hub.py'),
                                      'maestlib.models.hub._download': ('models/hub.html#_download', 'maestlib/models/hub.py'),
+                                     'maestlib.models.hub._download_part': ('models/hub.html#_download_part', 'maestlib/models/hub.py'),
                                      'maestlib.models.hub._registry': ('models/hub.html#_registry', 'maestlib/models/hub.py'),
                                      'maestlib.models.hub.download': ('models/hub.html#download', 'maestlib/models/hub.py'),
                                      'maestlib.models.hub.label_names': ('models/hub.html#label_names', 'maestlib/models/hub.py'),
