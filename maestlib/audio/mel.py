@@ -218,6 +218,9 @@ def load_audio(
 ) -> torch.Tensor:  # (samples,) float32: the mean of the channels, full scale ±1, not clipped
     """Decode and resample a part of a file, reading only that part. Equal to the same part of the whole file.
 
+    `offset_s` and `duration_s` are in seconds, `sample_rate` in Hz. Returns the waveform as (samples,) float32: the mean
+    of the channels, full scale ±1, not clipped.
+
     Raises `FileNotFoundError`, or `ValueError` for a file that is not audio, empty, damaged or not finite, and for a
     part outside of it.
     """
@@ -299,6 +302,9 @@ def logmel(
 ) -> torch.Tensor:  # (..., n_mels, 1 + samples // hop_length) float32, log10(1 + gain * mel), not normalized
     """Compute the log-mel spectrogram, on the device of `wave`; frame i is centered on sample i * hop_length.
 
+    Shape: (..., samples) floating point, mono, full scale ±1, at `config.sample_rate` (16 kHz) ->
+    (..., n_mels, 1 + samples // hop_length) float32, log10(1 + gain * mel), not normalized.
+
     Raises `ValueError` for integer or non-finite samples, and for less than one frame. Source: MAEST (ISMIR 2023) §3.2.
     """
     wave = torch.as_tensor(wave)
@@ -338,7 +344,11 @@ def normalize(
     mel: torch.Tensor,  # (..., n_mels, frames) float, as from `logmel`
     config: MelConfig = MEL,
 ) -> torch.Tensor:  # the same shape and dtype; a new tensor
-    "Normalize a log-mel for a model: `(mel - mean) / (2 * std)`. Raises `ValueError` for anything but a finite mel."
+    """Normalize a log-mel for a model: `(mel - mean) / (2 * std)`, with the constants of its training set.
+
+    Shape: (..., n_mels, frames) float, of `logmel` -> the same; the input is not changed. Raises `ValueError` for
+    another shape, for integers and for non-finite values. Source: MAEST (ISMIR 2023) §3.2.
+    """
     validate_mel(mel, config)
     return (mel - config.mean) / (2 * config.std)
 

@@ -99,7 +99,10 @@ class MelStore:
         start: int = 0,  # first frame
         frames: int | None = None,  # None: to the end; a track that ends earlier returns fewer
     ) -> np.ndarray:  # (frames, n_mels) float16, a copy
-        "Read a part of one track and nothing else. Raises `ValueError` for a row or start outside of the store."
+        """Read a part of one track, (frames, n_mels) float16, and nothing else.
+
+        Raises `ValueError` for a row or start outside of the store.
+        """
         row = int(row)
         if not 0 <= row < len(self):
             raise ValueError(f"row={row}: the store has {len(self)}")
@@ -125,7 +128,10 @@ class MelStore:
         | np.ndarray
         | None = None,  # random positions, or (n,) numbers in [0, 1); None: middle
     ) -> torch.Tensor:  # (n, n_mels, frames) float32, log10(1 + gain * mel), not normalized; short tracks end in zeros
-        "Read a batch of crops. Raises `ValueError` for rows outside of the store and for `frames` below 1."
+        """Read a batch of crops: (n, n_mels, frames) float32, log10(1 + gain * mel), not normalized, zero-padded.
+
+        Raises `ValueError` for rows outside of the store and for `frames` below 1.
+        """
         if frames <= 0:
             raise ValueError(f"frames={frames}: must be positive")
         rows = np.asarray(rows)

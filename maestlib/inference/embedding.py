@@ -142,16 +142,19 @@ def embed(
 ) -> pl.DataFrame | pl.LazyFrame:  # path, start_s, end_s, [block, if several], embedding; lazy if `out` is given
     """Embed audio of any length: read it in overlapping windows and return the vectors after a block.
 
-    `start_s` and `end_s` are in seconds; `path` is null for a waveform. `embedding` is an array of
-    len(tokens) * embed_dim float32 values, 2304 for all three tokens of the full-size model.
+    Takes an audio file, a folder, several files, or a waveform: (samples,) float, mono, full scale ±1, at the model's
+    sample rate (16 kHz). `block` is numbered from 0; `tokens` picks cls (c), dist (d) and the mean of the patches (t).
+    `hop_s` is in seconds; `batch_size` counts windows, `num_workers` decoding threads.
 
-    Raises `ValueError` for parameters outside of their range, for a model in training mode, and for an `out` that was
-    made with other settings. If no file can be read, the first one's error is raised (`ValueError`,
-    `FileNotFoundError`). Otherwise files that fail are left out and logged; with `out="emb.parquet"` they are listed
-    in `emb.report.parquet` (path, error), and no file raises.
+    Returns a table with a row per window, or with `average` per recording: `path` (null for a waveform), `start_s` and
+    `end_s` (seconds), `block` if there are several, and `embedding`, (len(tokens) * embed_dim,) float32: 2304 values
+    for all tokens of the full-size model. With `out` the table is streamed to that parquet file and returned lazily.
 
-    Source: MAEST (ISMIR 2023), §3.3 for the embeddings and the mean over half-overlapping windows, §4.5 for patchout
-    at inference.
+    Raises `ValueError` for parameters out of range, a model in training mode, and an `out` made with other settings. If
+    no file can be read, raises the first error (`ValueError`, `FileNotFoundError`). Otherwise files that fail are left
+    out and logged; with `out="emb.parquet"` they are listed in `emb.report.parquet` (path, error), and none raises.
+
+    Source: MAEST (ISMIR 2023), §3.3 for the embedding and half-overlapping windows, §4.5 for patchout at inference.
     """
     model = model if isinstance(model, MAEST) else load_model(model).to(default_device())
     blocks = _check_blocks(block, model.config.depth)
@@ -181,7 +184,10 @@ def tag(
     dtype: str | torch.dtype = "auto",  # of the matrix products: auto, float32, bfloat16; int8 on a CPU
     batch_size: int | None = None,  # windows read at once; None: `auto_batch_size(model)`
 ) -> pl.DataFrame:  # label, activation (0 to 1), highest first
-    """Tag one recording of any length: the mean activation of each label over its windows.
+    """Tag one recording of any length: the mean activation of each label over its windows, weighted by seconds.
+
+    Takes an audio file or a waveform: (samples,) float, mono, at the model's sample rate (16 kHz). `hop_s` is in
+    seconds. Returns a table of `label` and `activation` (sigmoid of the logit, 0 to 1), highest first.
 
     Raises `ValueError` for a model without labels or in training mode, for parameters outside of their range, for more
     than one file and for audio that cannot be read, and `FileNotFoundError`.

@@ -54,6 +54,9 @@ def nearest(
 ) -> pl.DataFrame:  # query, rank (from 0), cosine, and the columns of `embeddings` without the vectors
     """Find the nearest rows of a table by cosine, exactly, nearest first.
 
+    Takes one query (dim,), several (queries, dim), or rows of an embedding table. Returns `query` (its number), `rank`
+    (from 0), `cosine` (-1 to 1) and the columns of `embeddings` without the vectors.
+
     Raises `ValueError` for queries of another width than the embeddings', for NaN, and for `k` below 1.
     """
     queries = np.atleast_2d(query["embedding"].to_numpy() if isinstance(query, pl.DataFrame) else np.asarray(query))
