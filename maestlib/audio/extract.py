@@ -284,8 +284,8 @@ def extract_mels(
 ) -> pl.DataFrame:  # track_id, path, error: the tracks that could not be used
     """Make, resume or extend a mel store. Under `torchrun` each rank extracts a part of the table.
 
-    The table needs a unique `track_id` and a `path` per row; its other columns are kept. `seconds` and `min_seconds` are
-    in seconds. Returns the tracks that could not be used: `track_id`, `path`, `error`.
+    The table needs a unique `track_id` and a `path` per row; its other columns are kept. `seconds` and `min_seconds`
+    are in seconds. Returns the tracks that could not be used: `track_id`, `path`, `error`.
 
     Raises `ValueError` for a table or settings other than the store's, `OSError` when the disk is full, and
     `RuntimeError` when no worker process can be started.

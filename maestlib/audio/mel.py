@@ -218,8 +218,8 @@ def load_audio(
 ) -> torch.Tensor:  # (samples,) float32: the mean of the channels, full scale ±1, not clipped
     """Decode and resample a part of a file, reading only that part. Equal to the same part of the whole file.
 
-    `offset_s` and `duration_s` are in seconds, `sample_rate` in Hz. Returns the waveform as (samples,) float32: the mean
-    of the channels, full scale ±1, not clipped.
+    `offset_s` and `duration_s` are in seconds, `sample_rate` in Hz. Returns (samples,) float32: the mean of
+    the channels, full scale ±1, not clipped.
 
     Raises `FileNotFoundError`, or `ValueError` for a file that is not audio, empty, damaged or not finite, and for a
     part outside of it.

@@ -44,6 +44,40 @@ def table_checksums(
     files = [store / f"{name}.parquet" for name in TABLES] + [store / "meta.json"]
     return "".join(f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in files if f.exists())
 
+# %% ../../nbs/audio/store.ipynb #7be3a1c0
+class _ShardReader:
+    "Read parts of tracks from memory-mapped shards."
+
+    def __init__(
+        self,
+        store: Path,
+        index: pl.DataFrame,  # with the columns of `INDEX_SCHEMA`
+        n_mels: int,
+    ):
+        self.store, self.n_mels = store, n_mels
+        self.frames = index["frames"].to_numpy()  # of each track
+        self._shard = index["shard"].to_numpy()
+        self._start = index["start"].to_numpy()
+        self._maps = {}
+
+    def _memory_map(self, shard: int) -> np.ndarray:
+        "A shard as (frames, n_mels) float16, mapped on first use."
+        if shard not in self._maps:
+            data = np.memmap(shard_path(self.store, shard), np.float16, "r")
+            self._maps[shard] = data.reshape(-1, self.n_mels)
+        return self._maps[shard]
+
+    def read(self, row: int, start: int, frames: int | None) -> np.ndarray:
+        "Copy a part of one track, (frames, n_mels). Raises `ValueError` for a row or start outside of the store."
+        if not 0 <= row < len(self.frames):
+            raise ValueError(f"row={row}: the store has {len(self.frames)}")
+        length = int(self.frames[row])
+        if not 0 <= start <= length:
+            raise ValueError(f"start={start}: row {row} has {length} frames")
+        stop = length if frames is None else min(start + frames, length)
+        offset = self._start[row]
+        return np.array(self._memory_map(int(self._shard[row]))[offset + start : offset + stop])
+
 # %% ../../nbs/audio/store.ipynb #eab300fa
 class MelStore:
     """A complete mel store, read only. Row i of `index` and row i of `tracks` are the same track.
@@ -67,8 +101,7 @@ class MelStore:
         self.report = pl.read_parquet(self.path / "report.parquet")
         tracks = pl.read_parquet(self.path / "tracks.parquet")
         self.tracks = self.index.select("track_id").join(tracks, "track_id", how="left", maintain_order="left")
-        self._shard, self._start, self._frames = (self.index[c].to_numpy() for c in ("shard", "start", "frames"))
-        self._maps = {}
+        self._shards = _ShardReader(self.path, self.index, self.config.n_mels)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -77,7 +110,7 @@ class MelStore:
         return MelStore, (self.path,)
 
     def __repr__(self) -> str:
-        return f"MelStore({self.path.name}: {len(self):,} tracks, {self._frames.sum():,} frames)"
+        return f"MelStore({self.path.name}: {len(self):,} tracks, {self._shards.frames.sum():,} frames)"
 
     def lookup(
         self,
@@ -103,22 +136,7 @@ class MelStore:
 
         Raises `ValueError` for a row or start outside of the store.
         """
-        row = int(row)
-        if not 0 <= row < len(self):
-            raise ValueError(f"row={row}: the store has {len(self)}")
-        length = int(self._frames[row])
-        if not 0 <= start <= length:
-            raise ValueError(f"start={start}: row {row} has {length} frames")
-        stop = length if frames is None else min(start + frames, length)
-        offset = self._start[row]
-        return np.array(self._memory_map(int(self._shard[row]))[offset + start : offset + stop])
-
-    def _memory_map(self, shard: int) -> np.ndarray:
-        "A shard as (frames, n_mels) float16, mapped on first use."
-        if shard not in self._maps:
-            data = np.memmap(shard_path(self.path, shard), np.float16, "r")
-            self._maps[shard] = data.reshape(-1, self.config.n_mels)
-        return self._maps[shard]
+        return self._shards.read(int(row), start, frames)
 
     def read_crops(
         self,
@@ -135,7 +153,7 @@ class MelStore:
         if frames <= 0:
             raise ValueError(f"frames={frames}: must be positive")
         rows = np.asarray(rows)
-        spare = np.maximum(self._frames[rows] - frames, 0)
+        spare = np.maximum(self._shards.frames[rows] - frames, 0)
         positions = rng.random(len(rows)) if isinstance(rng, np.random.Generator) else rng
         starts = spare // 2 if positions is None else (positions * (spare + 1)).astype(np.int64)
         crops = np.zeros((len(rows), frames, self.config.n_mels), np.float16)
