@@ -98,7 +98,8 @@ def _to_table(
     tables = []
     for k, block in enumerate(blocks):
         embedding = np.stack([values[k] for *_, values in windows])
-        tables.append(pl.DataFrame(columns | {"block": block, "embedding": embedding}))
+        block_column = pl.Series([block] * len(windows), dtype=pl.Int64)
+        tables.append(pl.DataFrame(columns | {"block": block_column, "embedding": embedding}))
     table = pl.concat(tables)
     return table if len(blocks) > 1 else table.drop("block")
 
