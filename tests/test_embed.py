@@ -1,4 +1,4 @@
-"""Whole runs of `embed`: broken files, a kill, two ranks, the command line. What a notebook cannot show."""
+"""Complete runs of `embed`: broken files, a kill, two ranks, the command line. What a notebook cannot show."""
 
 import os
 import signal
@@ -16,7 +16,9 @@ import torch
 from maestlib.audio.mel import MelConfig, load_audio, logmel
 from maestlib.inference import embedding
 from maestlib.inference.cli import main
-from maestlib.inference.embedding import embed, nearest, stream_mel, tag
+from maestlib.inference.embedding import embed, tag
+from maestlib.inference.search import nearest
+from maestlib.inference.windows import stream_mel
 from maestlib.models.checkpoint import load_model, save_checkpoint
 
 GOOD, BROKEN = 54, 6
@@ -33,9 +35,9 @@ def one_thread():
 
 def music(seconds, seed=0, rate=16000):
     "Noise that comes and goes under a few tones: every second differs."
-    draw, t = np.random.default_rng(seed), np.arange(int(seconds * rate)) / rate
-    tones = sum(np.sin(2 * np.pi * f * t) for f in draw.uniform(100, 3000, 4))
-    return (0.05 * tones * (1 + np.sin(t)) + draw.normal(0, 0.02, len(t))).astype(np.float32)
+    rng, t = np.random.default_rng(seed), np.arange(int(seconds * rate)) / rate
+    tones = sum(np.sin(2 * np.pi * f * t) for f in rng.uniform(100, 3000, 4))
+    return (0.05 * tones * (1 + np.sin(t)) + rng.normal(0, 0.02, len(t))).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -46,67 +48,67 @@ def model():
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, model):
     "A folder of short files, one in ten broken in its own way, and a checkpoint beside it."
-    top = tmp_path_factory.mktemp("corpus")
-    (top / "audio/deep").mkdir(parents=True)
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "audio/deep").mkdir(parents=True)
     for i in range(GOOD):
-        place = top / ("audio/deep" if i % 3 else "audio")
-        soundfile.write(place / f"{i:03}.{('wav', 'flac', 'mp3')[i % 3]}", music(1 + i % 4, i), 16000)
-    (top / "audio/a text.mp3").write_text("not music at all\n" * 50)
-    (top / "audio/empty.wav").touch()
-    soundfile.write(top / "audio/one sample.wav", np.zeros(1), 16000)
-    soundfile.write(top / "audio/nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
-    soundfile.write(top / "audio/cut.flac", music(5), 16000)
-    cut = top / "audio/cut.flac"
+        folder = root / ("audio/deep" if i % 3 else "audio")
+        soundfile.write(folder / f"{i:03}.{('wav', 'flac', 'mp3')[i % 3]}", music(1 + i % 4, i), 16000)
+    (root / "audio/a text.mp3").write_text("not music at all\n" * 50)
+    (root / "audio/empty.wav").touch()
+    soundfile.write(root / "audio/one sample.wav", np.zeros(1), 16000)
+    soundfile.write(root / "audio/nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    soundfile.write(root / "audio/cut.flac", music(5), 16000)
+    cut = root / "audio/cut.flac"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    (top / "audio/gone.wav").symlink_to(top / "nowhere.wav")
-    save_checkpoint(model, top / "m.safetensors")
-    return top
+    (root / "audio/dangling.wav").symlink_to(root / "nowhere.wav")
+    save_checkpoint(model, root / "m.safetensors")
+    return root
 
 
-def typed(corpus, out):
+def command_line(corpus, out):
     return ["embed", f"{corpus}/audio", "--out", f"{out}/emb.parquet", "--model", f"{corpus}/m.safetensors"]
 
 
 @pytest.fixture(scope="module")
-def quiet(corpus, tmp_path_factory):
-    "The run that nothing disturbs."
-    out = tmp_path_factory.mktemp("quiet")
-    assert main(typed(corpus, out)) == 1, "some files failed"
+def undisturbed(corpus, tmp_path_factory):
+    "An undisturbed run."
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert main(command_line(corpus, out)) == 1, "some files failed"
     return out
 
 
-def test_broken_files_are_reported(quiet):
-    found = pl.read_parquet(quiet / "emb.parquet")
-    report = pl.read_parquet(quiet / "emb.report.parquet")
-    assert found["path"].n_unique() == GOOD and found["path"].is_sorted()
+def test_broken_files_are_reported(undisturbed):
+    table = pl.read_parquet(undisturbed / "emb.parquet")
+    report = pl.read_parquet(undisturbed / "emb.report.parquet")
+    assert table["path"].n_unique() == GOOD and table["path"].is_sorted()
     names = {Path(p).name for p in report["path"]}
-    assert names == {"a text.mp3", "empty.wav", "one sample.wav", "nan.wav", "cut.flac", "gone.wav"}
+    assert names == {"a text.mp3", "empty.wav", "one sample.wav", "nan.wav", "cut.flac", "dangling.wav"}
     assert len(report) == BROKEN
     assert report["error"].str.len_chars().min() > 10
-    assert not list(quiet.glob(".*")) and not (quiet / "emb.parquet.parts").exists()
+    assert not list(undisturbed.glob(".*")) and not (undisturbed / "emb.parquet.parts").exists()
 
 
 SLOWLY = """
 import sys, time
-from maestlib import cli, embedding
-embedding.COMMIT = 0.0
-rows = embedding._rows
-def slow(path, *rest, **more):
+from maestlib.inference import cli, embedding, library
+library.COMMIT_EVERY_S = 0.0
+to_table = embedding._to_table
+def slow_to_table(path, *arguments, **options):
     time.sleep(0.05)
     print(path, flush=True)
-    return rows(path, *rest, **more)
-embedding._rows = slow
+    return to_table(path, *arguments, **options)
+embedding._to_table = slow_to_table
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 def start(corpus, out, **environment):
-    command = [sys.executable, "-c", SLOWLY, *typed(corpus, out), "--batch-size", "2"]
+    command = [sys.executable, "-c", SLOWLY, *command_line(corpus, out), "--batch-size", "2"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, **pipes)
 
 
-def test_goes_on_after_sigkill(corpus, quiet, tmp_path):
+def test_goes_on_after_sigkill(corpus, undisturbed, tmp_path):
     "What is in a part is not read again, and nothing is lost."
     process, parts = start(corpus, tmp_path), tmp_path / "emb.parquet.parts"
     deadline = time.monotonic() + 300
@@ -114,32 +116,32 @@ def test_goes_on_after_sigkill(corpus, quiet, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    kept = {p for part in parts.glob("*.parquet") for p in pl.read_parquet(part)["path"]}
-    assert 10 <= len(kept) < GOOD + BROKEN and not (tmp_path / "emb.parquet").exists()
+    committed = {p for part in parts.glob("*.parquet") for p in pl.read_parquet(part)["path"]}
+    assert 10 <= len(committed) < GOOD + BROKEN and not (tmp_path / "emb.parquet").exists()
     process = start(corpus, tmp_path)
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
-    again = {line for line in printed.splitlines() if line.startswith("/")}
-    assert not again & kept and len(again) + len(kept) >= GOOD
-    found = pl.read_parquet(tmp_path / "emb.parquet")
-    whole = pl.read_parquet(quiet / "emb.parquet")
-    assert found.drop("embedding").equals(whole.drop("embedding"))
-    cosine = (found["embedding"].to_numpy() * whole["embedding"].to_numpy()).sum(1)
-    norms = [np.linalg.norm(t["embedding"].to_numpy(), axis=1) for t in (found, whole)]
+    recomputed = {line for line in printed.splitlines() if line.startswith("/")}
+    assert not recomputed & committed and len(recomputed) + len(committed) >= GOOD
+    table = pl.read_parquet(tmp_path / "emb.parquet")
+    complete = pl.read_parquet(undisturbed / "emb.parquet")
+    assert table.drop("embedding").equals(complete.drop("embedding"))
+    cosine = (table["embedding"].to_numpy() * complete["embedding"].to_numpy()).sum(1)
+    norms = [np.linalg.norm(t["embedding"].to_numpy(), axis=1) for t in (table, complete)]
     assert (cosine / norms[0] / norms[1]).min() > 0.9999
     assert len(pl.read_parquet(tmp_path / "emb.report.parquet")) == BROKEN and not parts.exists()
 
 
-def test_two_ranks_equal_one(corpus, quiet, tmp_path):
+def test_two_ranks_equal_one(corpus, undisturbed, tmp_path):
     ranks = [start(corpus, tmp_path, RANK=str(r), WORLD_SIZE="2") for r in range(2)]
     printed = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1], printed
     files = [{line for line in out.splitlines() if line.startswith("/")} for out, _ in printed]
-    assert files[0] and files[1] and not files[0] & files[1], "each rank has a share of its own"
-    found, whole = (pl.read_parquet(place / "emb.parquet") for place in (tmp_path, quiet))
-    assert found.drop("embedding").equals(whole.drop("embedding"))
-    np.testing.assert_allclose(found["embedding"].to_numpy(), whole["embedding"].to_numpy(), atol=0.05)
-    reports = [pl.read_parquet(place / "emb.report.parquet")["path"].sort() for place in (tmp_path, quiet)]
+    assert files[0] and files[1] and not files[0] & files[1], "each rank has its own files"
+    table, complete = (pl.read_parquet(folder / "emb.parquet") for folder in (tmp_path, undisturbed))
+    assert table.drop("embedding").equals(complete.drop("embedding"))
+    np.testing.assert_allclose(table["embedding"].to_numpy(), complete["embedding"].to_numpy(), atol=0.05)
+    reports = [pl.read_parquet(folder / "emb.report.parquet")["path"].sort() for folder in (tmp_path, undisturbed)]
     assert reports[0].equals(reports[1])
 
 
@@ -155,17 +157,17 @@ def test_a_file_disappears(corpus, model, tmp_path):
     assert report["path"].to_list() == [str(paths[-1])] and "no such file" in report["error"][0]
 
 
-def test_other_settings_are_refused(corpus, quiet, capsys):
-    assert main([*typed(corpus, quiet), "--block", "3"]) == 2
+def test_other_settings_are_refused(corpus, undisturbed, capsys):
+    assert main([*command_line(corpus, undisturbed), "--block", "3"]) == 2
     assert "other settings" in capsys.readouterr().err
     other = load_model("random", size="tiny", seconds=5, labels=["Dance---Jig", "Dance---Reel"], seed=1)
     with pytest.raises(ValueError, match="other settings"):
-        embed(corpus / "audio", other, out=quiet / "emb.parquet")
+        embed(corpus / "audio", other, out=undisturbed / "emb.parquet")
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("wav", 44100), ("mp3", 44100), ("ogg", 22050), ("flac", 48000)])
-def test_long_file_in_parts_is_the_whole(kind, rate, tmp_path):
-    path = tmp_path / f"long.{kind}"
+@pytest.mark.parametrize(("suffix", "rate"), [("wav", 44100), ("mp3", 44100), ("ogg", 22050), ("flac", 48000)])
+def test_long_file_in_parts_is_the_whole(suffix, rate, tmp_path):
+    path = tmp_path / f"long.{suffix}"
     soundfile.write(path, np.stack([music(23, 1, rate), music(23, 2, rate)], 1), rate)
     wave = load_audio(path)
     whole = logmel(wave)[:, : -(-len(wave) // 256)]
@@ -174,14 +176,14 @@ def test_long_file_in_parts_is_the_whole(kind, rate, tmp_path):
 
 
 def test_last_second_and_average(model, tmp_path):
-    "The last second of a file is heard, and windows are weighted by their seconds."
+    "The last second of a file is read, and windows are weighted by their seconds."
     wave = music(31.3)
     soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
     wave[-16000:] = music(31.3, seed=9)[-16000:]
     soundfile.write(tmp_path / "b.wav", wave, 16000, subtype="FLOAT")
     a, b = (embed(tmp_path / f"{n}.wav", model, dtype="float32") for n in "ab")
-    moved = np.abs(a["embedding"].to_numpy() - b["embedding"].to_numpy()).max(1)
-    assert moved[-1] > 1e-3 and moved[a["end_s"].to_numpy() < 30].max() < 1e-4
+    changes = np.abs(a["embedding"].to_numpy() - b["embedding"].to_numpy()).max(1)
+    assert changes[-1] > 1e-3 and changes[a["end_s"].to_numpy() < 30].max() < 1e-4
     mean = embed(tmp_path / "a.wav", model, dtype="float32", average=True)
     weights = (a["end_s"] - a["start_s"]).to_numpy()
     assert abs(mean["end_s"][0] - 31.3) < 0.016 and len(set(weights.round(3))) == 2
@@ -195,36 +197,38 @@ def test_stereo_mp3_has_the_tags_of_its_wav(tmp_path):
     "44.1 kHz, two channels: the tags agree to a hundredth, much less than they differ between recordings."
     model = load_model("random", size="tiny", seconds=10, labels=[f"Genre---{i}" for i in range(20)])
     stereo = np.stack([music(14, 3, 44100), music(14, 4, 44100)], 1)
-    for kind in ("wav", "mp3"):
-        soundfile.write(tmp_path / f"a.{kind}", stereo, 44100)
-    wav, mp3 = (tag(tmp_path / f"a.{kind}", model, top=None, dtype="float32").sort("label") for kind in ("wav", "mp3"))
+    for suffix in ("wav", "mp3"):
+        soundfile.write(tmp_path / f"a.{suffix}", stereo, 44100)
+    wav, mp3 = (
+        tag(tmp_path / f"a.{suffix}", model, top=None, dtype="float32").sort("label") for suffix in ("wav", "mp3")
+    )
     other = tag(music(14, 5), model, top=None, dtype="float32").sort("label")
-    differs = [np.abs((wav["activation"] - t["activation"]).to_numpy()).max() for t in (mp3, other)]
-    assert differs[0] < 0.01 and differs[0] < differs[1] / 3, differs
+    differences = [np.abs((wav["activation"] - t["activation"]).to_numpy()).max() for t in (mp3, other)]
+    assert differences[0] < 0.01 and differences[0] < differences[1] / 3, differences
 
 
 def test_nearest_is_exact(tmp_path):
-    draw = np.random.default_rng(0)
-    vectors = draw.normal(size=(500, 24)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(500, 24)).astype(np.float32)
     table = pl.DataFrame({"path": [f"{i}" for i in range(500)], "embedding": vectors})
     table.write_parquet(tmp_path / "emb.parquet")
-    found = nearest(table.head(3), tmp_path / "emb.parquet", k=5, chunk=77)
+    neighbors = nearest(table.head(3), tmp_path / "emb.parquet", k=5, chunk_size=77)
     x = table["embedding"].to_numpy().astype(float)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     expected = np.argsort(-(x[:3] @ x.T), 1)[:, :5]
-    assert found["path"].cast(pl.Int64).to_numpy().reshape(3, 5).tolist() == expected.tolist()
-    assert (found.filter(rank=0)["cosine"] - 1).abs().max() < 1e-6
+    assert neighbors["path"].cast(pl.Int64).to_numpy().reshape(3, 5).tolist() == expected.tolist()
+    assert (neighbors.filter(rank=0)["cosine"] - 1).abs().max() < 1e-6
     with pytest.raises(ValueError, match="24"):
         nearest(np.ones(7), table)
 
 
-WRONG = [dict(block=12), dict(block=-1), dict(tokens="tc"), dict(hop_s=0), dict(hop_s=6), dict(batch_size=0)]
+INVALID = [dict(block=12), dict(block=-1), dict(tokens="tc"), dict(hop_s=0), dict(hop_s=6), dict(batch_size=0)]
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_parameters_are_named(model, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        embed(torch.zeros(16000), model, **wrong)
+@pytest.mark.parametrize("arguments", INVALID)
+def test_wrong_parameters_are_named(model, arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        embed(torch.zeros(16000), model, **arguments)
 
 
 def test_no_audio_in_a_folder(model, tmp_path, capsys):
@@ -237,8 +241,8 @@ def test_no_audio_in_a_folder(model, tmp_path, capsys):
 
 
 def test_a_terminal_means_its_own_folder(tmp_path, monkeypatch, capsys):
-    draw = np.random.default_rng(0)
-    soundfile.write(tmp_path / "a.wav", 0.1 * draw.normal(size=32_000), 16_000)
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "a.wav", 0.1 * rng.normal(size=32_000), 16_000)
     (tmp_path / "b.wav").write_bytes(b"no audio")
     monkeypatch.chdir(tmp_path)
     command = ["embed", "a.wav", "b.wav", "--out", "emb.parquet", "--model", "maest-30s-tunes", "--keep-every", "10"]

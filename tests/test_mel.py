@@ -68,11 +68,11 @@ def test_gpu_gives_the_same():
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 44101, 48000])
-@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
-def test_a_part_is_that_part_of_the_whole(tmp_path, kind, rate):
-    if kind == "mp3" and rate == 44101:
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_a_part_is_that_part_of_the_whole(tmp_path, suffix, rate):
+    if suffix == "mp3" and rate == 44101:
         pytest.skip("mp3 has no such rate")
-    path = tmp_path / f"sound.{kind}"
+    path = tmp_path / f"sound.{suffix}"
     noise = np.random.default_rng(2).normal(0, 0.1, (rate * 4, 2)).clip(-1, 1)
     with soundfile.SoundFile(path, "w", rate, 2) as file:
         for second in np.array_split(noise, 4):
@@ -98,7 +98,7 @@ def test_channels_are_averaged_and_nothing_is_clipped(tmp_path):
         (dict(offset_s=-1), "offset_s=-1"),
         (dict(duration_s=0), "duration_s=0"),
         (dict(offset_s=1, center=True), "give one of the two"),
-        (dict(offset_s=99), "lies behind its end at 0.10 s"),
+        (dict(offset_s=99), "is after its end at 0.10 s"),
     ],
 )
 def test_bad_parts(tmp_path, arguments, words):
@@ -122,6 +122,6 @@ def test_bad_config(arguments, words):
         MelConfig.from_dict({"colour": 1})
 
 
-def test_normalise_by_hand():
+def test_normalize_by_hand():
     mel = torch.full((1, 96, 2), 2.06755686098554 + 2 * 1.268292820667291)
     assert torch.allclose(normalize(mel), torch.ones(1, 96, 2))

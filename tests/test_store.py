@@ -19,15 +19,14 @@ import pytest
 import soundfile
 import torch
 
-import maestlib.audio.extract as room
-from maestlib.audio import extract
+from maestlib.audio import extract, workers
 from maestlib.audio.extract import extract_mels
 from maestlib.audio.mel import MelConfig
 from maestlib.audio.store import MelStore, verify_store
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["maestlib.audio.extract"])
-quick = partial(extract_mels, seconds=1.5, min_seconds=0.2, workers=0, chunk=3)
+quick = partial(extract_mels, seconds=1.5, min_seconds=0.2, num_workers=0, chunk_size=3)
 
 
 def content(store):
@@ -48,16 +47,16 @@ def table(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(table, tmp_path_factory):
+def complete(table, tmp_path_factory):
     "An undisturbed store."
-    store = tmp_path_factory.mktemp("whole") / "store"
+    store = tmp_path_factory.mktemp("complete") / "store"
     report = quick(table, store)
     assert report["track_id"].to_list() == ["t7", "t20"]
     assert "7.wav" in report["error"][0] and "min_seconds=0.2" in report["error"][1]
     return store
 
 
-def test_ten_kills(table, whole, tmp_path):
+def test_ten_kills(table, complete, tmp_path):
     def start(store):
         process = CONTEXT.Process(target=quick, args=(table, store))
         process.start()
@@ -66,26 +65,26 @@ def test_ten_kills(table, whole, tmp_path):
         return process, time.monotonic()
 
     for name in ("warm", "timed"):
-        process, begun = start(tmp_path / name)
+        process, start_time = start(tmp_path / name)
         process.join()
-        takes = time.monotonic() - begun
+        elapsed = time.monotonic() - start_time
     states = []
-    for i, moment in enumerate(np.random.default_rng().uniform(0, takes, 10)):
+    for i, moment in enumerate(np.random.default_rng().uniform(0, elapsed, 10)):
         process, _ = start(tmp_path / f"{i}")
         time.sleep(moment)
         process.kill()
         process.join()
         states.append(len(list((tmp_path / f"{i}/parts").glob("0*"))))
         quick(table, tmp_path / f"{i}")
-        assert content(tmp_path / f"{i}") == content(whole), f"killed after {moment:.3f} s"
-    print(f"pieces committed when the kill came: {states}, of 14, in {takes:.2f} s")
+        assert content(tmp_path / f"{i}") == content(complete), f"killed after {moment:.3f} s"
+    print(f"pieces committed when the kill came: {states}, of 14, in {elapsed:.2f} s")
     assert any(0 < n < 14 for n in states), "no kill came in the middle"
 
 
 def test_every_state_that_a_kill_can_leave(table, tmp_path, monkeypatch):
     "Stop before each rename and each deletion in turn; resume; the same bytes."
     small, real, states = table.head(12), {}, 0
-    quick(small, tmp_path / "whole", chunk=6)
+    quick(small, tmp_path / "complete", chunk_size=6)
     for stop_at in range(1, 99):
         calls = 0
 
@@ -101,12 +100,12 @@ def test_every_state_that_a_kill_can_leave(table, tmp_path, monkeypatch):
                 real[name] = getattr(owner, name)
                 patch.setattr(owner, name, lambda *a, _n=name, **o: stopping(_n, *a, **o))
             try:
-                quick(small, tmp_path / f"{stop_at}", chunk=6)
+                quick(small, tmp_path / f"{stop_at}", chunk_size=6)
                 break
             except KeyboardInterrupt:
                 states += 1
-        quick(small, tmp_path / f"{stop_at}", chunk=6)
-        assert content(tmp_path / f"{stop_at}") == content(tmp_path / "whole"), f"stopped at step {stop_at}"
+        quick(small, tmp_path / f"{stop_at}", chunk_size=6)
+        assert content(tmp_path / f"{stop_at}") == content(tmp_path / "complete"), f"stopped at step {stop_at}"
     assert states > 20
 
 
@@ -122,14 +121,14 @@ def _session(process):
 SCRIPT = """
 import sys
 import polars as pl
-from maestlib.audio.extract import extract_mels as extract
+from maestlib.audio.extract import extract_mels
 if __name__ == "__main__":
-    extract(pl.read_parquet(sys.argv[1]), sys.argv[2], 1.5, 0.2, workers=2, chunk=3)
+    extract_mels(pl.read_parquet(sys.argv[1]), sys.argv[2], 1.5, 0.2, num_workers=2, chunk_size=3)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-def test_workers_give_the_same_and_do_not_outlive_a_kill(table, whole, tmp_path):
+def test_workers_give_the_same_and_do_not_outlive_a_kill(table, complete, tmp_path):
     table.write_parquet(tmp_path / "table.parquet")
     (tmp_path / "run.py").write_text(SCRIPT)
     command = [sys.executable, tmp_path / "run.py", tmp_path / "table.parquet", tmp_path / "store"]
@@ -146,23 +145,23 @@ def test_workers_give_the_same_and_do_not_outlive_a_kill(table, whole, tmp_path)
             break
         time.sleep(0.1)
     assert not group, "processes were left behind"
-    extract_mels(table, tmp_path / "store", 1.5, 0.2, workers=2, chunk=5)
-    assert content(tmp_path / "store") == content(whole)
+    extract_mels(table, tmp_path / "store", 1.5, 0.2, num_workers=2, chunk_size=5)
+    assert content(tmp_path / "store") == content(complete)
 
 
-def _ends_on_purpose(path):
+def _crashes_or_stalls(path):
     if "abort" in path:
         os.abort()
     if "stall" in path:
-        extract.DECODE_TIMEOUT_S = 1
-        return extract._with_timeout(time.sleep, 30)
+        workers.DECODE_TIMEOUT_S = 1
+        return workers._with_timeout(time.sleep, 30)
     return path.encode(), ""
 
 
 def test_a_crash_or_a_stall_costs_one_file():
     paths = [f"{i}" for i in range(12)]
     paths[3], paths[4], paths[9] = "abort 3", "stall 4", "abort 9"
-    results = list(extract._imap_ordered(_ends_on_purpose, paths, 2))
+    results = list(workers.imap_ordered(_crashes_or_stalls, paths, 2))
     assert [mel.decode() for mel, _ in results] == [p if len(p) < 3 else "" for p in paths]
     assert [bool(error) for _, error in results] == [len(p) > 2 for p in paths]
     assert "abort 3: decoding it crashed" in results[3][1]
@@ -174,10 +173,10 @@ def _with_small_files(table, store):
     try:
         quick(table, store)
     except OSError as e:
-        (store / "said").write_text(str(e))
+        (store / "error.txt").write_text(str(e))
 
 
-def test_full_disk(table, whole, tmp_path, monkeypatch):
+def test_full_disk(table, complete, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -186,14 +185,14 @@ def test_full_disk(table, whole, tmp_path, monkeypatch):
     process = CONTEXT.Process(target=_with_small_files, args=(table, tmp_path / "a"))
     process.start()
     process.join()
-    said = (tmp_path / "a/said").read_text()
-    assert re.search(r"cannot go on \(.*\); the \d+ tracks before are kept; make room", said), said
-    (tmp_path / "a/said").unlink()
+    message = (tmp_path / "a/error.txt").read_text()
+    assert re.search(r"cannot write \(.*\); the \d+ tracks before are kept; make room", message), message
+    (tmp_path / "a/error.txt").unlink()
     assert 0 < len(list((tmp_path / "a/parts").glob("0*"))) < 14
     with pytest.raises(FileNotFoundError, match="no finished mel store"):
         MelStore(tmp_path / "a")
     quick(table, tmp_path / "a")
-    assert content(tmp_path / "a") == content(whole)
+    assert content(tmp_path / "a") == content(complete)
 
 
 def test_no_space_reaches_the_caller(table, tmp_path, monkeypatch):
@@ -202,36 +201,36 @@ def test_no_space_reaches_the_caller(table, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     (tmp_path / "a").mkdir()
-    monkeypatch.setattr(room, "_plan", lambda *_: dict(index=0, report=0))
+    monkeypatch.setattr(extract, "_resume_plan", lambda *_: dict(index=0, report=0))
     with pytest.raises(OSError, match="No space left on device.*0 tracks before are kept") as caught:
         quick(table, tmp_path / "a")
     assert caught.value.errno == errno.ENOSPC
 
 
-def _one_rank(table, store, rank):
+def _extract_as_rank(table, store, rank):
     os.environ |= dict(RANK=str(rank), WORLD_SIZE="2")
     quick(table, store)
 
 
-def test_two_ranks(table, whole, tmp_path):
-    ranks = [CONTEXT.Process(target=_one_rank, args=(table, tmp_path / "two", r)) for r in (1, 0)]
+def test_two_ranks(table, complete, tmp_path):
+    ranks = [CONTEXT.Process(target=_extract_as_rank, args=(table, tmp_path / "two", r)) for r in (1, 0)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join()
         assert process.exitcode == 0
-    two, one = MelStore(tmp_path / "two"), MelStore(whole)
+    two, one = MelStore(tmp_path / "two"), MelStore(complete)
     assert verify_store(tmp_path / "two").is_empty()
     assert two.tracks.equals(one.tracks) and two.report.equals(one.report)
     assert two.index["shard"].unique().to_list() == [0, 1]
     assert all(np.array_equal(two.read(i), one.read(i)) for i in range(len(one)))
 
 
-def test_growing_and_new_labels(table, whole, tmp_path):
+def test_growing_and_new_labels(table, complete, tmp_path):
     for rows in (10, 25, 40):
         quick(table.head(rows), tmp_path / "grown")
         assert verify_store(tmp_path / "grown").is_empty()
-    assert content(tmp_path / "grown") == content(whole)
+    assert content(tmp_path / "grown") == content(complete)
     before = (tmp_path / "grown/mels.000.f16").stat().st_mtime_ns
     relabelled = table.with_columns(labels=pl.lit(["New---Label"]))
     quick(relabelled, tmp_path / "grown")
@@ -241,7 +240,7 @@ def test_growing_and_new_labels(table, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, options, words",
+    "change, options, message",
     [
         (lambda t: t.reverse(), {}, "holds 40 other tracks"),
         (lambda t: t.head(9), {}, "holds 40 other tracks"),
@@ -254,11 +253,11 @@ def test_growing_and_new_labels(table, whole, tmp_path):
         (lambda t: t, dict(seconds=0.01), "seconds=0.01"),
     ],
 )
-def test_refused(table, whole, change, options, words):
-    before = content(whole)
-    with pytest.raises(ValueError, match=re.escape(words)):
-        quick(change(table), whole, **options)
-    assert content(whole) == before
+def test_refused(table, complete, change, options, message):
+    before = content(complete)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        quick(change(table), complete, **options)
+    assert content(complete) == before
 
 
 def test_refuses_another_table_while_unfinished(table, tmp_path, monkeypatch):
@@ -266,7 +265,7 @@ def test_refuses_another_table_while_unfinished(table, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(room, "_join", stop)
+        patch.setattr(extract, "_merge_parts", stop)
         quick(table, tmp_path / "a")
     with pytest.raises(ValueError, match="begun with another table"):
         quick(table.head(30), tmp_path / "a")
@@ -275,16 +274,16 @@ def test_refuses_another_table_while_unfinished(table, tmp_path, monkeypatch):
         quick(table, tmp_path / "a")
 
 
-def test_verify_finds_any_flipped_byte(whole, tmp_path):
-    store = Path(shutil.copytree(whole, tmp_path / "a"))
+def test_verify_finds_any_flipped_byte(complete, tmp_path):
+    store = Path(shutil.copytree(complete, tmp_path / "a"))
     assert verify_store(store).is_empty()
     rng = np.random.default_rng()
     for name, good in content(store).items():
-        for place in rng.integers(len(good), size=8):
+        for position in rng.integers(len(good), size=8):
             bad = bytearray(good)
-            bad[place] ^= 1 << rng.integers(8)
+            bad[position] ^= 1 << rng.integers(8)
             (store / name).write_bytes(bad)
-            assert not verify_store(store).is_empty(), f"{name}, byte {place}"
+            assert not verify_store(store).is_empty(), f"{name}, byte {position}"
         for wrong in (good[:-1], good + b"\0", b""):
             (store / name).write_bytes(wrong)
             assert not verify_store(store).is_empty(), f"{name}, {len(wrong)} bytes"
@@ -305,8 +304,8 @@ class _Crops(torch.utils.data.Dataset):
         return self.store.read_crops([row], 50)[0]
 
 
-def test_crops(whole):
-    store = MelStore(whole)
+def test_crops(complete):
+    store = MelStore(complete)
     for start, row in ((0, 0), (3, 5)):
         assert np.array_equal(store.read(row, start, 10), store.read(row)[start : start + 10])
     long = store.read_crops(range(len(store)), 200)

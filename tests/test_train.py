@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_numbers(folder, tmp_path, monkeypatch):
 
 def test_a_store_is_a_dataset(folder, tmp_path):
     store = tmp_path / "store"
-    report = extract_mels(registry.load_dataset(folder), store, seconds=5, workers=0)
+    report = extract_mels(registry.load_dataset(folder), store, seconds=5, num_workers=0)
     assert len(report) == 1  # the text file
     out = tmp_path / "run"
     config = TrainConfig(
@@ -334,7 +334,7 @@ def test_windows_cover_every_frame():
 
 
 def test_run_folders_do_not_overwrite(tmp_path, monkeypatch):
-    monkeypatch.setattr("maestlib.core.files._TOP", tmp_path)
+    monkeypatch.setattr("maestlib.core.files.project_root", lambda: tmp_path)
     monkeypatch.delenv("MAESTLIB_RUNS")
     assert TrainConfig().resolve_auto().out_dir == "runs/maest-30s-tunes"
     (tmp_path / "runs/maest-30s-tunes").mkdir(parents=True)

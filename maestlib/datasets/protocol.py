@@ -12,7 +12,8 @@ from pathlib import Path
 import plotly.graph_objects as go
 import polars as pl
 
-from ..core.files import AUDIO_SUFFIXES, asset_path, log, resolve_path
+from ..audio.mel import AUDIO_SUFFIXES
+from ..core.files import asset_path, log, resolve_path
 from ..core.plotting import SPLIT_COLORS
 from .splits import split_fingerprint
 from .table import SPLITS

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ..core.files import AUDIO_SUFFIXES, log, named_rng, resolve_path
+from ..audio.mel import AUDIO_SUFFIXES
+from ..core.files import log, named_rng, resolve_path
 from . import synth
 from .benchmarks import BENCHMARKS
 from .table import validate_table

@@ -15,14 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ..core.files import asset_path, cache_path
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes should not download at the same time there
-    fcntl = None
 
 # %% ../../nbs/models/hub.ipynb #da0114b2
 @dataclass(frozen=True)
@@ -126,13 +122,15 @@ def download(
 
 
 def _download(entry, path, timeout):
+    with FileLock(cache_path("locks", f"{path.name}.lock")):  # also between the ranks of one torchrun job
+        if not path.exists():  # no other process was faster
+            _download_part(entry, path, timeout)
+
+
+def _download_part(entry, path, timeout):
+    "Continue or begin a download, and rename it when it is complete and verified."
     part = path.with_name(f"{path.name}.part")
     with open(part, "ab") as f:
-        if fcntl:
-            fcntl.flock(f, fcntl.LOCK_EX)
-        if path.exists():  # another process was faster
-            part.unlink(missing_ok=True)
-            return
         try:
             _append(entry, f, timeout)
         except (OSError, http.client.HTTPException) as error:

@@ -25,7 +25,8 @@ from ..core.device import default_device, resolve_dtype
 from ..core.files import atomic_write, cache_path, log, resolve_path, runs_dir, write_json
 from ..datasets.batches import Corpus
 from ..datasets.table import SPLITS
-from ..inference.embedding import make_forward, model_fingerprint
+from ..inference.library import model_fingerprint
+from ..inference.windows import make_forward
 from ..models.checkpoint import BUNDLED_MODEL, load_model
 from ..models.effnet import EffNet
 from ..models.maest import MAEST, auto_batch_size

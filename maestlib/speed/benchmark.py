@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..audio.mel import logmel, normalize
 from ..core.device import matmul_tflops, resolve_dtype
-from ..inference.embedding import make_forward
+from ..inference.windows import make_forward
 from ..models.effnet import EffNet
 from ..models.maest import MAEST, MAESTConfig, auto_batch_size
 from ..models.patchout import Patchout

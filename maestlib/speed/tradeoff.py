@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..core.files import atomic_write, cache_path, resolve_path
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
-from ..inference.embedding import model_fingerprint
+from ..inference.library import model_fingerprint
 from ..models.effnet import EffNet
 from ..models.maest import MAEST, MAESTConfig, auto_batch_size
 from ..models.patchout import STRIDE, Patchout, select_patches

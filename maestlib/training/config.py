@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAPER_COLUMNS', 'LAPTOP_COLUMNS', 'PAPER_PRESET', 'LAPTOP_PRESET', 'PRESETS', 'INIT_CHECKPOINTS', 'TrainConfig',
-           'read_json', 'recipe_table']
+           'recipe_table']
 
 # %% ../../nbs/training/config.ipynb #cb41cbf0
 import dataclasses
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from ..audio.mel import MelConfig
 from ..core.device import default_device, default_dtype
-from ..core.files import resolve_path, runs_dir
+from ..core.files import read_json, resolve_path, runs_dir
 from ..datasets import registry
 from ..models.hub import REGISTRY
 from ..models.maest import SIZES
@@ -198,10 +197,6 @@ INIT_CHECKPOINTS = {"deit": "deit_base_distilled_patch16_384", "passt": "passt_s
 
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def read_json(path):
-    return json.loads(Path(path).read_text(encoding="utf8"))
 
 
 def _free_run_dir(name):
