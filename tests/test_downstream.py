@@ -248,7 +248,7 @@ MTG, MTT, MSD = "mtg_jamendo/autotagging_genre-test.tsv", "mtt/groundtruth_12-1-
     [
         ("mtg-genre", MTG, b"TRACK_ID", b"TRACK", "columns are not TRACK_ID"),
         ("mtg-genre", MTG, b"track_0002011", b"song_2011", "unknown track 'song_2011'"),
-        ("mtg-genre", MTG, b"track_0002011", b"track_0004246", "track_0004246 stands there twice"),
+        ("mtg-genre", MTG, b"track_0002011", b"track_0004246", "duplicate track_id track_0004246"),
         ("mtg-genre", MTG, b"195.0\tgenre---electronic", b"195.0", "line 2 has no tag"),
         ("mtg-genre", MTG, b"genre---pop", b"genre---pap", "label 'genre---pap' has no positive in train"),
         ("mtg-genre", MTG, b"genre---pop", b"genre---\xff", "cannot be read .*download"),
