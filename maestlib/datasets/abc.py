@@ -145,19 +145,46 @@ def _music_lines(text: str) -> str:
     body = re.split(r"(?m)^V: *2", body)[0]
     return "".join(line for line in body.splitlines(keepends=True) if not re.match(r"[A-Za-z]:|%", line))
 
-# %% ../../nbs/datasets/abc.ipynb #87cc922c
-class _BarReader:
-    "Collect the notes of one voice by bar. Lengths are fractions of a whole note."
+# %% ../../nbs/datasets/abc.ipynb #596d6a21
+class _NoteReader:
+    "Compute the length and the pitch of notes, which depend on the tokens before them."
 
     def __init__(self, unit: float, signature: dict[str, int]):
-        self.unit = unit  # length of a note without a number
+        self.unit = unit  # length of a note without a number, as a fraction of a whole note
         self.signature = signature  # from `_key_signature`
-        self.bars = []  # finished bars
-        self.bar = []  # notes [length, pitch] of the current bar; pitch is None for a rest
         self.accidentals = {}  # (name, octave): semitones, until the end of the bar
         self.tuplet = 0  # notes in the last tuplet
         self.tuplet_left = 0  # of which so many are to come
         self.broken_factor = None  # for the length of the next note
+
+    def length(self, token: re.Match) -> float:
+        divisor = int(token["divisor"]) if token["divisor"] else 2 ** len(token["slashes"] or "")
+        length = self.unit * int(token["times"] or 1) / divisor
+        if self.tuplet_left:  # n notes in the time of two; duplets and quadruplets in the time of three
+            length *= {2: 3, 4: 3}.get(self.tuplet, 2) / self.tuplet
+            self.tuplet_left -= 1
+        if self.broken_factor:
+            length *= self.broken_factor
+            self.broken_factor = None
+        return length
+
+    def pitch(self, note: re.Match) -> int | None:  # MIDI pitch; None for a rest
+        name = note["name"].upper()
+        if name not in _STEPS:
+            return None
+        octave = 12 * (5 + note["name"].islower() + note["octave"].count("'") - note["octave"].count(","))
+        if note["accidental"]:
+            self.accidentals[name, octave] = note["accidental"].count("^") - note["accidental"].count("_")
+        return octave + _STEPS[name] + self.accidentals.get((name, octave), self.signature.get(name, 0))
+
+# %% ../../nbs/datasets/abc.ipynb #f78a1d04
+class _BarReader(_NoteReader):
+    "Collect the notes of one voice by bar, as [length, pitch]; lengths are fractions of a whole note."
+
+    def __init__(self, unit: float, signature: dict[str, int]):
+        super().__init__(unit, signature)
+        self.bars = []  # finished bars
+        self.bar = []  # notes of the current bar
         self.tied = False  # to the next note
         self.in_first_ending = False
 
@@ -196,34 +223,14 @@ class _BarReader:
         note = token if token["name"] else re.match(_PITCH, token["chord"])  # a chord: its first note
         if note is None:
             return
-        length, pitch = self._length(token), self._pitch(note)
+        length, pitch = self.length(token), self.pitch(note)
         if self.tied and self.bar and self.bar[-1][1] == pitch:
             self.bar[-1][0] += length
         else:
             self.bar.append([length, pitch])
         self.tied = False
 
-    def _length(self, token: re.Match) -> float:
-        divisor = int(token["divisor"]) if token["divisor"] else 2 ** len(token["slashes"] or "")
-        length = self.unit * int(token["times"] or 1) / divisor
-        if self.tuplet_left:  # n notes in the time of two; duplets and quadruplets in the time of three
-            length *= {2: 3, 4: 3}.get(self.tuplet, 2) / self.tuplet
-            self.tuplet_left -= 1
-        if self.broken_factor:
-            length *= self.broken_factor
-            self.broken_factor = None
-        return length
-
-    def _pitch(self, note: re.Match) -> int | None:  # MIDI pitch; None for a rest
-        name = note["name"].upper()
-        if name not in _STEPS:
-            return None
-        octave = 12 * (5 + note["name"].islower() + note["octave"].count("'") - note["octave"].count(","))
-        if note["accidental"]:
-            self.accidentals[name, octave] = note["accidental"].count("^") - note["accidental"].count("_")
-        return octave + _STEPS[name] + self.accidentals.get((name, octave), self.signature.get(name, 0))
-
-# %% ../../nbs/datasets/abc.ipynb #36bfc03d
+# %% ../../nbs/datasets/abc.ipynb #49350896
 def _join_upbeats(bars: list, bar_length: float) -> list[list]:
     "Append an upbeat to the short bar before it; an upbeat at the beginning follows a rest."
     joined: list[list] = []
@@ -252,7 +259,7 @@ def _fit_bars(bars: list, bar_length: float) -> list[list[tuple[float, float, in
         fitted.append(notes)
     return fitted
 
-
+# %% ../../nbs/datasets/abc.ipynb #3d4d6dbc
 def parse_melody(
     text: str,  # one tune in ABC
 ) -> list[list[tuple[float, float, int]]]:  # bars of (start, length, MIDI pitch), start and length as fractions of it

@@ -62,7 +62,7 @@ def sampling_order(
     uniform = named_rng(seed, "tunes", "order").random(len(tunes))
     return np.argsort(-np.log(uniform) / np.array(weights), kind="stable").tolist()
 
-# %% ../../nbs/datasets/synth.ipynb #a0009dda
+# %% ../../nbs/datasets/synth.ipynb #69e317c4
 _ACCOMPANIMENTS = ("None", "Drone", "Chords", "Drums", "Band")
 
 
@@ -87,7 +87,7 @@ def _clip_labels(plan: dict) -> list[str]:
             ("Accompaniment", plan["accompaniment"])]  # fmt: skip
     return sorted(f"{group}---{tag}" for group, tag in tags if tag not in (None, "None", "Major"))
 
-
+# %% ../../nbs/datasets/synth.ipynb #459b1469
 def plan_clip(
     clip: int,  # number of the clip
     tune: dict,  # a row of `abc.tune_catalogue`
@@ -165,9 +165,9 @@ def _choose_chord(bar: list, tonic: int, mode: str) -> tuple[int, int, int]:  # 
     triads = [tuple(int(scale[(root + third) % 7]) % 12 for third in (0, 2, 4)) for root in roots]
     return max(triads, key=lambda triad: (durations[list(triad)].sum(), triad == triads[0]))
 
-# %% ../../nbs/datasets/synth.ipynb #49068140
-class _Arranger:
-    "Write the notes of a clip, layer by layer and bar by bar. All randomness is from one generator, in a fixed order."
+# %% ../../nbs/datasets/synth.ipynb #e98df089
+class _NoteWriter:
+    "Keep the time of a clip and write notes to its layers with random deviations."
 
     def __init__(self, plan: dict):
         self.plan, self.bars = plan, json.loads(plan["bars"])
@@ -190,6 +190,10 @@ class _Arranger:
         if 0 <= start < self.end:
             velocity = int(np.clip(velocity + self.rng.normal(0, 5), 20, 127))
             self.layers[layer].append((start, max(length * self.bar_s, 0.05), pitch, velocity))
+
+# %% ../../nbs/datasets/synth.ipynb #eb8bd891
+class _Arranger(_NoteWriter):
+    "Write the melody and the accompaniment of one bar after another."
 
     def play_melody(self, bar: list, section: int):
         plan, rng = self.plan, self.rng
@@ -236,7 +240,7 @@ class _Arranger:
             self.play_drums()
         self.time += self.bar_s
 
-
+# %% ../../nbs/datasets/synth.ipynb #bf6f2eb6
 def arrange(
     plan: dict,  # from `plan_clip`
 ) -> dict[str, list[tuple[float, float, int, int]]]:  # layer: notes (start in s, duration in s, MIDI pitch, velocity)
@@ -293,7 +297,7 @@ def _synthesize(synthesizer, notes: list, program: int, is_drum: bool) -> np.nda
     score.tracks.append(track)
     return np.asarray(synthesizer.render(score, stereo=False), np.float32)[0, : CLIP_S * SAMPLE_RATE]
 
-
+# %% ../../nbs/datasets/synth.ipynb #056afcfd
 def _filter_response(n_fft: int, rng: np.random.Generator) -> np.ndarray:  # gain of each bin of `np.fft.rfft`
     "Draw a spectral tilt (dB per octave around 1 kHz) and two resonances."
     frequency = np.maximum(np.fft.rfftfreq(n_fft, 1 / SAMPLE_RATE), 40).astype(np.float32)
@@ -327,7 +331,7 @@ def _simulate_recording(wave: np.ndarray, rng: np.random.Generator) -> np.ndarra
     wave = wave + noise_level * rng.standard_normal(len(wave), np.float32)
     return (wave / np.abs(wave).max() * 10 ** (-float(rng.uniform(1, 18)) / 20)).astype(np.float32)
 
-
+# %% ../../nbs/datasets/synth.ipynb #da94f6a4
 def render(
     plan: dict,  # from `plan_clip`
 ) -> np.ndarray:  # (480000,) float32, 30 s at 16 kHz

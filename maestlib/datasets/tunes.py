@@ -55,7 +55,7 @@ def worker_main():
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(message), flush=True)
 
-# %% ../../nbs/datasets/tunes.ipynb #ba3ff58f
+# %% ../../nbs/datasets/tunes.ipynb #181969e7
 class _Worker:
     "A child process that renders one plan at a time, started again after it has died."
 
@@ -85,7 +85,7 @@ class _Worker:
             self.process.stdin.close()
             self.process.wait()
 
-
+# %% ../../nbs/datasets/tunes.ipynb #bb2cdb20
 def render_clips(
     plans: list[dict],  # from `plan_clip`, each with `path`
     workers: int,  # number of child processes
@@ -118,11 +118,7 @@ def render_clips(
                     pending.get_nowait()
     return failed
 
-# %% ../../nbs/datasets/tunes.ipynb #67b61905
-MIN_CLIPS_PER_SPLIT = 4  # of a label that is kept
-_COLUMNS = ("split", "title", "collection", "tune", "dance", "metre", "mode", "lead", "second", "accompaniment", "bpm")
-
-
+# %% ../../nbs/datasets/tunes.ipynb #641a7a2e
 def _draw_split(family: int, seed: int) -> str:
     "Draw the split of a family of tunes."
     draw = named_rng(seed, "tunes", "split", family).random()
@@ -142,6 +138,9 @@ def _plan_clips(tunes: pl.DataFrame, clips: int, folder: Path, seed: int) -> lis
         plans.append(plan | {"track_id": track_id, "path": path, "split": split})
     return plans
 
+# %% ../../nbs/datasets/tunes.ipynb #3f75ef52
+MIN_CLIPS_PER_SPLIT = 4  # of a label that is kept
+
 
 def _rare_labels(plans: list[dict]) -> list[str]:
     "List the labels with fewer than `MIN_CLIPS_PER_SPLIT` clips in some split."
@@ -150,6 +149,9 @@ def _rare_labels(plans: list[dict]) -> list[str]:
         counts[plan["split"]].update(plan["labels"])
     labels = {label for plan in plans for label in plan["labels"]}
     return sorted(label for label in labels if min(c[label] for c in counts.values()) < MIN_CLIPS_PER_SPLIT)
+
+
+_COLUMNS = ("split", "title", "collection", "tune", "dance", "metre", "mode", "lead", "second", "accompaniment", "bpm")
 
 
 def _to_table(plans: list[dict], dropped: list[str]) -> pl.DataFrame:
