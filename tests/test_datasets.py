@@ -1,4 +1,4 @@
-"""The corpus `tunes` and the uniform table: what a notebook cannot show about files, processes and bad input."""
+"""The corpus `tunes` and dataset tables: files, processes that are killed or hang, and bad input."""
 
 import difflib
 import hashlib
@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 import soundfile
 
-from maestlib.datasets import abc, registry, synth
+from maestlib.datasets import abc, registry, synth, tunes
 from maestlib.datasets.table import label_vocabulary, multi_hot
 
 CLIPS = 24
@@ -27,7 +27,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def catalogue():
-    return abc.catalogue()
+    return abc.tune_catalogue()
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def corpus(tmp_path_factory):
         ("Glyd", (7, 2, "Lydian")), ("Ebmaj", (3, -3, "Major")), ("Bn", None), ("", None), ("none", None),
     ],
 )  # fmt: skip
-def test_keys(field, key):
-    assert abc.key_of(field) == key
+def test_parse_key(field, key):
+    assert abc.parse_key(field) == key
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def test_keys(field, key):
         ({"T": "Jigs"}, "airdsAirs", "Jig"), ({"T": "x", "X": "1790"}, "oneills1850", None),
     ],
 )  # fmt: skip
-def test_dances(fields, collection, dance):
-    assert abc.dance_of(fields, collection) == dance
+def test_infer_dance(fields, collection, dance):
+    assert abc.infer_dance(fields, collection) == dance
 
 
-def test_header_takes_the_first_value_and_no_comment():
+def test_parse_header_keeps_first_values_without_comments():
     text = "X:7\nT:First % note\nT:Second\nR:\nM: C|\nK: G % sharp\nc2\nK:D\n"
     assert abc.parse_header(text) == {"X": "7", "T": "First", "M": "C|", "K": "G"}
 
@@ -78,47 +78,48 @@ def test_header_takes_the_first_value_and_no_comment():
         ("c4 d4|1 e8:|2 f8|]", [72, 74, 77]), ("c2d2e2f2g2a2|", [72, 74, 76, 77]),
     ],
 )  # fmt: skip
-def test_bars_are_read_and_fit(body, pitches):
-    bars = abc.melody(f"X:1\nM:4/4\nL:1/8\nK:C\n{body}\n")
+def test_parse_melody(body, pitches):
+    bars = abc.parse_melody(f"X:1\nM:4/4\nL:1/8\nK:C\n{body}\n")
     assert [pitch for bar in bars for *_, pitch in bar] == pitches
     assert all(start + length <= 1 + 1e-4 for bar in bars for start, length, _ in bar)
 
 
-def test_unreadable_tunes_have_no_bars():
-    assert abc.melody("X:1\nT:x\nM:C\n") == [] and abc.melody("X:1\nM:free\nK:C\ncde|") == []
+def test_parse_melody_of_an_unreadable_tune_is_empty():
+    assert abc.parse_melody("X:1\nT:x\nM:C\n") == [] and abc.parse_melody("X:1\nM:free\nK:C\ncde|") == []
 
 
-def test_notes_agree_with_an_independent_reader():
-    "symusic plays repeats and both endings of a tune, and chords whole: the marks of repeats are taken away before."
+def test_parse_melody_agrees_with_symusic():
+    "symusic plays repeats, both endings and all notes of a chord, so repeat marks are removed first."
     import symusic
 
-    same = []
+    similarity = []
     for _, text in abc.read_abc()[1000:1400:10]:
         head, body = text.split("\nK:", 1)
         head = "\n".join(line for line in head.splitlines() if line[:2] in ("X:", "M:", "L:"))
         body = body.replace("|:", "|").replace(":|", "|").replace("::", "|")
         text = f"{head}\nK:{body}"
         score = symusic.Score.from_abc(text)
-        ours = [pitch for bar in abc.melody(text) for *_, pitch in bar]
-        theirs = [note.pitch for note in sorted(score.tracks[0].notes, key=lambda n: n.start)]
-        same.append(difflib.SequenceMatcher(None, ours, theirs, autojunk=False).ratio())
-    assert len(same) == 40 and np.mean(same) > 0.97 and min(same) > 0.9, f"{np.mean(same):.1%} of the notes agree"
+        pitches = [pitch for bar in abc.parse_melody(text) for *_, pitch in bar]
+        expected = [note.pitch for note in sorted(score.tracks[0].notes, key=lambda n: n.start)]
+        similarity.append(difflib.SequenceMatcher(None, pitches, expected, autojunk=False).ratio())
+    assert len(similarity) == 40 and min(similarity) > 0.9
+    assert np.mean(similarity) > 0.97, f"{np.mean(similarity):.1%} of the notes agree"
 
 
-def test_a_tune_in_another_key_is_family():
+def test_transposed_tunes_are_grouped():
     tune = "X:1\nM:6/8\nL:1/8\nK:{}\n"
-    d = abc.melody(tune.format("D") + "d2d f2a|b2a f2d|e2e g2b|a2f d3|")
-    g = abc.melody(tune.format("G") + "GAG B2d|e2d B2G|ABA c2e|d2B G3|")  # a fourth up, two notes decorated
-    other = abc.melody(tune.format("D") + "a2f e2d|c2e a2g|f2d B2A|G2E D3|")
-    marks = [abc.melodic_skeletons(bars, "6/8") for bars in (d, g, other)]
-    assert abc.group_duplicates(marks) == [0, 0, 2]
+    d = abc.parse_melody(tune.format("D") + "d2d f2a|b2a f2d|e2e g2b|a2f d3|")
+    g = abc.parse_melody(tune.format("G") + "GAG B2d|e2d B2G|ABA c2e|d2B G3|")  # a fourth up, two notes decorated
+    other = abc.parse_melody(tune.format("D") + "a2f e2d|c2e a2g|f2d B2A|G2E D3|")
+    keys = [abc.melodic_skeletons(bars, "6/8") for bars in (d, g, other)]
+    assert abc.group_duplicates(keys) == [0, 0, 2]
 
 
-def test_no_title_or_melody_straddles_a_split(catalogue):
-    draws = {}
+def test_no_title_or_melody_is_in_two_families(catalogue):
+    family_of = {}
     for title, bars, metre, family in catalogue.select("title", "bars", "metre", "family").rows():
-        for mark in abc.melodic_skeletons(json.loads(bars), metre) | ({abc.normalize_title(title)} - {""}):
-            assert draws.setdefault(mark, family) == family
+        for key in abc.melodic_skeletons(json.loads(bars), metre) | ({abc.normalize_title(title)} - {""}):
+            assert family_of.setdefault(key, family) == family
     assert catalogue["family"].n_unique() > 2500
 
 
@@ -129,16 +130,16 @@ def test_a_longer_corpus_begins_with_the_shorter_one(catalogue):
     assert synth.plan_clip(3, row, 0) == synth.plan_clip(3, row, 0) != synth.plan_clip(3, row, 1)
 
 
-def test_every_plan_fills_thirty_seconds_at_safe_pitches(catalogue):
+def test_arrangements_fill_the_clip_below_the_highest_pitch(catalogue):
     order = synth.sampling_order(catalogue, 5)
     for clip in range(0, 300, 3):
         layers = synth.arrange(synth.plan_clip(clip, catalogue.row(order[clip], named=True), 5))
-        assert max(start for start, *_ in layers["lead"]) > synth.SECONDS - 5
-        assert all(0 <= start <= synth.SECONDS + 1 and pitch <= synth.HIGHEST
+        assert max(start for start, *_ in layers["lead"]) > synth.CLIP_S - 5
+        assert all(0 <= start <= synth.CLIP_S + 1 and pitch <= synth.MAX_PITCH
                    for name, notes in layers.items() if name != "drums" for start, _, pitch, _ in notes)  # fmt: skip
 
 
-def test_the_table_and_its_clips(corpus):
+def test_build_tunes_writes_every_clip(corpus):
     table, folder = corpus
     assert len(table) == CLIPS and len(digests(folder)) == CLIPS
     for path in table["path"][:4]:
@@ -146,21 +147,21 @@ def test_the_table_and_its_clips(corpus):
         assert rate == 16000 and wave.shape == (480000,) and np.isfinite(wave).all() and 0.01 < np.abs(wave).max() <= 1
 
 
-def test_one_clip_is_the_same_bytes_here_and_there(corpus, catalogue):
+def test_render_is_deterministic_across_processes(corpus, catalogue):
     table, _ = corpus
     clip = 5
     plan = synth.plan_clip(clip, catalogue.row(synth.sampling_order(catalogue, 0)[clip], named=True), 0)
-    here = synth.render(plan)
-    assert np.array_equal(here, synth.render(plan))
-    there, _ = soundfile.read(table["path"][clip], dtype="float32")
-    assert np.abs(here - there).max() <= 1 / 32768
+    wave = synth.render(plan)
+    assert np.array_equal(wave, synth.render(plan))
+    from_child, _ = soundfile.read(table["path"][clip], dtype="float32")
+    assert np.abs(wave - from_child).max() <= 1 / 32768
 
 
-def test_a_killed_build_goes_on(corpus, tmp_path, monkeypatch):
+def test_a_killed_build_resumes(corpus, tmp_path, monkeypatch):
     table, folder = corpus
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
     code = f"import maestlib as ml; ml.load_dataset('tunes', clips={CLIPS})"
-    # a session of its own, so that the whole group can be killed
+    # in a session of its own, so that the process group can be killed
     build = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
     audio = tmp_path / folder.relative_to(folder.parents[2])
     deadline = time.time() + 240
@@ -175,12 +176,12 @@ def test_a_killed_build_goes_on(corpus, tmp_path, monkeypatch):
     assert 5 <= len(before) < CLIPS and not list(audio.parent.glob("*.parquet"))
     again = registry.load_dataset("tunes", clips=CLIPS)
     assert digests(audio) == digests(folder)
-    assert {name: (audio / name).stat().st_mtime_ns for name in before} == before, "what was there is kept"
+    assert {name: (audio / name).stat().st_mtime_ns for name in before} == before, "existing files are kept"
     assert again.drop("path").equals(table.drop("path"))
 
 
 @pytest.fixture
-def three(tmp_path, catalogue):
+def three_plans(tmp_path, catalogue):
     plans = [
         synth.plan_clip(i, catalogue.row(t, named=True), 0)
         for i, t in enumerate(synth.sampling_order(catalogue, 0)[:3])
@@ -188,29 +189,29 @@ def three(tmp_path, catalogue):
     return [plan | {"path": str(tmp_path / f"{plan['clip']}.flac")} for plan in plans]
 
 
-def test_a_clip_that_never_comes_back_is_left_out(tmp_path, monkeypatch, three):
-    "A cello far too high: the font's loops are shorter than the synthesiser's step, and native code never returns."
-    child = f"from maestlib.datasets import synth as p; p.RENDER_TIMEOUT_S, p.HIGHEST = 2, 127; {synth._CHILD}"
-    monkeypatch.setattr(synth, "_CHILD", child)
-    three[1] |= {"lead": "Cello", "second": None, "octave": 4}
-    failed = synth._render_all(three, 1)
+def test_a_clip_that_hangs_is_left_out(tmp_path, monkeypatch, three_plans):
+    "On a cello note this high the font's loop is shorter than the synthesizer's step, and native code never returns."
+    code = "from maestlib.datasets import synth, tunes; synth.MAX_PITCH, tunes.RENDER_TIMEOUT_S = 127, 2"
+    monkeypatch.setattr(tunes, "WORKER_CODE", f"{code}; {tunes.WORKER_CODE}")
+    three_plans[1] |= {"lead": "Cello", "second": None, "octave": 4}
+    failed = tunes.render_clips(three_plans, 1)
     assert list(failed) == [1] and "clip 1: native code" in failed[1]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["0.flac", "2.flac"]
 
 
-def test_an_error_of_ours_is_raised(three):
-    three[0]["lead"] = "no such instrument"
+def test_an_exception_in_a_worker_is_raised(three_plans):
+    three_plans[0]["lead"] = "no such instrument"
     with pytest.raises(RuntimeError, match="clip 0: not rendered"):
-        synth._render_all(three, 2)
+        tunes.render_clips(three_plans, 2)
 
 
 @pytest.mark.parametrize("clips", [3, 2.5, "many"])
-def test_bad_clips(clips):
+def test_build_tunes_checks_clips(clips):
     with pytest.raises(ValueError, match="clips="):
         registry.load_dataset("tunes", clips=clips)
 
 
-def test_a_missing_package_names_the_remedy(monkeypatch):
+def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(abc.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "maestlib\[demo\]"'):
         abc.read_abc()
@@ -224,42 +225,45 @@ def make_folder(path: Path, rows: list[str], songs=("a.wav", "b.wav", "sub/c.ogg
     return path
 
 
-def test_folder_reports_what_is_not_there(tmp_path, capsys):
-    mine = make_folder(tmp_path, ["path,labels", "a.wav,rock; pop;rock", "gone.wav,pop", "sub/c.ogg,"])
-    table = registry.load_dataset(mine)
-    said = capsys.readouterr().out
+def test_load_folder_logs_missing_files_and_labels(tmp_path, capsys):
+    folder = make_folder(tmp_path, ["path,labels", "a.wav,rock; pop;rock", "gone.wav,pop", "sub/c.ogg,"])
+    table = registry.load_dataset(folder)
+    output = capsys.readouterr().out
     assert table["track_id"].to_list() == ["a.wav", "sub/c.ogg"] == table["artist"].to_list()
     assert table["labels"].to_list() == [["pop", "rock"], []]
     assert all(Path(p).is_absolute() and Path(p).exists() for p in table["path"])
-    assert "missing" in said and "gone.wav" in said and "b.wav" in said and "no label" in said and "sub/c.ogg" in said
+    assert all(text in output for text in ("missing", "gone.wav", "b.wav", "no label", "sub/c.ogg"))
 
 
-def test_folder_splits(tmp_path):
+def test_load_folder_splits_by_artist(tmp_path):
     songs = [f"{i}.wav" for i in range(40)]
-    mine = make_folder(tmp_path, ["path,artist,labels", *(f"{s},band {i // 4},x" for i, s in enumerate(songs))], songs)
-    table = registry.load_folder(mine, validation=0.2, test=0.2)
+    folder = make_folder(
+        tmp_path, ["path,artist,labels", *(f"{s},band {i // 4},x" for i, s in enumerate(songs))], songs
+    )
+    table = registry.load_folder(folder, validation=0.2, test=0.2)
     assert table.group_by("artist").agg(pl.col("split").n_unique())["split"].max() == 1
     assert dict(table["split"].value_counts().rows()) == {"train": 24, "validation": 8, "test": 8}
-    assert table.equals(registry.load_folder(mine, validation=0.2, test=0.2))
-    assert not table.equals(registry.load_folder(mine, validation=0.2, test=0.2, seed=1))
+    assert table.equals(registry.load_folder(folder, validation=0.2, test=0.2))
+    assert not table.equals(registry.load_folder(folder, validation=0.2, test=0.2, seed=1))
     given = table.with_columns(split=pl.lit("test"), path=pl.col("track_id"))
-    given.write_parquet(mine / "own.parquet")
-    assert set(registry.load_dataset(mine / "own.parquet")["split"]) == {"test"}
+    given.write_parquet(folder / "own.parquet")
+    assert set(registry.load_dataset(folder / "own.parquet")["split"]) == {"test"}
 
 
 @pytest.mark.parametrize(
     "rows, message",
     [
         (["path,tags", "a.wav,rock"], "no column labels"), (["path,labels", "gone.wav,rock"], "none of its files"),
-        (["path,labels,split", "a.wav,rock,dev"], "split dev"), (["path,labels", "a.wav,x", "a.wav,y"], "twice"),
+        (["path,labels,split", "a.wav,rock,dev"], "split dev"),
+        (["path,labels", "a.wav,x", "a.wav,y"], "duplicate track_id a.wav"),
     ],
 )  # fmt: skip
-def test_bad_tags(tmp_path, rows, message):
+def test_load_folder_checks_tags(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         registry.load_dataset(make_folder(tmp_path, rows))
 
 
-def test_bad_names_and_shares(tmp_path):
+def test_load_dataset_checks_names_and_fractions(tmp_path):
     with pytest.raises(ValueError, match="dataset=nowhere: give tunes, .*or a path"):
         registry.load_dataset("nowhere")
     with pytest.raises(ValueError, match="no tags.csv"):
@@ -271,14 +275,14 @@ def test_bad_names_and_shares(tmp_path):
         registry.load_dataset(make_folder(tmp_path, ["path,labels", "a.wav,x"]), validation=0.5, test=0.5)
 
 
-def test_a_mel_store_is_its_table(tmp_path, corpus):
+def test_load_dataset_reads_the_table_of_a_mel_store(tmp_path, corpus):
     table, _ = corpus
     table.write_parquet(tmp_path / "tracks.parquet")
     pl.DataFrame({"track_id": []}).write_parquet(tmp_path / "index.parquet")
     assert registry.load_dataset(tmp_path).equals(table)
 
 
-def test_multihot():
+def test_multi_hot():
     table = pl.DataFrame({"labels": [["b", "a"], [], ["b"]]})
     assert label_vocabulary(table) == ["a", "b"]
     target = multi_hot(table, ["a", "b", "c"])
@@ -287,14 +291,12 @@ def test_multihot():
         multi_hot(table, ["a"])
 
 
-def test_the_first_tunes_are_those_of_the_whole(tmp_path, monkeypatch):
+def test_the_first_tunes_are_those_of_the_full_corpus(tmp_path, monkeypatch):
     pytest.importorskip("symusic", reason="the demo extra is not installed: pip install -e '.[demo]'")
-    from maestlib.datasets.synth import build_tunes
-
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
-    some = build_tunes(60, first=20)
-    assert len(list(tmp_path.rglob("*.flac"))) == len(some) == 20
-    whole = build_tunes(60)
-    assert whole[:20].equals(some) and build_tunes(60, first=30).equals(whole[:30])
+    first = tunes.build_tunes(60, first=20)
+    assert len(list(tmp_path.rglob("*.flac"))) == len(first) == 20
+    full = tunes.build_tunes(60)
+    assert full[:20].equals(first) and tunes.build_tunes(60, first=30).equals(full[:30])
     with pytest.raises(ValueError, match="first=3"):
-        build_tunes(60, first=3)
+        tunes.build_tunes(60, first=3)
