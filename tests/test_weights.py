@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from maestlib.audio.mel import MelConfig
 from maestlib.models import hub
-from maestlib.models.checkpoint import FREQUENCY, TIME, load_model, save_checkpoint
+from maestlib.models.checkpoint import load_model, save_checkpoint
 from maestlib.models.hub import REGISTRY, ReleasedModel, download, label_names, list_models
+from maestlib.models.layouts import FREQ_POS, TIME_POS
 from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.models.patchout import Patchout
 
@@ -194,17 +195,17 @@ def test_passt_is_stretched(state, tmp_path, capsys):
     generator = torch.Generator().manual_seed(3)
     time, frequency = torch.randn(1, 96, 1, 99, generator=generator), torch.randn(1, 96, 12, 1, generator=generator)
     heads = {k: torch.randn(527, *v.shape[1:], generator=generator) for k, v in state.items() if len(v) == 400}
-    torch.save(state | heads | {TIME: time, FREQUENCY: frequency}, tmp_path / "passt.pt")
+    torch.save(state | heads | {TIME_POS: time, FREQ_POS: frequency}, tmp_path / "passt.pt")
     model = load_model(tmp_path / "passt.pt", seconds=30)
     assert "12 rows, 99 columns to 9 rows, 187 columns" in capsys.readouterr().out
     assert len(model.config.labels) == 527 and model.config.grid == (9, 186)
     want = time[0, :, 0].numpy() @ cubic(99, 187).T, frequency[0, :, :, 0].numpy() @ cubic(12, 9).T
-    np.testing.assert_allclose(model.state_dict()[TIME][0, :, 0], want[0], atol=2e-4)
-    np.testing.assert_allclose(model.state_dict()[FREQUENCY][0, :, :, 0], want[1], atol=2e-4)
+    np.testing.assert_allclose(model.state_dict()[TIME_POS][0, :, 0], want[0], atol=2e-4)
+    np.testing.assert_allclose(model.state_dict()[FREQ_POS][0, :, :, 0], want[1], atol=2e-4)
     assert torch.equal(model.head[1].weight, heads["head.1.weight"])
     assert load_model(tmp_path / "passt.pt").config.seconds == 10
     whole = load_model(tmp_path / "passt.pt", mel=MelConfig(n_mels=128))  # its own height: the rows stay
-    assert torch.equal(whole.state_dict()[FREQUENCY], frequency)
+    assert torch.equal(whole.state_dict()[FREQ_POS], frequency)
 
 
 def test_deit_becomes_a_maest(tmp_path, capsys):
@@ -224,8 +225,8 @@ def test_deit_becomes_a_maest(tmp_path, capsys):
     ours = model.state_dict()
     grid = theirs["pos_embed"][0, 2:].reshape(24, 24, 96).permute(2, 0, 1).numpy()
     grid = cubic(24, 9) @ grid @ cubic(24, 62).T
-    np.testing.assert_allclose(ours[FREQUENCY][0, :, :, 0], grid.mean(2), atol=2e-4)
-    np.testing.assert_allclose(ours[TIME][0, :, 0], grid.mean(1), atol=2e-4)
+    np.testing.assert_allclose(ours[FREQ_POS][0, :, :, 0], grid.mean(2), atol=2e-4)
+    np.testing.assert_allclose(ours[TIME_POS][0, :, 0], grid.mean(1), atol=2e-4)
     assert torch.equal(ours["new_pos_embed"], theirs["pos_embed"][:, :2])
     torch.testing.assert_close(ours["patch_embed.proj.weight"][:, 0], theirs["patch_embed.proj.weight"].sum(1))
     shared = [k for k in theirs if k.startswith(("blocks.", "norm.", "cls", "dist"))]
@@ -235,9 +236,9 @@ def test_deit_becomes_a_maest(tmp_path, capsys):
 def test_another_length_keeps_everything_else(model, state, tmp_path, capsys):
     longer = load_model(write("ours", state, tmp_path), seconds=20)
     changed = {k for k, v in longer.state_dict().items() if not torch.equal(v, state[k])}
-    assert changed == {TIME} and longer.config.seconds == 20 and longer.config.labels == DISCOGS
-    want = state[TIME][0, :, 0].numpy() @ cubic(31, 125).T
-    np.testing.assert_allclose(longer.state_dict()[TIME][0, :, 0], want, atol=2e-4)
+    assert changed == {TIME_POS} and longer.config.seconds == 20 and longer.config.labels == DISCOGS
+    want = state[TIME_POS][0, :, 0].numpy() @ cubic(31, 125).T
+    np.testing.assert_allclose(longer.state_dict()[TIME_POS][0, :, 0], want, atol=2e-4)
     assert "31 columns to 9 rows, 125 columns" in capsys.readouterr().out
 
 
@@ -253,7 +254,7 @@ def test_a_new_head_only_on_request(state, tmp_path, capsys):
     assert (
         load_model(file, labels=mine).config.labels[1] == "mine 1"
     )  # this layout holds no names, so that these may be right
-    with pytest.raises(ValueError, match="labels are others: 'Blues---Boogie Woogie'"):
+    with pytest.raises(ValueError, match="labels differ: 'Blues---Boogie Woogie'"):
         load_model(write("ours", state, tmp_path), labels=DISCOGS[::-1])
 
 
@@ -290,7 +291,7 @@ def test_half_precision_copies(state, tmp_path):
         save_file(half, tmp_path / "half.safetensors")
         model = load_model(tmp_path / "half.safetensors")
         assert model.cls_token.dtype == torch.float32
-        grids = [s[TIME] + s[FREQUENCY] for s in (model.state_dict(), state)]
+        grids = [s[TIME_POS] + s[FREQ_POS] for s in (model.state_dict(), state)]
         torch.testing.assert_close(*grids, atol=8 * torch.finfo(dtype).eps, rtol=0)
 
 
@@ -313,24 +314,24 @@ def nan(state):
     ("make", "words"),
     [
         (lambda s: {k: v for k, v in s.items() if k != "norm.bias"}, r"norm\.bias is missing"),
-        (lambda s: s | {"blocks.2.extra": torch.zeros(1)}, r"blocks\.2\.extra is left over"),
+        (lambda s: s | {"blocks.2.extra": torch.zeros(1)}, r"blocks\.2\.extra is unexpected"),
         (lambda s: s | {"norm.bias": torch.zeros(7)}, r"norm\.bias is \(7,\) instead of \(96,\)"),
         (lambda s: s | {"head_dist.bias": torch.zeros(399)}, r"head_dist\.bias is \(399,\)"),
-        (lambda s: s | {TIME: torch.zeros(96, 31)}, "not the shapes of a MAEST"),
-        (lambda s: {k: v for k, v in s.items() if k != TIME}, "another architecture"),
-        (nan, r"norm\.bias holds"),
-        (lambda s: s | {"norm.bias": torch.zeros(96, dtype=torch.int32)}, r"norm\.bias is no floats"),
-        (lambda s: s | {"epoch": 3}, "epoch is no floats"),
+        (lambda s: s | {TIME_POS: torch.zeros(96, 31)}, "do not have the shapes of a MAEST"),
+        (lambda s: {k: v for k, v in s.items() if k != TIME_POS}, "another architecture"),
+        (nan, r"norm\.bias contains NaN"),
+        (lambda s: s | {"norm.bias": torch.zeros(96, dtype=torch.int32)}, r"not floating-point tensors: norm\.bias"),
+        (lambda s: s | {"epoch": 3}, "not floating-point tensors: epoch"),
         (lambda s: {f"net.{k}": v for k, v in s.items()} | {"mel.window": torch.zeros(1)}, r"mel\.window"),
         (lambda s: {"conv1.weight": torch.zeros(3)}, "another architecture"),
         (lambda s: {"cls_token": s["cls_token"], "pos_embed": torch.zeros(1, 197, 96)}, "another architecture"),
         (lambda s: {}, "no named tensors"),
         (lambda s: [s["cls_token"]], "no named tensors"),
         (lambda s: s["cls_token"], "no named tensors"),
-        (lambda s: {**as_ast(s, 31), "audio_spectrogram_transformer.pooler": torch.zeros(1)}, "pooler is left over"),
+        (lambda s: {**as_ast(s, 31), "audio_spectrogram_transformer.pooler": torch.zeros(1)}, "pooler is unexpected"),
         (
             lambda s: {k: v for k, v in as_ast(s, 31).items() if ".2.attention.attention.key.w" not in k},
-            r"blocks\.2\.attn\.query\.weight is left over",
+            r"blocks\.2\.attn\.query\.weight is unexpected",
         ),
         (
             lambda s: {k: v.flip(1) ** 2 if "position" in k else v for k, v in as_ast(s, 31).items()},
@@ -387,7 +388,7 @@ def test_a_pickle_that_runs_code_does_not_run(state, tmp_path):
         (tmp_path / f"plain{protocol}.ckpt").write_bytes(pickle.dumps({"a": Trap(sprung)}, protocol))
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.ckpt")
     for name in ("zip", "old", "plain2", "plain4", "module"):
-        with pytest.raises(ValueError, match=rf"{name}\.ckpt: holds Python objects, which could run code"):
+        with pytest.raises(ValueError, match=rf"{name}\.ckpt: contains Python objects, which could run code"):
             load_model(tmp_path / f"{name}.ckpt")
     assert not sprung.exists()
 
@@ -514,7 +515,7 @@ def test_the_registry():
     table = list_models()
     assert len(table) == 10 and table["name"].n_unique() == table["url"].n_unique() == table["sha256"].n_unique() == 10
     maest = table.filter(table["layout"] == "released")
-    assert len(maest) == 8 and set(maest["licence"]) == {"CC BY-NC-SA 4.0"}
+    assert len(maest) == 8 and set(maest["license"]) == {"CC BY-NC-SA 4.0"}
     assert maest["seconds"].to_list() == [5, 10, 10, 10, 20, 30, 30, 30]
     assert [name for name, e in REGISTRY.items() if e.separate_heads] == ["discogs-maest-30s-pw-73e-ts"]
     assert hub.label_names(519)[-1] in hub.label_names(519) and "---" in hub.label_names(519)[-1]

@@ -79,7 +79,7 @@ class InferenceSetting:
     @property
     def reduction(self) -> dict:
         "What `ReducedMAEST` takes; empty for the plain model."
-        return {"merge": self.merge, "keep": self.keep} if self.merge or self.keep < 1 else {}
+        return {"merge": self.merge, "keep_rate": self.keep} if self.merge or self.keep < 1 else {}
 
     def embed_kwargs(self, hop: float) -> str | None:  # JSON; `hop`: seconds from window to window
         "What `ReducedMAEST` and `maestlib.embed` take for this setting; None for what they cannot do."
