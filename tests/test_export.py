@@ -1,4 +1,4 @@
-"""What is exported gives what the model gives, at sizes that the export has not seen, and carries its labels."""
+"""Exported files agree with the model, at sizes other than the recorded one, and contain its labels."""
 
 import json
 
@@ -27,11 +27,11 @@ def model(request):
     return model
 
 
-def sizes(shortest):
-    "Mels of several numbers of clips and frames."
+def example_mels(min_frames):
+    "Mels of different batch sizes and lengths."
     generator = torch.Generator().manual_seed(3)
     return [
-        torch.randn(clips, 96, frames, generator=generator) for clips, frames in ((1, 312), (5, 101), (2, shortest))
+        torch.randn(clips, 96, frames, generator=generator) for clips, frames in ((1, 312), (5, 101), (2, min_frames))
     ]
 
 
@@ -50,13 +50,13 @@ def test_onnx_from_mel(model, patchout, tmp_path):
     assert export_onnx(model, tmp_path / "mel.onnx", patchout=patchout) < 1e-4
     assert [p.name for p in tmp_path.iterdir()] == ["mel.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "mel.onnx", providers=["CPUExecutionProvider"])
-    for mel in sizes(16):
+    for mel in example_mels(16):
         (logits,) = session.run(["logits"], {"mel": mel.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), model(mel, patchout), atol=1e-4, rtol=0)
-    notes = session.get_modelmeta().custom_metadata_map
-    assert tuple(json.loads(notes["labels"])) == LABELS
-    assert MAESTConfig.from_dict(json.loads(notes["config"])) == model.config
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert tuple(json.loads(metadata["labels"])) == LABELS
+    assert MAESTConfig.from_dict(json.loads(metadata["config"])) == model.config
     with pytest.raises(Exception, match="."):  # longer than the model: an error, not a wrong answer
         session.run(None, {"mel": torch.zeros(1, 96, 400).numpy()})
 
@@ -80,7 +80,7 @@ def test_torch_export(model, include_frontend, tmp_path):
     extra = {"config.json": ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
     assert MAESTConfig.from_dict(json.loads(extra["config.json"])) == model.config
-    for mel in sizes(26):
+    for mel in example_mels(26):
         x = mel[:, 0].repeat(1, 256) if include_frontend else mel
         with torch.no_grad():
             expected = model(normalize(logmel(x))[..., : mel.shape[2]]).sigmoid() if include_frontend else model(mel)
