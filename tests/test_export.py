@@ -1,4 +1,4 @@
-"""What is exported gives what the model gives, at sizes that the export has not seen, and carries its labels."""
+"""Exported files agree with the model, at sizes other than the recorded one, and contain its labels."""
 
 import json
 
@@ -27,16 +27,16 @@ def model(request):
     return model
 
 
-def sizes(shortest):
-    "Mels of several numbers of clips and frames."
+def example_mels(min_frames):
+    "Mels of different batch sizes and lengths."
     generator = torch.Generator().manual_seed(3)
     return [
-        torch.randn(clips, 96, frames, generator=generator) for clips, frames in ((1, 312), (5, 101), (2, shortest))
+        torch.randn(clips, 96, frames, generator=generator) for clips, frames in ((1, 312), (5, 101), (2, min_frames))
     ]
 
 
 @pytest.mark.parametrize("frontend", ["essentia", "torchaudio"])
-def test_the_mel_as_layers(frontend):
+def test_frontend_as_layers(frontend):
     config = MelConfig(frontend=frontend)
     wave = 0.3 * torch.randn(2, 16_000 + 100, generator=torch.Generator().manual_seed(4))
     reference = normalize(logmel(wave, config), config)[..., : 16_100 // 256]
@@ -44,27 +44,27 @@ def test_the_mel_as_layers(frontend):
 
 
 @pytest.mark.parametrize("patchout", [None, Patchout(keep_every=3, drop_rows=(0, 7, 8))])
-def test_onnx_from_the_mel(model, patchout, tmp_path):
+def test_onnx_from_mel(model, patchout, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     assert export_onnx(model, tmp_path / "mel.onnx", patchout=patchout) < 1e-4
     assert [p.name for p in tmp_path.iterdir()] == ["mel.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "mel.onnx", providers=["CPUExecutionProvider"])
-    for mel in sizes(16):
+    for mel in example_mels(16):
         (logits,) = session.run(["logits"], {"mel": mel.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), model(mel, patchout), atol=1e-4, rtol=0)
-    notes = session.get_modelmeta().custom_metadata_map
-    assert tuple(json.loads(notes["labels"])) == LABELS
-    assert MAESTConfig.from_dict(json.loads(notes["config"])) == model.config
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert tuple(json.loads(metadata["labels"])) == LABELS
+    assert MAESTConfig.from_dict(json.loads(metadata["config"])) == model.config
     with pytest.raises(Exception, match="."):  # longer than the model: an error, not a wrong answer
         session.run(None, {"mel": torch.zeros(1, 96, 400).numpy()})
 
 
-def test_onnx_from_the_wave(model, tmp_path):
+def test_onnx_from_waveform(model, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    assert export_onnx(model, tmp_path / "tags.onnx", with_mel=True) < 1e-4
+    assert export_onnx(model, tmp_path / "tags.onnx", include_frontend=True) < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "tags.onnx", providers=["CPUExecutionProvider"])
     for samples in (80_000, 30_000):
         wave = 0.2 * torch.randn(2, samples, generator=torch.Generator().manual_seed(5))
@@ -74,22 +74,22 @@ def test_onnx_from_the_wave(model, tmp_path):
         torch.testing.assert_close(torch.from_numpy(activations), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("with_mel", [False, True])
-def test_torch_export(model, with_mel, tmp_path):
-    assert export_torch(model, tmp_path / "model.pt2", with_mel=with_mel) < 1e-4
+@pytest.mark.parametrize("include_frontend", [False, True])
+def test_torch_export(model, include_frontend, tmp_path):
+    assert export_torch(model, tmp_path / "model.pt2", include_frontend=include_frontend) < 1e-4
     extra = {"config.json": ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
     assert MAESTConfig.from_dict(json.loads(extra["config.json"])) == model.config
-    for mel in sizes(26):
-        x = mel[:, 0].repeat(1, 256) if with_mel else mel
+    for mel in example_mels(26):
+        x = mel[:, 0].repeat(1, 256) if include_frontend else mel
         with torch.no_grad():
-            expected = model(normalize(logmel(x))[..., : mel.shape[2]]).sigmoid() if with_mel else model(mel)
+            expected = model(normalize(logmel(x))[..., : mel.shape[2]]).sigmoid() if include_frontend else model(mel)
             torch.testing.assert_close(program(x), expected, atol=1e-4, rtol=0)
     with pytest.raises(AssertionError, match="Guard failed"):
-        program(torch.zeros(1, 400 * 256) if with_mel else torch.zeros(1, 96, 400))
+        program(torch.zeros(1, 400 * 256) if include_frontend else torch.zeros(1, 96, 400))
 
 
-def test_what_cannot_be_exported(tmp_path):
+def test_invalid_exports_are_refused(tmp_path):
     model = MAEST(MAESTConfig(5, LABELS, embed_dim=96, num_heads=3, depth=1)).init_weights(1).eval()
     with pytest.raises(ValueError, match="random"):
         export_torch(model, tmp_path / "x.pt2", patchout=Patchout.random(rows=3))

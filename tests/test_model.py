@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maestlib.models.maest import MAEST, MAESTConfig, chunked_attention, count_flops
+from maestlib.models.maest import MAEST, MAESTConfig, count_flops
 from maestlib.models.patchout import Patchout, patch_grid, select_patches
+from maestlib.models.transformer import chunked_attention
 
 PARITY = Path(os.environ.get("MAESTLIB_DATA", Path(__file__).parents[2] / "shared")) / "parity"
 LABELS = [f"Group---{i}" for i in range(7)]
 
 
 def reference(state, mel, heads, depth, rows, columns):
-    "All block embeddings and the logits, the slow way."
+    "All block embeddings and the logits, computed step by step in float64."
     s = {k: v.double() for k, v in state.items()}
     x = torch.nn.functional.conv2d(mel.double()[:, None], s["patch_embed.proj.weight"], s["patch_embed.proj.bias"], 10)
     x = x + s["freq_new_pos_embed"] + s["time_new_pos_embed"][..., : x.shape[-1]]
@@ -33,7 +34,7 @@ def reference(state, mel, heads, depth, rows, columns):
     def linear(x, name):
         return x @ s[f"{name}.weight"].T + s[f"{name}.bias"]
 
-    found = []
+    block_embeddings = []
     for i in range(depth):
         q, k, v = linear(norm(x, f"blocks.{i}.norm1", 1e-6), f"blocks.{i}.attn.qkv").chunk(3, -1)
         out = []
@@ -42,9 +43,9 @@ def reference(state, mel, heads, depth, rows, columns):
         x = x + linear(torch.cat(out, -1), f"blocks.{i}.attn.proj")
         hidden = linear(norm(x, f"blocks.{i}.norm2", 1e-6), f"blocks.{i}.mlp.fc1")
         x = x + linear(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2, f"blocks.{i}.mlp.fc2")
-        found.append(torch.stack([x[:, 0], x[:, 1], x[:, 2:].mean(1)], 1))
+        block_embeddings.append(torch.stack([x[:, 0], x[:, 1], x[:, 2:].mean(1)], 1))
     features = norm(x, "norm", 1e-6)[:, :2].mean(1)
-    return torch.stack(found, 1), linear(norm(features, "head.0", 1e-5), "head.1")
+    return torch.stack(block_embeddings, 1), linear(norm(features, "head.0", 1e-5), "head.1")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_equals_the_reference(model, patchout, frames):
 
 
 def test_blocks_of_the_released_layout():
-    "Block embeddings that the released code computed with the first two blocks of a random state dict in its layout."
+    "Block embeddings against those of the released code, for two blocks of a random state dict in its layout."
     state = load_file(Path(__file__).parent / "released_layout_two_blocks.safetensors")
     expected = {k: state.pop(k) for k in ("block0", "block1")}
     model = MAEST(MAESTConfig(seconds=30, labels=LABELS, embed_dim=96, num_heads=3, depth=2)).eval()
@@ -117,7 +118,7 @@ def test_parity_with_the_released_code():
         np.testing.assert_allclose(value.numpy(), want[name], atol=1e-4, err_msg=name)
 
 
-def test_training_uses_the_whole_time_table(model):
+def test_training_uses_the_full_time_table(model):
     "In training a shorter input starts at a random column of the time table, drawn from the generator."
     mel = torch.zeros(1, 96, 100)
     model.train()
@@ -129,7 +130,7 @@ def test_training_uses_the_whole_time_table(model):
     assert len(starts) == model.time_new_pos_embed.shape[-1] - patch_grid(100)[1] + 1
 
 
-def test_random_patchout_is_a_fair_draw():
+def test_random_patchout_is_uniform():
     counts = np.zeros(9)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2000):
@@ -139,14 +140,14 @@ def test_random_patchout_is_a_fair_draw():
     assert np.abs(counts / 2000 - 6 / 9).max() < 0.05
 
 
-def test_dropped_patches_are_not_paid_for():
+def test_dropped_patches_cost_nothing():
     config = MAESTConfig.from_size("base", labels=["a"] * 400)
     assert count_flops(config)["total_tokens"] == 1676 and count_flops(config, Patchout(keep_every=3))["tokens"] == 560
     assert count_flops(config, Patchout(keep_every=3))["gflop"] < count_flops(config)["gflop"] / 3
 
 
 @pytest.mark.parametrize(
-    ("mel", "words"),
+    ("mel", "message"),
     [
         (torch.zeros(96, 312), "batch"),
         (torch.zeros(1, 128, 312), "96"),
@@ -156,8 +157,8 @@ def test_dropped_patches_are_not_paid_for():
         (torch.full((1, 96, 312), float("nan")), "NaN"),
     ],
 )
-def test_bad_mels_are_refused(model, mel, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_mels_are_refused(model, mel, message):
+    with pytest.raises(ValueError, match=message):
         model(mel)
 
 
@@ -167,12 +168,12 @@ def test_bad_blocks_are_refused(model, blocks):
         model.embed(torch.zeros(1, 96, 100), blocks=blocks)
 
 
-def test_attention_in_pieces_is_attention():
+def test_chunked_attention_equals_attention():
     q, k, v = torch.randn(3, 2, 3, 300, 16, generator=torch.Generator().manual_seed(0))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     bias = torch.randn(2, 1, 1, 300, generator=torch.Generator().manual_seed(1))
-    louder = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
-    for room in (2**21, 2 * 300**2, 7 * 300, 1):  # all at once; two heads; seven queries; one
-        torch.testing.assert_close(chunked_attention(q, k, v, room=room), expected)
-        torch.testing.assert_close(chunked_attention(q, k, v, bias, room), louder)
+    biased = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+    for max_weights in (2**21, 2 * 300**2, 7 * 300, 1):  # all at once; two heads; seven queries; one
+        torch.testing.assert_close(chunked_attention(q, k, v, max_weights=max_weights), expected)
+        torch.testing.assert_close(chunked_attention(q, k, v, bias, max_weights), biased)
     torch.testing.assert_close(chunked_attention(q[:, :, :2], k, v), expected[:, :, :2])

@@ -106,9 +106,9 @@ def test_prediction_needs_two_points():
     ("how", "words"),
     [
         (dict(merge=0.7), "merge=0.7"),
-        (dict(keep=0.0), "keep=0.0"),
-        (dict(at=9), "at=9"),
-        (dict(merge=0.1, keep=0.5), "not both"),
+        (dict(keep_rate=0.0), "keep_rate=0.0"),
+        (dict(drop_after_block=9), "drop_after_block=9"),
+        (dict(merge=0.1, keep_rate=0.5), "not both"),
     ],
 )
 def test_shares_out_of_range(how, words):
@@ -127,10 +127,10 @@ def test_an_unknown_model_is_named():
         benchmark([InferenceSetting("other")], {"maest": small()})
 
 
-@pytest.mark.parametrize("how", [dict(merge=0.2), dict(keep=0.3), dict(merge=0.2, separate_heads=True)])
+@pytest.mark.parametrize("how", [dict(merge=0.2), dict(keep_rate=0.3), dict(merge=0.2, separate_heads=True)])
 def test_a_reduced_model_goes_where_a_maest_goes(how):
     model = small(separate_heads=how.pop("separate_heads", False))
-    reduced = ReducedMAEST(model, **how, **({"at": 1} if "keep" in how else {}))
+    reduced = ReducedMAEST(model, **how, **({"drop_after_block": 1} if "keep_rate" in how else {}))
     wave = torch.randn(16000 * 3, generator=torch.Generator().manual_seed(0))
     full, less = (ml.embed(wave, m, block=2, dtype="float32") for m in (model, reduced))
     assert less.shape == full.shape

@@ -1,4 +1,4 @@
-"""Every layout of the same weights gives the same model, what is no model says so, and a broken download goes on."""
+"""All layouts of the same weights give the same model, invalid files are refused, broken downloads are resumed."""
 
 import hashlib
 import json
@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from maestlib.audio.mel import MelConfig
 from maestlib.models import hub
-from maestlib.models.checkpoint import FREQUENCY, TIME, load_model, save_checkpoint
+from maestlib.models.checkpoint import load_model, save_checkpoint
 from maestlib.models.hub import REGISTRY, ReleasedModel, download, label_names, list_models
+from maestlib.models.layouts import FREQ_POS, TIME_POS
 from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.models.patchout import Patchout
 
@@ -59,7 +60,7 @@ def random_mel(frames, batch=2, seed=7):
     return torch.randn(batch, 96, frames, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- the layouts, written without maestlib.weights ----
+# ---- the layouts, written independently of maestlib.models.layouts ----
 
 
 def as_ast(state, columns):
@@ -79,16 +80,16 @@ def as_ast(state, columns):
     plain |= {"norm1": "layernorm_before", "norm2": "layernorm_after"}
     for i in range(depth(state)):
         layer = f"{prefix}encoder.layer.{i}."
-        for kind in ("weight", "bias"):
-            qkv = state[f"blocks.{i}.attn.qkv.{kind}"]
+        for parameter in ("weight", "bias"):
+            qkv = state[f"blocks.{i}.attn.qkv.{parameter}"]
             for j, name in enumerate(("query", "key", "value")):
-                out[f"{layer}attention.attention.{name}.{kind}"] = qkv[j * width : (j + 1) * width].clone()
+                out[f"{layer}attention.attention.{name}.{parameter}"] = qkv[j * width : (j + 1) * width].clone()
             for ours, theirs in plain.items():
-                out[f"{layer}{theirs}.{kind}"] = state[f"blocks.{i}.{ours}.{kind}"]
-    for kind in ("weight", "bias"):
-        out[f"{prefix}layernorm.{kind}"] = state[f"norm.{kind}"]
-        out[f"classifier.layernorm.{kind}"] = state[f"head.0.{kind}"]
-        out[f"classifier.dense.{kind}"] = state[f"head.1.{kind}"]
+                out[f"{layer}{theirs}.{parameter}"] = state[f"blocks.{i}.{ours}.{parameter}"]
+    for parameter in ("weight", "bias"):
+        out[f"{prefix}layernorm.{parameter}"] = state[f"norm.{parameter}"]
+        out[f"classifier.layernorm.{parameter}"] = state[f"head.0.{parameter}"]
+        out[f"classifier.dense.{parameter}"] = state[f"head.1.{parameter}"]
     return out
 
 
@@ -190,21 +191,21 @@ def cubic(old, new):
     return matrix
 
 
-def test_passt_is_stretched(state, tmp_path, capsys):
+def test_passt_is_interpolated(state, tmp_path, capsys):
     generator = torch.Generator().manual_seed(3)
     time, frequency = torch.randn(1, 96, 1, 99, generator=generator), torch.randn(1, 96, 12, 1, generator=generator)
     heads = {k: torch.randn(527, *v.shape[1:], generator=generator) for k, v in state.items() if len(v) == 400}
-    torch.save(state | heads | {TIME: time, FREQUENCY: frequency}, tmp_path / "passt.pt")
+    torch.save(state | heads | {TIME_POS: time, FREQ_POS: frequency}, tmp_path / "passt.pt")
     model = load_model(tmp_path / "passt.pt", seconds=30)
     assert "12 rows, 99 columns to 9 rows, 187 columns" in capsys.readouterr().out
     assert len(model.config.labels) == 527 and model.config.grid == (9, 186)
     want = time[0, :, 0].numpy() @ cubic(99, 187).T, frequency[0, :, :, 0].numpy() @ cubic(12, 9).T
-    np.testing.assert_allclose(model.state_dict()[TIME][0, :, 0], want[0], atol=2e-4)
-    np.testing.assert_allclose(model.state_dict()[FREQUENCY][0, :, :, 0], want[1], atol=2e-4)
+    np.testing.assert_allclose(model.state_dict()[TIME_POS][0, :, 0], want[0], atol=2e-4)
+    np.testing.assert_allclose(model.state_dict()[FREQ_POS][0, :, :, 0], want[1], atol=2e-4)
     assert torch.equal(model.head[1].weight, heads["head.1.weight"])
     assert load_model(tmp_path / "passt.pt").config.seconds == 10
-    whole = load_model(tmp_path / "passt.pt", mel=MelConfig(n_mels=128))  # its own height: the rows stay
-    assert torch.equal(whole.state_dict()[FREQUENCY], frequency)
+    unchanged = load_model(tmp_path / "passt.pt", mel=MelConfig(n_mels=128))  # its own height: the rows stay
+    assert torch.equal(unchanged.state_dict()[FREQ_POS], frequency)
 
 
 def test_deit_becomes_a_maest(tmp_path, capsys):
@@ -224,8 +225,8 @@ def test_deit_becomes_a_maest(tmp_path, capsys):
     ours = model.state_dict()
     grid = theirs["pos_embed"][0, 2:].reshape(24, 24, 96).permute(2, 0, 1).numpy()
     grid = cubic(24, 9) @ grid @ cubic(24, 62).T
-    np.testing.assert_allclose(ours[FREQUENCY][0, :, :, 0], grid.mean(2), atol=2e-4)
-    np.testing.assert_allclose(ours[TIME][0, :, 0], grid.mean(1), atol=2e-4)
+    np.testing.assert_allclose(ours[FREQ_POS][0, :, :, 0], grid.mean(2), atol=2e-4)
+    np.testing.assert_allclose(ours[TIME_POS][0, :, 0], grid.mean(1), atol=2e-4)
     assert torch.equal(ours["new_pos_embed"], theirs["pos_embed"][:, :2])
     torch.testing.assert_close(ours["patch_embed.proj.weight"][:, 0], theirs["patch_embed.proj.weight"].sum(1))
     shared = [k for k in theirs if k.startswith(("blocks.", "norm.", "cls", "dist"))]
@@ -235,9 +236,9 @@ def test_deit_becomes_a_maest(tmp_path, capsys):
 def test_another_length_keeps_everything_else(model, state, tmp_path, capsys):
     longer = load_model(write("ours", state, tmp_path), seconds=20)
     changed = {k for k, v in longer.state_dict().items() if not torch.equal(v, state[k])}
-    assert changed == {TIME} and longer.config.seconds == 20 and longer.config.labels == DISCOGS
-    want = state[TIME][0, :, 0].numpy() @ cubic(31, 125).T
-    np.testing.assert_allclose(longer.state_dict()[TIME][0, :, 0], want, atol=2e-4)
+    assert changed == {TIME_POS} and longer.config.seconds == 20 and longer.config.labels == DISCOGS
+    want = state[TIME_POS][0, :, 0].numpy() @ cubic(31, 125).T
+    np.testing.assert_allclose(longer.state_dict()[TIME_POS][0, :, 0], want, atol=2e-4)
     assert "31 columns to 9 rows, 125 columns" in capsys.readouterr().out
 
 
@@ -253,7 +254,7 @@ def test_a_new_head_only_on_request(state, tmp_path, capsys):
     assert (
         load_model(file, labels=mine).config.labels[1] == "mine 1"
     )  # this layout holds no names, so that these may be right
-    with pytest.raises(ValueError, match="labels are others: 'Blues---Boogie Woogie'"):
+    with pytest.raises(ValueError, match="labels differ: 'Blues---Boogie Woogie'"):
         load_model(write("ours", state, tmp_path), labels=DISCOGS[::-1])
 
 
@@ -290,14 +291,14 @@ def test_half_precision_copies(state, tmp_path):
         save_file(half, tmp_path / "half.safetensors")
         model = load_model(tmp_path / "half.safetensors")
         assert model.cls_token.dtype == torch.float32
-        grids = [s[TIME] + s[FREQUENCY] for s in (model.state_dict(), state)]
+        grids = [s[TIME_POS] + s[FREQ_POS] for s in (model.state_dict(), state)]
         torch.testing.assert_close(*grids, atol=8 * torch.finfo(dtype).eps, rtol=0)
 
 
 # ---- what is no checkpoint ----
 
 
-class Trap:
+class Malicious:
     def __init__(self, path):
         self.path = path
 
@@ -310,27 +311,27 @@ def nan(state):
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (lambda s: {k: v for k, v in s.items() if k != "norm.bias"}, r"norm\.bias is missing"),
-        (lambda s: s | {"blocks.2.extra": torch.zeros(1)}, r"blocks\.2\.extra is left over"),
+        (lambda s: s | {"blocks.2.extra": torch.zeros(1)}, r"blocks\.2\.extra is unexpected"),
         (lambda s: s | {"norm.bias": torch.zeros(7)}, r"norm\.bias is \(7,\) instead of \(96,\)"),
         (lambda s: s | {"head_dist.bias": torch.zeros(399)}, r"head_dist\.bias is \(399,\)"),
-        (lambda s: s | {TIME: torch.zeros(96, 31)}, "not the shapes of a MAEST"),
-        (lambda s: {k: v for k, v in s.items() if k != TIME}, "another architecture"),
-        (nan, r"norm\.bias holds"),
-        (lambda s: s | {"norm.bias": torch.zeros(96, dtype=torch.int32)}, r"norm\.bias is no floats"),
-        (lambda s: s | {"epoch": 3}, "epoch is no floats"),
+        (lambda s: s | {TIME_POS: torch.zeros(96, 31)}, "do not have the shapes of a MAEST"),
+        (lambda s: {k: v for k, v in s.items() if k != TIME_POS}, "another architecture"),
+        (nan, r"norm\.bias contains NaN"),
+        (lambda s: s | {"norm.bias": torch.zeros(96, dtype=torch.int32)}, r"not floating-point tensors: norm\.bias"),
+        (lambda s: s | {"epoch": 3}, "not floating-point tensors: epoch"),
         (lambda s: {f"net.{k}": v for k, v in s.items()} | {"mel.window": torch.zeros(1)}, r"mel\.window"),
         (lambda s: {"conv1.weight": torch.zeros(3)}, "another architecture"),
         (lambda s: {"cls_token": s["cls_token"], "pos_embed": torch.zeros(1, 197, 96)}, "another architecture"),
         (lambda s: {}, "no named tensors"),
         (lambda s: [s["cls_token"]], "no named tensors"),
         (lambda s: s["cls_token"], "no named tensors"),
-        (lambda s: {**as_ast(s, 31), "audio_spectrogram_transformer.pooler": torch.zeros(1)}, "pooler is left over"),
+        (lambda s: {**as_ast(s, 31), "audio_spectrogram_transformer.pooler": torch.zeros(1)}, "pooler is unexpected"),
         (
             lambda s: {k: v for k, v in as_ast(s, 31).items() if ".2.attention.attention.key.w" not in k},
-            r"blocks\.2\.attn\.query\.weight is left over",
+            r"blocks\.2\.attn\.query\.weight is unexpected",
         ),
         (
             lambda s: {k: v.flip(1) ** 2 if "position" in k else v for k, v in as_ast(s, 31).items()},
@@ -338,15 +339,15 @@ def nan(state):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(state, make, words, tmp_path):
-    torch.save(make(state), tmp_path / "wrong.ckpt")
-    with pytest.raises(ValueError, match=words) as error:
-        load_model(tmp_path / "wrong.ckpt")
-    assert "wrong.ckpt" in str(error.value) and "\n" not in str(error.value)
+def test_mismatching_tensors_are_named(state, make, message, tmp_path):
+    torch.save(make(state), tmp_path / "invalid.ckpt")
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(tmp_path / "invalid.ckpt")
+    assert "invalid.ckpt" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("layout", ["released", "ast", "deit"])
-def test_any_tensor_missing_or_mangled(state, layout, tmp_path):
+def test_any_tensor_missing_or_malformed(state, layout, tmp_path):
     "One key at a time: always a ValueError that names the file, never another error, never a model."
     small = {k: v for k, v in state.items() if not k.startswith("blocks.") or k.startswith("blocks.0.")}
     if layout == "ast":
@@ -354,22 +355,22 @@ def test_any_tensor_missing_or_mangled(state, layout, tmp_path):
     if layout == "deit":
         small = {k: v for k, v in small.items() if "pos_embed" not in k and not k.startswith("head")}
         small |= {"pos_embed": torch.randn(1, 27, 96), "patch_embed.proj.weight": torch.randn(96, 3, 16, 16)}
-    wish = {"labels": ["jig"], "new_head": True} if layout == "deit" else {}
-    file = tmp_path / "wrong.safetensors"
+    options = {"labels": ["jig"], "new_head": True} if layout == "deit" else {}
+    file = tmp_path / "invalid.safetensors"
     save_file(small, file)
-    load_model(file, **wish)
+    load_model(file, **options)
     for k in small:
         for change in ({}, {k: torch.zeros(())}, {k: torch.zeros(2, 3)}):
             save_file({other: t for other, t in small.items() if other != k} | change, file)
-            with pytest.raises(ValueError, match=r"wrong\.safetensors") as error:
-                load_model(file, **wish)
+            with pytest.raises(ValueError, match=r"invalid\.safetensors") as error:
+                load_model(file, **options)
             assert "\n" not in str(error.value)
 
 
 def test_damaged_files_say_so(state, tmp_path):
-    whole = {name: write(name, state, tmp_path).read_bytes() for name in ("bare", "old", "ours")}
+    intact = {name: write(name, state, tmp_path).read_bytes() for name in ("bare", "old", "ours")}
     files = {
-        f"{name} {part}": data[: int(len(data) * part)] for name, data in whole.items() for part in (0.01, 0.5, 0.999)
+        f"{name} {part}": data[: int(len(data) * part)] for name, data in intact.items() for part in (0.01, 0.5, 0.999)
     }
     files |= {"text": b"<html>404</html>" * 50, "empty": b"", "noise": os.urandom(4000), "brace": b"12345678{"}
     for name, data in files.items():
@@ -380,19 +381,19 @@ def test_damaged_files_say_so(state, tmp_path):
 
 
 def test_a_pickle_that_runs_code_does_not_run(state, tmp_path):
-    sprung = tmp_path / "sprung"
-    torch.save(state | {"epoch": Trap(sprung)}, tmp_path / "zip.ckpt")
-    torch.save(state | {"epoch": Trap(sprung)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    executed = tmp_path / "executed"
+    torch.save(state | {"epoch": Malicious(executed)}, tmp_path / "zip.ckpt")
+    torch.save(state | {"epoch": Malicious(executed)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     for protocol in (2, 4):
-        (tmp_path / f"plain{protocol}.ckpt").write_bytes(pickle.dumps({"a": Trap(sprung)}, protocol))
+        (tmp_path / f"plain{protocol}.ckpt").write_bytes(pickle.dumps({"a": Malicious(executed)}, protocol))
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.ckpt")
     for name in ("zip", "old", "plain2", "plain4", "module"):
-        with pytest.raises(ValueError, match=rf"{name}\.ckpt: holds Python objects, which could run code"):
+        with pytest.raises(ValueError, match=rf"{name}\.ckpt: contains Python objects, which could run code"):
             load_model(tmp_path / f"{name}.ckpt")
-    assert not sprung.exists()
+    assert not executed.exists()
 
 
-def test_names_that_are_nothing(tmp_path):
+def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="did you mean 'discogs-maest-30s-pw-129e'"):
         load_model("discogs-maest-30s-pw-129")
     with pytest.raises(FileNotFoundError, match=r"best\.safetensors"):
@@ -406,13 +407,13 @@ def test_names_that_are_nothing(tmp_path):
 
 @contextmanager
 def serve(content, ranges=True, stop_at=None):
-    "A file server; yields a dict: `url`, `asked` (the first byte of each request), `stop_at` (break off there)."
-    plan = {"asked": [], "stop_at": stop_at}
+    "A file server; yields a dict: `url`, `first_bytes` (the first byte of each request), `stop_at` (break off there)."
+    plan = {"first_bytes": [], "stop_at": stop_at}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if ranges else 0
-            plan["asked"].append(start)
+            plan["first_bytes"].append(start)
             if start >= len(content):
                 self.send_error(416)
                 return
@@ -434,7 +435,7 @@ def serve(content, ranges=True, stop_at=None):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def weights_dir(tmp_path, monkeypatch):
     "An empty cache, and no proxy between this machine and itself."
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -451,7 +452,7 @@ CONTENT = np.random.default_rng(0).bytes(3_500_000)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_is_continued(here, ranges):
+def test_interrupted_download_is_resumed(weights_dir, ranges):
     with serve(CONTENT, ranges, stop_at=2_500_000) as server:
         wanted = entry(server["url"], CONTENT)
         with pytest.raises(ConnectionError, match="loading again continues") as error:
@@ -459,19 +460,19 @@ def test_a_broken_download_is_continued(here, ranges):
         assert server["url"] in str(error.value) and not wanted.path.exists()
         server["plan"]["stop_at"] = None
         assert download(wanted).read_bytes() == CONTENT
-        assert server["asked"] == ([0, 2_500_000] if ranges else [0, 0])
-        assert download(wanted) == here / "model.ckpt" and len(server["asked"]) == 2
-    assert [p.name for p in here.iterdir()] == ["model.ckpt"]
+        assert server["first_bytes"] == ([0, 2_500_000] if ranges else [0, 0])
+        assert download(wanted) == weights_dir / "model.ckpt" and len(server["first_bytes"]) == 2
+    assert [p.name for p in weights_dir.iterdir()] == ["model.ckpt"]
 
 
-def test_a_download_that_lacked_only_its_name(here):
-    here.mkdir(parents=True)
-    (here / "model.ckpt.part").write_bytes(CONTENT)
+def test_complete_part_file_is_renamed(weights_dir):
+    weights_dir.mkdir(parents=True)
+    (weights_dir / "model.ckpt.part").write_bytes(CONTENT)
     with serve(CONTENT) as server:
         assert download(entry(server["url"], CONTENT)).read_bytes() == CONTENT
 
 
-def test_a_wrong_download_is_not_kept(here):
+def test_wrong_download_is_discarded(weights_dir):
     with serve(CONTENT) as server:
         wanted = entry(server["url"], CONTENT, sha256="0" * 64)
         with pytest.raises(ValueError, match=hashlib.sha256(CONTENT).hexdigest()) as error:
@@ -479,18 +480,18 @@ def test_a_wrong_download_is_not_kept(here):
         assert "0" * 64 in str(error.value) and not wanted.path.exists()
 
 
-def test_many_processes_download_once(here):
+def test_many_processes_download_once(weights_dir):
     results = []
     with serve(CONTENT) as server:
         wanted = entry(server["url"], CONTENT)
         threads = [threading.Thread(target=lambda: results.append(download(wanted))) for _ in range(4)]
         [t.start() for t in threads]
         [t.join() for t in threads]
-        assert results == [here / "model.ckpt"] * 4 and server["asked"] == [0]
-    assert [p.name for p in here.iterdir()] == ["model.ckpt"]
+        assert results == [weights_dir / "model.ckpt"] * 4 and server["first_bytes"] == [0]
+    assert [p.name for p in weights_dir.iterdir()] == ["model.ckpt"]
 
 
-def test_offline_and_by_hand(here, state, tmp_path, monkeypatch):
+def test_offline_and_manual_copy(weights_dir, state, tmp_path, monkeypatch):
     "Nothing answers: the error says what to put where; a file put there is verified, then used."
     content = write("bare", state, tmp_path).read_bytes()
     with serve(content) as server:
@@ -498,14 +499,14 @@ def test_offline_and_by_hand(here, state, tmp_path, monkeypatch):
     monkeypatch.setitem(REGISTRY, "model", entry(url, content, separate_heads=True))
     with pytest.raises(ConnectionError) as error:
         load_model("model")
-    assert url in str(error.value) and str(here / "model.ckpt") in str(error.value)
-    (here / "model.ckpt").write_bytes(content)
+    assert url in str(error.value) and str(weights_dir / "model.ckpt") in str(error.value)
+    (weights_dir / "model.ckpt").write_bytes(content)
     model = load_model("model")
     assert model.config.separate_heads and torch.equal(model.norm.bias, state["norm.bias"])
-    (here / "model.ckpt").write_bytes(content[:-1] + b"?")
+    (weights_dir / "model.ckpt").write_bytes(content[:-1] + b"?")
     with pytest.raises(ValueError, match=REGISTRY["model"].sha256):
         load_model("model")
-    (here / "model.ckpt").write_bytes(content[:-1])
+    (weights_dir / "model.ckpt").write_bytes(content[:-1])
     with pytest.raises(ValueError, match="bytes"):
         load_model("model")
 
@@ -514,7 +515,7 @@ def test_the_registry():
     table = list_models()
     assert len(table) == 10 and table["name"].n_unique() == table["url"].n_unique() == table["sha256"].n_unique() == 10
     maest = table.filter(table["layout"] == "released")
-    assert len(maest) == 8 and set(maest["licence"]) == {"CC BY-NC-SA 4.0"}
+    assert len(maest) == 8 and set(maest["license"]) == {"CC BY-NC-SA 4.0"}
     assert maest["seconds"].to_list() == [5, 10, 10, 10, 20, 30, 30, 30]
     assert [name for name, e in REGISTRY.items() if e.separate_heads] == ["discogs-maest-30s-pw-73e-ts"]
     assert hub.label_names(519)[-1] in hub.label_names(519) and "---" in hub.label_names(519)[-1]

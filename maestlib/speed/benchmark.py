@@ -65,7 +65,7 @@ class InferenceSetting:
     @property
     def reduction(self) -> dict:
         "The arguments of `ReducedMAEST`; empty for the plain model."
-        return {"merge": self.merge, "keep": self.keep_rate} if self.merge or self.keep_rate < 1 else {}
+        return {"merge": self.merge, "keep_rate": self.keep_rate} if self.merge or self.keep_rate < 1 else {}
 
     @property
     def name(self) -> str:

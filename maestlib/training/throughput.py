@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from ..core.device import autocast, matmul_tflops
 from ..core.plotting import PALETTE
-from ..models.maest import MAEST, Attention, count_flops, eager_attention
+from ..models.maest import MAEST, count_flops
 from ..models.patchout import Patchout
+from ..models.transformer import Attention, eager_attention
 
 # %% ../../nbs/training/throughput.ipynb #cb8827ea
 ATTENTION = {
