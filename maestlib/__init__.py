@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "inference.embedding": ["embed", "nearest", "tag"],
         "training.config": ["TrainConfig"],
         "training.metrics": ["evaluate"],
-        "training.trainer": ["fit"],
+        "training.loop": ["fit"],
         "speed.tradeoff": ["recommend"],
     },
 )

@@ -18,8 +18,9 @@ from ..models.checkpoint import load_model
 from . import config as train_config
 from .config import TrainConfig
 from .evaluation import predict
+from .loop import fit
 from .metrics import evaluate
-from .trainer import create_model, fit
+from .trainer import create_model
 
 # %% ../../nbs/training/ablations.ipynb #1475f9b8
 PARTS = ("mixup", "time_masks", "frequency_masks", "balanced_sampling", "swa", "schedule")
