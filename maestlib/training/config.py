@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_COLUMNS', 'LAPTOP_COLUMNS', 'PAPER_PRESET', 'LAPTOP_PRESET', 'PRESETS', 'INIT_CHECKPOINTS', 'CHOICES',
-           'POSITIVE', 'NON_NEGATIVE', 'POSITIVE_OR_NONE', 'TrainParameters', 'TrainConfig', 'recipe_table']
+           'POSITIVE', 'NON_NEGATIVE', 'POSITIVE_OR_NONE', 'TrainConfig', 'recipe_table']
 
 # %% ../../nbs/training/config.ipynb #cb41cbf0
 import dataclasses
@@ -64,7 +64,7 @@ NON_NEGATIVE = (
 )  # fmt: skip
 POSITIVE_OR_NONE = ("max_minutes", "tracks_per_epoch")
 
-# %% ../../nbs/training/config.ipynb #55f5d923
+# %% ../../nbs/training/config.ipynb #a4988826
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -96,10 +96,16 @@ def _check_numbers(config):
         if value not in ("auto", None) and not (_is_number(value) and value > 0):
             raise ValueError(f"{name}={value}: give a number above 0, or auto")
 
+
+def _check_fields(config):
+    _check_choices(config)
+    _check_seconds(config)
+    _check_numbers(config)
+
 # %% ../../nbs/training/config.ipynb #98ec314a
 @dataclass(frozen=True)
-class TrainParameters:
-    "The parameters of a training run as they are typed. Raises `ValueError`, naming the parameter and what it accepts."
+class TrainConfig:
+    "The parameters of a training run. Raises `ValueError`, naming the parameter and what it accepts."
 
     preset: str = "auto"  # maest-5s … maest-30s: the paper's recipe; laptop: minutes on a CPU; auto: by the machine
     seconds: float | str = "auto"  # input length, 1 … 30; 5, 10, 20 or 30 in the paper; auto: the preset's, or 30
@@ -139,9 +145,29 @@ class TrainParameters:
     out_dir: str = "auto"  # the run folder; auto: a new one in runs/
 
     def __post_init__(self):
-        _check_choices(self)
-        _check_seconds(self)
-        _check_numbers(self)
+        _check_fields(self)
+
+    @property
+    def patchout(self) -> Patchout:
+        "The random patchout of training."
+        return Patchout.random(self.patchout_rows, self.patchout_columns, per_clip=self.patchout_scope == "clip")
+
+    @property
+    def validation_patchout(self) -> Patchout | None:
+        "The patchout of validation; None keeps all patches."
+        return Patchout(keep_every=self.validation_keep_every) if self.validation_keep_every > 1 else None
+
+    def resolve_auto(self) -> "TrainConfig":  # without `auto`
+        "Replace `auto` by the preset's or the machine's value. Raises `ValueError` or `OSError` for what cannot run."
+        return _resolve_auto(self)
+
+    @classmethod
+    def from_params(
+        cls,
+        params: dict,  # a notebook's `globals()` or parsed options; unknown names are ignored
+    ) -> "TrainConfig":  # without `auto`
+        "Resolve a notebook's parameters, or read the run to `resume`. Raises `ValueError` or `OSError` as above."
+        return _from_params(params)
 
 # %% ../../nbs/training/config.ipynb #a4386d52
 def _auto_seconds(config) -> float:
@@ -235,52 +261,17 @@ def _check_paths(config):
     if config.dataset not in registry.REGISTRY:
         registry.load_dataset(config.dataset)  # raises an error that says what is wrong with it
 
-# %% ../../nbs/training/config.ipynb #67ca6ad9
-class TrainConfig(TrainParameters):
-    """The configuration of a training run, with the fields of `TrainParameters`.
+# %% ../../nbs/training/config.ipynb #10c64507
+def _resolve_auto(config: TrainConfig) -> TrainConfig:
+    "Raises what the checks raise: `ValueError`, `FileExistsError` or `FileNotFoundError`."
+    _check_gpus(config)
+    automatic = _auto_values(config)
+    resolved = replace(config, **{k: v for k, v in automatic.items() if getattr(config, k) == "auto"})
+    for check in (_check_effnet, _check_patchout, _check_paths):
+        check(resolved)
+    return resolved
 
-    Raises `ValueError`, naming the parameter and what it accepts.
-    """
-
-    def resolve_auto(self) -> "TrainConfig":  # without `auto`
-        """Replace every `auto` by the value of the preset or of the machine, and check the result.
-
-        Raises `ValueError` for values that do not go together, `FileExistsError` if `out_dir` holds a run, and
-        `FileNotFoundError` if `init`, `teacher` or `dataset` does not exist.
-        """
-        _check_gpus(self)
-        automatic = _auto_values(self)
-        config = replace(self, **{k: v for k, v in automatic.items() if getattr(self, k) == "auto"})
-        for check in (_check_effnet, _check_patchout, _check_paths):
-            check(config)
-        return config
-
-    @property
-    def patchout(self) -> Patchout:
-        "The random patchout of training."
-        return Patchout.random(self.patchout_rows, self.patchout_columns, per_clip=self.patchout_scope == "clip")
-
-    @property
-    def validation_patchout(self) -> Patchout | None:  # None: all patches
-        "The patchout of validation."
-        return Patchout(keep_every=self.validation_keep_every) if self.validation_keep_every > 1 else None
-
-    @classmethod
-    def from_params(
-        cls,
-        params: dict,  # a notebook's `globals()` or parsed options; unknown names are ignored
-    ) -> "TrainConfig":  # resolved
-        """Build the configuration from parameters, or read that of the run folder `params["resume"]`.
-
-        Raises what `resolve_auto` raises; on resuming, `FileNotFoundError` if the folder holds no run and `ValueError`
-        if a parameter differs from the run's.
-        """
-        given = {f.name: params[f.name] for f in dataclasses.fields(cls) if f.name in params}
-        if params.get("resume"):
-            return _resumed_config(params["resume"], given)
-        return cls(**given).resolve_auto()
-
-# %% ../../nbs/training/config.ipynb #29d82836
+# %% ../../nbs/training/config.ipynb #c59b5ef2
 def _resumed_config(run_dir: str | Path, given: dict) -> TrainConfig:
     "The configuration saved in a run folder. A given parameter must be the run's, or the default."
     path = resolve_path(run_dir)
@@ -296,6 +287,13 @@ def _resumed_config(run_dir: str | Path, given: dict) -> TrainConfig:
         if value not in (getattr(default, name), saved_value):
             raise ValueError(f"{name}={value}: the run to resume has {saved_value}; leave it out, or start a new run")
     return saved
+
+
+def _from_params(params: dict) -> TrainConfig:
+    given = {f.name: params[f.name] for f in dataclasses.fields(TrainConfig) if f.name in params}
+    if params.get("resume"):
+        return _resumed_config(params["resume"], given)
+    return TrainConfig(**given).resolve_auto()
 
 # %% ../../nbs/training/config.ipynb #2ed38aa3
 def _or_none(value, text: str) -> str:
