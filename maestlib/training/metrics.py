@@ -42,7 +42,7 @@ def roc_auc_and_ap(
         average_precision = (new_true * precision).sum(1) / n_positive
     return roc_auc, average_precision
 
-# %% ../../nbs/training/metrics.ipynb #f823abf6
+# %% ../../nbs/training/metrics.ipynb #e0416e55
 def bootstrap_weights(
     n_tracks: int,  # in the test set
     n_bootstrap: int = 1000,  # resamples
