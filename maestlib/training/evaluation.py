@@ -37,7 +37,7 @@ def window_starts(
     n_windows = -(-track_frames // window_frames)
     return np.linspace(0, track_frames - window_frames, n_windows).round().astype(int).tolist()
 
-# %% ../../nbs/training/evaluation.ipynb #8d475217
+# %% ../../nbs/training/evaluation.ipynb #04cb36d1
 @torch.no_grad()
 def predict(
     model: torch.nn.Module,  # MAEST or EffNet, on any device
@@ -132,6 +132,7 @@ def plot_steps(
             x=averaged["last_step"], y=averaged[name], line_color=color, name=titles[name], row=1, col=column
         )
     figure.update_xaxes(title_text="step")
+    figure.update_yaxes(tickformat=".0e", row=1, col=3)
     return figure.update_layout(
         template="plotly_white", height=300, showlegend=False, margin=dict(l=50, r=20, t=50, b=50)
     )
@@ -176,7 +177,7 @@ def _predict_labels(classifiers, features):  # → (tracks, labels)
     constant = np.zeros(len(features))
     return np.stack([c.predict_proba(features)[:, 1] if c else constant for c in classifiers], 1)
 
-# %% ../../nbs/training/evaluation.ipynb #eb29894b
+# %% ../../nbs/training/evaluation.ipynb #67a8df47
 def predict_test(
     run: str | Path,  # a run folder
     corpus: Corpus,  # whose test split is scored
@@ -308,7 +309,7 @@ def _run_row(folder):  # → {"run", settings, cost, scores}
         row |= {f"test_{name}": test[name] for name in names}
     return row
 
-# %% ../../nbs/training/evaluation.ipynb #415ee245
+# %% ../../nbs/training/evaluation.ipynb #30721cf9
 def plot_runs(
     runs: list[str | Path],  # run folders
     metric: str = "map",  # or roc_auc, loss
