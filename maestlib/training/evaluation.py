@@ -300,8 +300,8 @@ def _run_row(folder):  # → {"run", settings, cost, scores}
     metrics = pl.read_parquet(folder / "metrics.parquet")
     best, last = metrics.sort("map").row(-1, named=True), metrics.row(-1, named=True)
     row = {"run": folder.name} | json.loads((folder / "config.json").read_text())
-    row |= {"clips": last["clips"], "minutes": round(last["seconds"] / 60, 2)}
-    row |= {"clips_per_s": round(last["clips"] / last["seconds"], 1)}
+    row |= {"clips": last["clips"], "minutes": round(last["elapsed_s"] / 60, 2)}
+    row |= {"clips_per_s": round(last["clips"] / last["elapsed_s"], 1)}
     row |= {"validation_roc_auc": best["roc_auc"], "validation_map": best["map"]}
     if (folder / "test.parquet").exists():
         test = pl.read_parquet(folder / "test.parquet").row(0, named=True)
@@ -313,7 +313,7 @@ def _run_row(folder):  # → {"run", settings, cost, scores}
 def plot_runs(
     runs: list[str | Path],  # run folders
     metric: str = "map",  # or roc_auc, loss
-    against: str = "clips",  # or seconds
+    against: str = "clips",  # or elapsed_s
 ):  # a plotly figure
     "Plot the learning curves of several runs against clips seen or seconds of training."
     import plotly.graph_objects as go
@@ -323,7 +323,7 @@ def plot_runs(
         metrics = pl.read_parquet(folder / "metrics.parquet")
         line = dict(mode="lines+markers", line_color=PALETTE[i % len(PALETTE)])
         figure.add_scatter(x=metrics[against], y=metrics[metric], name=folder.name, **line)
-    x_title = {"clips": "clips seen", "seconds": "seconds of training"}[against]
+    x_title = {"clips": "clips seen", "elapsed_s": "seconds of training"}[against]
     y_title = {"map": "validation mAP, macro", "roc_auc": "validation ROC-AUC, macro", "loss": "training loss"}[metric]
     figure.update_xaxes(title_text=x_title, rangemode="tozero")
     figure.update_yaxes(title_text=y_title)
