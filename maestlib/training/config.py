@@ -166,7 +166,7 @@ class TrainConfig:
         cls,
         params: dict,  # a notebook's `globals()` or parsed options; unknown names are ignored
     ) -> "TrainConfig":  # without `auto`
-        "Resolve a notebook's parameters, or read the run to `resume`. Raises `ValueError` or `OSError` as above."
+        "Resolve a notebook's parameters, or read the run to `resume`. Raises what `resolve_auto` raises."
         return _from_params(params)
 
 # %% ../../nbs/training/config.ipynb #a4386d52

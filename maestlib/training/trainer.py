@@ -195,11 +195,13 @@ class Trainer:
         self.history = []  # a row for each validation
 
     def train_step(
-        self, crops: torch.Tensor, targets: torch.Tensor
-    ):  # (clips, 96, frames), not normalized; (clips, labels)
-        "Take one optimizer step on this process's part of a batch."
-        batches = self.batches
-        randomness = draw_step(self.config, self.step, batches.batch_size, crops.shape[1:], batches.rank_slice)
+        self,
+        crops: torch.Tensor,  # (clips, 96, frames), not normalized: this process's part of the batch
+        targets: torch.Tensor,  # (clips, labels)
+    ):
+        "Take one optimizer step."
+        batch_size, rank_slice = self.batches.batch_size, self.batches.rank_slice
+        randomness = draw_step(self.config, self.step, batch_size, crops.shape[1:], rank_slice)
         loss = accumulate_gradients(self, crops, targets, randomness)
         norm = optimizer_step(self)
         self.pending_metrics.append((loss, norm, torch.tensor(self.lr, device=self.device)))
