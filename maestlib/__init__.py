@@ -23,7 +23,7 @@ _load, __dir__, __all__ = lazy_loader.attach(
         "inference.search": ["nearest"],
         "training.config": ["TrainConfig"],
         "training.metrics": ["evaluate"],
-        "training.trainer": ["fit"],
+        "training.loop": ["fit"],
         "speed.tradeoff": ["recommend"],
     },
 )

@@ -53,7 +53,7 @@ def test_recommend():
 
 def test_recommended_options_go_into_embed():
     recommended = recommend(1, min_map=0.1, table=TABLE)
-    assert recommended["reduction"] == {"merge": 0.2, "keep": 1.0}
+    assert recommended["reduction"] == {"merge": 0.2, "keep_rate": 1.0}
     reduced, options = (
         ReducedMAEST(small(), **recommended["reduction"]),
         recommended["options"] | {"block": 1, "hop_s": 2},

@@ -1,8 +1,10 @@
-"""Whole runs, as a user starts them: papermill, a folder of one's own, the same numbers twice, bad parameters."""
+"""Training runs: papermill, a folder of audio, reproducibility, resuming, several processes, invalid parameters."""
 
 import dataclasses
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,23 +22,26 @@ from maestlib.core.files import resolve_path
 from maestlib.datasets import registry
 from maestlib.datasets.batches import load_corpus
 from maestlib.models.checkpoint import load_model
+from maestlib.training import trainer as trainer_module
 from maestlib.training.config import TrainConfig
 from maestlib.training.evaluation import compare_runs, predict_test, window_starts
+from maestlib.training.loop import fit
 from maestlib.training.metrics import evaluate
-from maestlib.training.trainer import Trainer, create_model, fit
+from maestlib.training.trainer import create_model
 
-TOP = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "30 short files: steady tones and pulsed ones, high and low; one of them is text."
+    "30 short files, steady or pulsed tones, high or low; one of them is not audio."
     folder = tmp_path_factory.mktemp("catalogue")
-    draw, t, rows = np.random.default_rng(0), np.arange(8 * 16000) / 16000, []
+    rng, t = np.random.default_rng(0), np.arange(8 * 16000) / 16000
+    rows = []
     for i in range(30):
         high, pulsed = i % 2, i // 2 % 2
-        wave = np.sin(2 * np.pi * (2000 if high else 300) * draw.uniform(0.9, 1.1) * t)
-        wave = wave * (np.sin(2 * np.pi * 3 * t) > 0 if pulsed else 0.5) + 0.01 * draw.normal(size=len(t))
+        wave = np.sin(2 * np.pi * (2000 if high else 300) * rng.uniform(0.9, 1.1) * t)
+        wave = wave * (np.sin(2 * np.pi * 3 * t) > 0 if pulsed else 0.5) + 0.01 * rng.normal(size=len(t))
         soundfile.write(folder / f"{i:02}.wav", (0.5 * wave).astype(np.float32), 16000)
         split = ("train", "train", "train", "validation", "test")[i // 4 % 5]
         rows.append({"path": f"{i:02}.wav", "labels": f"Pitch---{high};Rhythm---{pulsed}", "split": split})
@@ -46,16 +51,16 @@ def folder(tmp_path_factory):
 
 
 def papermill(folder, out, *arguments, to=None):
-    "Run the training notebook on the folder from another folder than the project's."
+    "Run the training notebook on the folder, with another current folder than the project's."
     settings = {"dataset": folder, "out_dir": out, "seconds": 5, "batch_size": 4, "patchout_columns": 10}
     parameters = [x for k, v in settings.items() for x in ("-p", k, str(v))]
-    files = [TOP / "nbs/train.ipynb", to] if to else [TOP / "nbs/train.ipynb"]
+    files = [PROJECT / "nbs/train.ipynb", to] if to else [PROJECT / "nbs/train.ipynb"]
     command = [sys.executable, "-m", "papermill", *files, *parameters, *arguments]
     env = os.environ | {"MAESTLIB_CACHE": str(folder.parent / "cache")}
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder.parent, timeout=280)
 
 
-def test_the_same_seed_gives_the_same_numbers(folder, tmp_path, monkeypatch):
+def test_same_seed_gives_same_metrics(folder, tmp_path, monkeypatch):
     first = papermill(folder, tmp_path / "one", "-p", "max_steps", "6", to=tmp_path / "one.ipynb")
     assert first.returncode == 0, first.stderr[-3000:]
     assert "tokens kept" in first.stderr and "clips/s" in first.stderr and "ROC-AUC" in first.stderr
@@ -64,8 +69,8 @@ def test_the_same_seed_gives_the_same_numbers(folder, tmp_path, monkeypatch):
     assert len(second.stdout) < 1_000_000 and json.loads(second.stdout)["cells"]
 
     one, two = (pl.read_parquet(tmp_path / run / "metrics.parquet") for run in ("one", "two"))
-    same = ["step", "clips", "loss", "learning_rate", "roc_auc", "map"]
-    assert one.select(same).equals(two.select(same)) and one["step"][-1] == 6
+    columns = ["step", "clips", "loss", "learning_rate", "roc_auc", "map"]
+    assert one.select(columns).equals(two.select(columns)) and one["step"][-1] == 6
     stored = pl.read_parquet(tmp_path / "one/test.parquet")
     assert stored.equals(pl.read_parquet(tmp_path / "two/test.parquet"))
 
@@ -93,7 +98,7 @@ def test_a_store_is_a_dataset(folder, tmp_path):
         fit(longer, corpus, create_model(longer, corpus))
 
 
-EVERYTHING = {
+FULL_RECIPE = {
     "seconds": 5, "max_steps": 24, "batch_size": 4, "patchout_columns": 20, "mixup": 0.3, "time_masks": 20,
     "frequency_masks": 5, "balanced_sampling": True, "swa": True, "schedule": "recipe", "dtype": "float32",
 }  # fmt: skip
@@ -103,47 +108,47 @@ def options(settings):
     return [str(x) for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", v)]
 
 
-def module(folder, *arguments, processes=0, **how):
-    "Start `maestlib.train` without a notebook, with all of the recipe."
+def start(folder, *arguments, processes=0, **popen_options):
+    "Start `python -m maestlib.train`, in several processes through torchrun."
     command = [sys.executable, "-m"]
     if processes:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command += ["maestlib.train", *map(str, arguments)]
     env = os.environ | {"MAESTLIB_CACHE": str(folder.parent / "cache"), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=env, cwd=TOP, **pipes | how)
+    return subprocess.Popen(command, env=env, cwd=PROJECT, **pipes | popen_options)
 
 
-def ended(process):
+def finish(process):  # → exit code, stdout, stderr
     out, err = process.communicate(timeout=280)
     return process.returncode, out, err
 
 
-def read(run, name):
-    return pl.read_parquet(run / f"{name}.parquet").drop("seconds", "clips_per_s", strict=False)
+def read_without_times(run, name):
+    return pl.read_parquet(run / f"{name}.parquet").drop("elapsed_s", "clips_per_s", strict=False)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, out, err = ended(
-        module(folder, *options(EVERYTHING | {"dataset": folder, "num_validations": 6, "out_dir": run}))
+    code, out, err = finish(
+        start(folder, *options(FULL_RECIPE | {"dataset": folder, "num_validations": 6, "out_dir": run}))
     )
     assert code == 0, err[-2000:]
     return run
 
 
-def test_killed_and_resumed_it_learns_the_same(folder, undisturbed, tmp_path):
-    run, draw, kills = tmp_path / "killed", np.random.default_rng(0), 0
-    start = options(EVERYTHING | {"dataset": folder, "num_validations": 6, "out_dir": run})
+def test_killed_and_resumed_run_gives_the_same_losses(folder, undisturbed, tmp_path):
+    run, rng, kills = tmp_path / "killed", np.random.default_rng(0), 0
+    params = options(FULL_RECIPE | {"dataset": folder, "num_validations": 6, "out_dir": run})
     while not (run / "last.safetensors").exists():
-        begun = (run / "config.json").exists()
-        process = module(folder, *(["--resume", run] if begun else start))
+        has_started = (run / "config.json").exists()
+        process = start(folder, *(["--resume", run] if has_started else params))
         while not kills and process.poll() is None and not (run / "metrics.parquet").exists():
             time.sleep(0.02)  # the first time, kill it in the middle
         try:
-            wait = process.communicate(timeout=draw.uniform(4, 7) + kills if kills else 0.1)
-            assert process.returncode == 0, wait[1][-2000:]
+            output = process.communicate(timeout=rng.uniform(4, 7) + kills if kills else 0.1)
+            assert process.returncode == 0, output[1][-2000:]
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -151,44 +156,44 @@ def test_killed_and_resumed_it_learns_the_same(folder, undisturbed, tmp_path):
             assert kills < 12
     assert kills > 0
     for name in ("steps", "metrics"):
-        assert read(run, name).equals(read(undisturbed, name)), name
+        assert read_without_times(run, name).equals(read_without_times(undisturbed, name)), name
     for name in ("best", "last", "swa"):
         assert (run / f"{name}.safetensors").stat().st_size == (undisturbed / f"{name}.safetensors").stat().st_size
     assert not (run / "state.pt").exists()
 
 
-def test_asked_to_end_it_saves(folder, undisturbed, tmp_path):
-    run = tmp_path / "asked"
-    process = module(
-        folder, *options(EVERYTHING | {"dataset": folder, "num_validations": 6, "out_dir": run}), bufsize=1
+def test_sigterm_saves_and_the_run_resumes(folder, undisturbed, tmp_path):
+    run = tmp_path / "stopped"
+    process = start(
+        folder, *options(FULL_RECIPE | {"dataset": folder, "num_validations": 6, "out_dir": run}), bufsize=1
     )
     while not (run / "metrics.parquet").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    code, out, err = ended(process)
+    code, out, err = finish(process)
     assert code == 0, err[-2000:]
-    assert f"go on with -p resume {run}" in out and (run / "state.pt").exists(), out
-    code, out, err = ended(module(folder, "--resume", run))
-    assert code == 0 and "goes on at step" in out, err[-2000:]
-    assert read(run, "steps").equals(read(undisturbed, "steps"))
-    code, out, err = ended(module(folder, "--resume", run, "--size", "base"))
+    assert f"resume with -p resume {run}" in out and (run / "state.pt").exists(), out
+    code, out, err = finish(start(folder, "--resume", run))
+    assert code == 0 and "resumes at step" in out, err[-2000:]
+    assert read_without_times(run, "steps").equals(read_without_times(undisturbed, "steps"))
+    code, out, err = finish(start(folder, "--resume", run, "--size", "base"))
     assert code == 1 and "size=base: the run to resume has tiny" in err
 
 
-def test_two_processes_learn_what_one_does(folder, undisturbed, tmp_path):
+def test_two_processes_give_the_losses_of_one(folder, undisturbed, tmp_path):
     run = tmp_path / "two"
-    settings = EVERYTHING | {"dataset": folder, "num_validations": 6, "out_dir": run}
-    code, out, err = ended(module(folder, *options(settings), processes=2))
+    settings = FULL_RECIPE | {"dataset": folder, "num_validations": 6, "out_dir": run}
+    code, out, err = finish(start(folder, *options(settings), processes=2))
     assert code == 0, err[-2000:]
     for name in ("steps", "metrics"):
-        one, two = read(undisturbed, name), read(run, name)
+        one, two = read_without_times(undisturbed, name), read_without_times(run, name)
         assert one.columns == two.columns and len(one) == len(two)
         for column in one.columns:
             np.testing.assert_allclose(
                 one[column].to_numpy(), two[column].to_numpy(), rtol=2e-3, atol=1e-5, err_msg=column
             )
-    code, out, err = ended(
-        module(folder, *options(settings | {"out_dir": tmp_path / "x", "batch_size": 5}), processes=2)
+    code, out, err = finish(
+        start(folder, *options(settings | {"out_dir": tmp_path / "x", "batch_size": 5}), processes=2)
     )
     assert code != 0 and "batch_size=5: give a multiple of the 2 processes" in err
 
@@ -206,23 +211,26 @@ def small(folder, monkeypatch):
     return small
 
 
-def test_out_of_memory_takes_smaller_pieces(small, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_halves_the_micro_batch(small, tmp_path, monkeypatch, capsys):
     plain = fit(*small(out_dir=str(tmp_path / "plain"), mixup=0.3))
-    whole = Trainer.loss
+    original = trainer_module.compute_loss
 
-    def short_of_memory(self, mel, *rest):
+    def small_memory(trainer, mel, *rest):
         if len(mel) > 2:
             raise torch.OutOfMemoryError("no")
-        return whole(self, mel, *rest)
+        return original(trainer, mel, *rest)
 
-    monkeypatch.setattr(Trainer, "loss", short_of_memory)
+    monkeypatch.setattr(trainer_module, "compute_loss", small_memory)
     short = fit(*small(out_dir=str(tmp_path / "short"), mixup=0.3))
-    assert "2 clips at once from here on, the same 4 in a step" in capsys.readouterr().out
+    assert "micro_batch_size=2 from here on, batch_size=4 as before" in capsys.readouterr().out
     np.testing.assert_allclose(short["loss"].to_numpy(), plain["loss"].to_numpy(), rtol=1e-4)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "loss", lambda self, mel, *_: (self.net(mel) * torch.nan).sum())
+def test_nan_loss_ends_the_run(small, tmp_path, monkeypatch):
+    def nan_loss(trainer, mel, *_):
+        return (trainer.ddp_model(mel) * torch.nan).sum()
+
+    monkeypatch.setattr(trainer_module, "compute_loss", nan_loss)
     with pytest.raises(FloatingPointError, match="at step 0: give a smaller learning_rate"):
         fit(*small(out_dir=str(tmp_path / "nan")))
     assert not (tmp_path / "nan/best.safetensors").exists()
@@ -233,13 +241,13 @@ def test_a_full_disk_does_not_end_the_run(small, tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as once:
-        once.setattr("maestlib.training.trainer.torch.save", full)
+        once.setattr("maestlib.training.loop.torch.save", full)
         metrics = fit(*small(out_dir=str(tmp_path / "full"), max_steps=8, num_validations=4))
     assert metrics["step"][-1] == 8 and "make room" in capsys.readouterr().out
     assert (tmp_path / "full/last.safetensors").exists()
 
 
-def test_a_student_hears_its_teacher(small, tmp_path):
+def test_teacher_trains_the_dist_head(small, tmp_path):
     fit(*small(out_dir=str(tmp_path / "teacher")))
     config, corpus, student = small(out_dir=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), max_steps=2)
     before = student.head_dist.weight.detach().clone()
@@ -262,7 +270,7 @@ def test_fine_tuning_starts_from_a_run(small, tmp_path):
         small(out_dir=str(tmp_path / "x"), init=str(tmp_path / "first"), size="small")
 
 
-def test_the_baseline_is_trained_by_the_same_loop(small, tmp_path):
+def test_effnet_is_trained_by_the_same_loop(small, tmp_path):
     config, corpus, model = small(out_dir=str(tmp_path / "cnn"), model="effnet-b0", max_steps=2, swa=True)
     fit(config, corpus, model)
     assert predict_test(tmp_path / "cnn", corpus).shape == (len(corpus.indices("test")), 4)
@@ -270,14 +278,14 @@ def test_the_baseline_is_trained_by_the_same_loop(small, tmp_path):
     assert set(compare_runs(tmp_path)["model"]) == {"effnet-b0", "maest"}
 
 
-def test_bad_parameters_end_before_anything_is_built(folder, tmp_path):
-    ended = papermill(folder, tmp_path / "x", "-p", "dataset", "nowhere", to=tmp_path / "x.ipynb")
-    last = ended.stderr.strip().splitlines()[-1]
-    assert ended.returncode != 0 and "nowhere" in last and "tunes" in last, ended.stderr[-500:]
+def test_invalid_parameters_end_before_anything_is_built(folder, tmp_path):
+    result = papermill(folder, tmp_path / "x", "-p", "dataset", "nowhere", to=tmp_path / "x.ipynb")
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode != 0 and "nowhere" in last and "tunes" in last, result.stderr[-500:]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "message"),
     [
         ({"seconds": -3}, "seconds=-3"),
         ({"seconds": 400}, "seconds=400"),
@@ -300,16 +308,28 @@ def test_bad_parameters_end_before_anything_is_built(folder, tmp_path):
         ({"dataset": "nowhere"}, "nowhere"),
     ],
 )
-def test_bad_parameters_are_named(wrong, words):
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
+def test_errors_name_the_invalid_parameter(wrong, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         TrainConfig(**wrong).resolve_auto()
 
 
-def test_the_parameters_are_the_fields():
-    cells = json.loads((TOP / "nbs/train.ipynb").read_text())["cells"]
-    names, values = {f.name: f.default for f in dataclasses.fields(TrainConfig)}, {}
-    exec("".join(next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", []))), values)
-    assert {k: v for k, v in values.items() if k not in ("__builtins__", "resume")} == names
+def parameters_cell():
+    cells = json.loads((PROJECT / "nbs/train.ipynb").read_text(encoding="utf8"))["cells"]
+    return "".join(next(cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])))
+
+
+def test_parameters_cell_sets_the_fields_and_resume():
+    defaults, values = {f.name: f.default for f in dataclasses.fields(TrainConfig)}, {}
+    exec(parameters_cell(), values)
+    del values["__builtins__"]
+    assert values == defaults | {"resume": ""}
+
+
+def test_fields_and_parameters_have_the_same_comments():
+    fields = re.findall(r"^    (\w+): [^=#]* = (\S+)  # (.+)$", inspect.getsource(TrainConfig), re.MULTILINE)
+    parameters = re.findall(r"^(\w+) = (\S+)  # (.+)$", parameters_cell(), re.MULTILINE)
+    assert [name for name, _, _ in fields] == [f.name for f in dataclasses.fields(TrainConfig)]
+    assert [p for p in parameters if p[0] != "resume"] == fields
 
 
 def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
@@ -327,10 +347,10 @@ def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
 
 def test_windows_cover_every_frame():
     for length in (1, 311, 312, 313, 1875, 1876, 10_000):
-        seen = np.zeros(length, bool)
+        covered = np.zeros(length, bool)
         for first in window_starts(length, 312):
-            seen[first : first + 312] = True
-        assert seen.all()
+            covered[first : first + 312] = True
+        assert covered.all()
 
 
 def test_run_folders_do_not_overwrite(tmp_path, monkeypatch):
