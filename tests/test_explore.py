@@ -115,11 +115,11 @@ def test_a_missing_clip_is_reported_and_the_map_stays(tracks):
     menu = explorer.controls.track
     assert len(menu.options) == 5 and not explorer.player.flac
     menu.value = 1
-    flac, title = explorer.player.flac, explorer.ranks.layout.title.text
+    flac, title = explorer.player.flac, explorer.neighbors.figure.layout.title.text
     assert explorer.chosen == 1 and flac and "b" in title
     menu.value = 2
     assert "gone.wav" in explorer.message.value and menu.value == explorer.chosen == 1
-    assert explorer.player.flac == flac and explorer.ranks.layout.title.text == title
+    assert explorer.player.flac == flac and explorer.neighbors.figure.layout.title.text == title
     menu.value = 3
     assert explorer.message.value == "" and explorer.chosen == 3
 

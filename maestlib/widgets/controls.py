@@ -123,7 +123,7 @@ class Player(anywidget.AnyWidget):
         "Play from a position."
         self.send({"seek": second})
 
-# %% ../../nbs/widgets/controls.ipynb #27dd6d08
+# %% ../../nbs/widgets/controls.ipynb #c4447ebf
 def load_for_playback(
     paths: str | Path | list,  # an audio file, or several to concatenate
     config: MelConfig = MEL,  # for its sample rate
@@ -175,7 +175,7 @@ STYLE = """<style>
 .maestlib :focus-visible { outline: 2px solid #0072B2; outline-offset: 2px }
 </style>"""
 
-# %% ../../nbs/widgets/controls.ipynb #00b8c324
+# %% ../../nbs/widgets/controls.ipynb #9d7f3ca4
 def make_control(
     widget: type[w.Widget],  # the class, as ipywidgets.IntSlider
     label: str,
@@ -213,7 +213,7 @@ def panel(
     update_tips()
     return box.add_class("maestlib").add_class(f"maestlib-{name}")
 
-# %% ../../nbs/widgets/controls.ipynb #b3e42364
+# %% ../../nbs/widgets/controls.ipynb #5eae41cb
 def update_widget(
     widget: go.FigureWidget,  # changed in place
     figure: go.Figure,  # what it is to show
@@ -240,7 +240,7 @@ def sample_test_tracks(
     rows = test.select("title", "lead", "dance", "metre", "path").iter_rows()
     return {f"{title} ({lead}, {dance or metre})": path for title, lead, dance, metre, path in rows}
 
-# %% ../../nbs/widgets/controls.ipynb #5219b6c2
+# %% ../../nbs/widgets/controls.ipynb #935bf819
 UPLOAD_JS = """
 const CHUNK = 4 << 20;
 function render({ model, el }) {
@@ -273,7 +273,7 @@ function render({ model, el }) {
 export default { render };
 """
 
-# %% ../../nbs/widgets/controls.ipynb #7df64f90
+# %% ../../nbs/widgets/controls.ipynb #a7a914b6
 class Upload(anywidget.AnyWidget):
     "A button that uploads an audio file of any size, in chunks of 4 MiB."
 
@@ -298,7 +298,7 @@ class Upload(anywidget.AnyWidget):
         finally:
             self.send({})  # confirms the chunk
 
-# %% ../../nbs/widgets/controls.ipynb #2494a73f
+# %% ../../nbs/widgets/controls.ipynb #5196eaf1
 class TrackPicker:
     "Choose audio from a menu of tracks, a path or an upload; `box` holds the controls, a message and the player."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cost_table', 'PatchoutControls', 'time_tags', 'PatchoutExplorer']
 
-# %% ../../nbs/widgets/explore_patchout.ipynb #64bccf6c
+# %% ../../nbs/widgets/explore_patchout.ipynb #38f2d6b9
 import time
 
 import ipywidgets as w
@@ -20,7 +20,7 @@ from ..models.patchout import Patchout, patch_grid, select_patches
 from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row, update_widget
 from .figures import ROW_DROP_ORDER, coverage_mask, plot_patches, plot_tag_comparison
 
-# %% ../../nbs/widgets/explore_patchout.ipynb #43b19da3
+# %% ../../nbs/widgets/explore_patchout.ipynb #2d5c2b43
 def _milliseconds(seconds: float | None) -> str:
     return "…" if seconds is None else f"{1000 * seconds:,.0f} ms"
 
@@ -45,7 +45,7 @@ def cost_table(
     lines = ("".join(f"<td>{cell}</td>" for cell in cells) for cells in rows)
     return f"<table aria-live='polite'>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
-# %% ../../nbs/widgets/explore_patchout.ipynb #54451592
+# %% ../../nbs/widgets/explore_patchout.ipynb #5b4a116e
 class PatchoutControls:
     "Sliders for a `Patchout`; `on_change()` is called after each change."
 
@@ -91,7 +91,7 @@ class PatchoutControls:
         if not self.updating:
             self.on_change()
 
-# %% ../../nbs/widgets/explore_patchout.ipynb #67b8b316
+# %% ../../nbs/widgets/explore_patchout.ipynb #b95e6187
 def time_tags(
     model: MAEST,  # in eval mode
     mel: torch.Tensor,  # (n_mels, frames), not normalized
@@ -106,7 +106,7 @@ def time_tags(
         activations = logits.sigmoid()[0].cpu().numpy()  # waits for the device
     return time.perf_counter() - start_time, activations
 
-# %% ../../nbs/widgets/explore_patchout.ipynb #794e028c
+# %% ../../nbs/widgets/explore_patchout.ipynb #bd28bbaf
 class PatchoutExplorer:
     "Patchout of a clip: spectrogram, cost and tags; `box` is the widget."
 

@@ -32,7 +32,7 @@ from ..speed.tradeoff import NAMES as SETTING_TITLES
 from ..speed.tradeoff import plot_grid, plot_pareto, predict_throughput
 from .controls import make_control, panel
 
-# %% ../../nbs/widgets/studies.ipynb #5cb97c99
+# %% ../../nbs/widgets/studies.ipynb #ed4f8741
 class StudyResults:
     "Stored probe results of one dataset."
 
@@ -75,7 +75,7 @@ class StudyResults:
         run_study(self.corpus, self.models[model], model, [(blocks, tokens)], self.probes, **options)
         self.reload()
 
-# %% ../../nbs/widgets/studies.ipynb #65f887fc
+# %% ../../nbs/widgets/studies.ipynb #3da02102
 def scores_html(
     scores: pl.DataFrame,  # of `summarize`
     model: str,
@@ -95,7 +95,7 @@ def scores_html(
     note = "" if len(chosen) else f"block {blocks}, {tokens}: not probed yet"
     return f"<table>{''.join(lines)}</table>{note if blocks else 'choose a block'}"
 
-# %% ../../nbs/widgets/studies.ipynb #57021df3
+# %% ../../nbs/widgets/studies.ipynb #043d4272
 class StudyControls:
     "Controls of the layer study: dataset, model, blocks, tokens, label and metric."
 
@@ -134,7 +134,7 @@ class StudyControls:
         chosen = tuple(block for block in self.blocks.value if block <= last)
         self.blocks.options, self.blocks.value = range(last + 1), chosen or ((last + 1) // 2,)
 
-# %% ../../nbs/widgets/studies.ipynb #fcd6ad30
+# %% ../../nbs/widgets/studies.ipynb #1e2268e6
 class StudyView:
     "Figures and scores of one setting of a layer study."
 
@@ -265,7 +265,7 @@ class TradeoffControls:
         "Return what the sliders are set to."
         return Patchout(self.keep_every.value, self.rows.value)
 
-# %% ../../nbs/widgets/studies.ipynb #2a1a49be
+# %% ../../nbs/widgets/studies.ipynb #3d79a66a
 class TradeoffWidget:
     "A widget over a results table of the speed study; `box` is the widget."
 
