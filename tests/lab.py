@@ -52,7 +52,8 @@ const isProgress = node => node.querySelector('.progress-bar') && !node.querySel
 return notebook.widgets.flatMap((cell, index) => cell.model.type != 'code' ? [] :
     cell.outputArea.widgets.flatMap((node, i) => {
         const model = cell.outputArea.model.get(i);
-        return model && isWidget(model) && !isProgress(node.node) ? [[index, node.node]] : [];
+        const shown = node.node.querySelector('.jp-OutputArea-output') || node.node;  // without the prompt
+        return model && isWidget(model) && !isProgress(node.node) ? [[index, shown]] : [];
     }))"""
 )
 GRAPH = "const gd = document.querySelector(arguments[0]); "  # the plotly figure of a selector

@@ -132,7 +132,7 @@ def attention_maps(
         uniform_distance=np.array(uniform) * units,
     )
 
-# %% ../../nbs/widgets/attention.ipynb #fbc82c50
+# %% ../../nbs/widgets/attention.ipynb #65cde13b
 def relative_to_uniform(
     weights: np.ndarray,  # of any shape
 ) -> np.ndarray:  # the same shape, float32, with mean 1
@@ -173,13 +173,14 @@ def plot_distance(
     blocks, heads, _ = maps.distance.shape
     x, head_index = np.repeat(np.arange(blocks), heads), np.tile(np.arange(heads), blocks)
     marked = (x == block) & ((head_index == head) | (head is None))
+    ring = dict(color=TEXT_COLOR, width=np.where(marked, 3, 0))
     figure = make_subplots(1, 2, horizontal_spacing=0.12)
     for i, (unit, color) in enumerate((("seconds", PALETTE[0]), ("mel bands", PALETTE[3]))):
         figure.add_scatter(
             x=x,
             y=maps.distance[..., i].ravel(),
             mode="markers",
-            marker=dict(size=9, color=color, opacity=0.8, line=dict(color=TEXT_COLOR, width=np.where(marked, 4, 0))),
+            marker=dict(color=color, opacity=0.8, size=np.where(marked, 15, 9), line=ring),
             customdata=head_index,
             hovertemplate=f"block %{{x}}, head %{{customdata}}: %{{y:.1f}} {unit}<extra></extra>",
             row=1,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEWS', 'select_map', 'mark_heads', 'AttentionExplorer']
 
-# %% ../../nbs/widgets/explore_attention.ipynb #fc47465b
+# %% ../../nbs/widgets/explore_attention.ipynb #f336b0ea
 import ipywidgets as w
 import numpy as np
 import plotly.graph_objects as go
@@ -23,7 +23,7 @@ from maestlib.widgets.attention import (
 )
 from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row, update_widget
 
-# %% ../../nbs/widgets/explore_attention.ipynb #8ba21e83
+# %% ../../nbs/widgets/explore_attention.ipynb #406e81df
 VIEWS = ("one head", "all heads", "rollout")
 
 
@@ -44,7 +44,7 @@ def select_map(
         return maps.rollout[block, token], f"Attention rollout of {name}: blocks 0 to {block}"
     raise ValueError(f"view={view!r}: give one of {', '.join(VIEWS)}")
 
-# %% ../../nbs/widgets/explore_attention.ipynb #abc344ca
+# %% ../../nbs/widgets/explore_attention.ipynb #5a6f6c37
 def mark_heads(
     widget: go.FigureWidget,  # of `plot_distance`, changed in place
     maps: AttentionMaps,
@@ -55,9 +55,9 @@ def mark_heads(
     marked = plot_distance(maps, block, head)
     with widget.batch_update():
         for old, new in zip(widget.data, marked.data, strict=True):
-            old.marker.line = new.marker.line
+            old.marker.update(size=new.marker.size, line=new.marker.line)
 
-# %% ../../nbs/widgets/explore_attention.ipynb #41b54944
+# %% ../../nbs/widgets/explore_attention.ipynb #1bc997af
 class AttentionExplorer:
     "Attention of cls and dist over a clip; `box` is the widget."
 

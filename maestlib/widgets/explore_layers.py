@@ -6,7 +6,7 @@
 __all__ = ['TOKEN_CHOICES', 'tsne_map', 'plot_track_map', 'LayerControls', 'BlockMaps', 'TrackMap', 'NeighborView',
            'LayerExplorer']
 
-# %% ../../nbs/widgets/explore_layers.ipynb #f73a724a
+# %% ../../nbs/widgets/explore_layers.ipynb #c5927421
 import html
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ from maestlib.widgets.controls import (
 from .figures import block_vectors, nearest_per_block, pca_maps, plot_neighbors
 from .theme import TEXT_COLOR, neutral_theme
 
-# %% ../../nbs/widgets/explore_layers.ipynb #75cfb41a
+# %% ../../nbs/widgets/explore_layers.ipynb #fd6fdccd
 def tsne_map(
     embeddings: Embeddings,
     block: int,  # counted from 0
@@ -44,7 +44,7 @@ def tsne_map(
     coordinates = tsne.fit_transform(x)
     return coordinates / coordinates.std()
 
-# %% ../../nbs/widgets/explore_layers.ipynb #80bf6825
+# %% ../../nbs/widgets/explore_layers.ipynb #fc02aa80
 def plot_track_map(
     corpus: Corpus,
     embeddings: Embeddings,
@@ -56,15 +56,18 @@ def plot_track_map(
         trace = go.Scatter({k: v for k, v in webgl.to_plotly_json().items() if k != "type"})
         if trace.marker.color == "#000000":
             trace.marker.color = TEXT_COLOR  # black would be invisible in the dark theme
+        if trace.name == "without":
+            trace.name = "none"
         figure.add_trace(trace)
     star = dict(symbol="star", size=16, color=PALETTE[3], line=dict(color="white", width=1))
-    figure.add_scatter(mode="markers", marker=star, name="playing", hoverinfo="skip")
+    figure.add_scatter(mode="markers", marker=star, name="chosen", hoverinfo="skip")
     axis = dict(title_text="", showticklabels=False)
     figure.update_xaxes(**axis).update_yaxes(**axis)
-    figure.update_layout(template="plotly_white", height=460, width=520, margin=dict(l=20, r=10, t=40, b=20))
+    size = dict(height=460, width=520, margin=dict(l=20, r=10, t=40, b=20))
+    figure.update_layout(template="plotly_white", legend_title=label.replace("---", " · "), **size)
     return neutral_theme(figure)
 
-# %% ../../nbs/widgets/explore_layers.ipynb #04b662bf
+# %% ../../nbs/widgets/explore_layers.ipynb #7ec2555b
 TOKEN_CHOICES = [("all three", "cdt"), ("cls", "c"), ("dist", "d"), ("patch mean", "t")]
 
 
@@ -89,7 +92,7 @@ class LayerControls:
         self.method = make_control(w.ToggleButtons, "map", tip, "method", options=["PCA", "t-SNE"])
         self.box = row(self.track, w.HBox([self.block, self.play]), self.tokens, self.label, self.method)
 
-# %% ../../nbs/widgets/explore_layers.ipynb #25ddb807
+# %% ../../nbs/widgets/explore_layers.ipynb #76959537
 class BlockMaps:
     "Compute and cache the maps of all blocks."
 
@@ -125,7 +128,7 @@ class BlockMaps:
         self.show_message("")
         self.on_ready()
 
-# %% ../../nbs/widgets/explore_layers.ipynb #01e54f52
+# %% ../../nbs/widgets/explore_layers.ipynb #86b36062
 class TrackMap:
     "A map whose dots move; `figure` is the widget, and `on_click(track)` is called for a clicked dot."
 
@@ -167,7 +170,7 @@ class TrackMap:
             self.figure.data[-1].x, self.figure.data[-1].y = start[None].T
             self.figure.layout.title = title
 
-# %% ../../nbs/widgets/explore_layers.ipynb #4c084876
+# %% ../../nbs/widgets/explore_layers.ipynb #f6c58026
 class NeighborView:
     "Neighbors of a track by block; `figure` is the widget, and `on_click(track)` is called for a clicked neighbor."
 
@@ -196,7 +199,7 @@ class NeighborView:
         for rank, block in zip(points.xs, points.ys, strict=True):
             self.on_click(self.table.filter(block=int(block), rank=int(rank) - 1)["track"][0])
 
-# %% ../../nbs/widgets/explore_layers.ipynb #880be884
+# %% ../../nbs/widgets/explore_layers.ipynb #4c730670
 class LayerExplorer:
     "Maps of a corpus by block, with the neighbors of a track; `box` is the widget."
 
