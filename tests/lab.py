@@ -44,6 +44,18 @@ COUNT_BUSY = "return [...document.querySelectorAll('.jp-InputPrompt')].filter(e 
 IS_READY = """const panel = window.jupyterapp?.shell.currentWidget; const session = panel?.sessionContext;
 return panel?.context?.isReady && session?.isReady && session.session?.kernel?.status == 'idle'
        && document.querySelectorAll('.jp-Notebook .jp-CodeCell').length > 2"""
+# When a notebook is opened, its widget manager asks the kernel for existing widgets, for up to four seconds and more.
+# It must have finished before cells run: a widget made meanwhile would be made twice, and the one shown stay empty.
+FIND_MANAGER = (
+    NOTEBOOK
+    + """
+const mimeType = 'application/vnd.jupyter.widget-view+json';
+window.widgetManager = null;
+notebook.rendermime.getFactory(mimeType)?.createRenderer({mimeType})._manager.promise
+    .then(manager => { window.widgetManager = manager; })"""
+)
+IS_RESTORED = """const manager = window.widgetManager;
+return manager && manager.restoredStatus && !manager._kernelRestoreInProgress"""
 WIDGETS = (
     NOTEBOOK
     + """
@@ -174,6 +186,8 @@ class Lab:
         self.js("window.jupyterapp?.serviceManager.sessions.shutdownAll()")
         self.driver.get(f"{self.url}/lab/tree/{name}.ipynb?reset")
         until(lambda: self.js(IS_READY), f"{name} and its kernel are ready")
+        self.js(FIND_MANAGER)
+        until(lambda: self.js(IS_RESTORED), "the widget manager is ready")
         self.js("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         until(lambda: self.js(COUNT_BUSY) or self.js(COUNT_NOT_RUN) == 0, "cells start")
         until(lambda: not self.js(COUNT_BUSY) or self.js(ERRORS), f"{name} ends", timeout_s)
