@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from maestlib.audio.mel import MelConfig
 from maestlib.models import hub
 from maestlib.models.checkpoint import load_model, save_checkpoint
-from maestlib.models.hub import REGISTRY, ReleasedModel, download, label_names, list_models
+from maestlib.models.hub import RELEASED_MODELS, ReleasedModel, download, label_names, list_models
 from maestlib.models.layouts import FREQ_POS, TIME_POS
 from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.models.patchout import Patchout
@@ -496,7 +496,7 @@ def test_offline_and_manual_copy(weights_dir, state, tmp_path, monkeypatch):
     content = write("bare", state, tmp_path).read_bytes()
     with serve(content) as server:
         url = server["url"]
-    monkeypatch.setitem(REGISTRY, "model", entry(url, content, separate_heads=True))
+    monkeypatch.setitem(RELEASED_MODELS, "model", entry(url, content, separate_heads=True))
     with pytest.raises(ConnectionError) as error:
         load_model("model")
     assert url in str(error.value) and str(weights_dir / "model.ckpt") in str(error.value)
@@ -504,7 +504,7 @@ def test_offline_and_manual_copy(weights_dir, state, tmp_path, monkeypatch):
     model = load_model("model")
     assert model.config.separate_heads and torch.equal(model.norm.bias, state["norm.bias"])
     (weights_dir / "model.ckpt").write_bytes(content[:-1] + b"?")
-    with pytest.raises(ValueError, match=REGISTRY["model"].sha256):
+    with pytest.raises(ValueError, match=RELEASED_MODELS["model"].sha256):
         load_model("model")
     (weights_dir / "model.ckpt").write_bytes(content[:-1])
     with pytest.raises(ValueError, match="bytes"):
@@ -517,5 +517,5 @@ def test_the_registry():
     maest = table.filter(table["layout"] == "released")
     assert len(maest) == 8 and set(maest["license"]) == {"CC BY-NC-SA 4.0"}
     assert maest["seconds"].to_list() == [5, 10, 10, 10, 20, 30, 30, 30]
-    assert [name for name, e in REGISTRY.items() if e.separate_heads] == ["discogs-maest-30s-pw-73e-ts"]
+    assert [name for name, e in RELEASED_MODELS.items() if e.separate_heads] == ["discogs-maest-30s-pw-73e-ts"]
     assert hub.label_names(519)[-1] in hub.label_names(519) and "---" in hub.label_names(519)[-1]

@@ -278,7 +278,7 @@ def extract_mels(
     store: str | Path,  # the folder to make, resume or extend
     seconds: float | None = 30.0,  # the middle of each track, shorter tracks whole; None: whole tracks
     min_seconds: float = 0.0,  # shorter tracks go to the report
-    config: MelConfig = MEL,
+    config: MelConfig = MEL,  # of the front end
     num_workers: int | None = None,  # processes; None: one per core; 0: this process
     chunk_size: int = 256,  # tracks per commit; a kill loses at most this much work
 ) -> pl.DataFrame:  # track_id, path, error: the tracks that could not be used

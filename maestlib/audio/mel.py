@@ -250,7 +250,7 @@ def load_audio(
 
 # %% ../../nbs/audio/mel.ipynb #50d21337
 def mel_edges(
-    config: MelConfig = MEL,
+    config: MelConfig = MEL,  # of the front end
 ) -> np.ndarray:  # (n_mels + 2,) float64, Hz: band b rises from edge b to b + 1 and falls to b + 2
     "Compute the edges of the mel bands: equally spaced on Slaney's scale, in single precision as Essentia does."
     f32, log_step = np.float32, math.log(6.4) / 27  # of the logarithmic part: 27 mels from 1 to 6.4 kHz
@@ -262,7 +262,7 @@ def mel_edges(
 
 
 def filterbank(
-    config: MelConfig = MEL,
+    config: MelConfig = MEL,  # of the front end
 ) -> torch.Tensor:  # (n_fft // 2 + 1, n_mels) float32, in 1/Hz: mel = power spectrum @ filterbank
     "Create the triangular mel filters, each of unit area."
     if config.frontend == "torchaudio":
@@ -298,7 +298,7 @@ def _validate_wave(wave: torch.Tensor, config: MelConfig) -> None:
 
 def logmel(
     wave: torch.Tensor | np.ndarray,  # (..., samples) floating point, mono, at `config.sample_rate`, full scale ±1
-    config: MelConfig = MEL,
+    config: MelConfig = MEL,  # of the front end
 ) -> torch.Tensor:  # (..., n_mels, 1 + samples // hop_length) float32, log10(1 + gain * mel), not normalized
     """Compute the log-mel spectrogram, on the device of `wave`; frame i is centered on sample i * hop_length.
 
@@ -326,7 +326,7 @@ def logmel(
 # %% ../../nbs/audio/mel.ipynb #34991c4e
 def validate_mel(
     mel: torch.Tensor,  # expected: (..., n_mels, frames)
-    config: MelConfig = MEL,
+    config: MelConfig = MEL,  # of the front end
 ) -> None:
     "Raise `ValueError` unless `mel` has the shape (..., n_mels, frames), a floating dtype and finite values."
     shape = tuple(mel.shape)
@@ -342,7 +342,7 @@ def validate_mel(
 
 def normalize(
     mel: torch.Tensor,  # (..., n_mels, frames) float, as from `logmel`
-    config: MelConfig = MEL,
+    config: MelConfig = MEL,  # of the front end
 ) -> torch.Tensor:  # the same shape and dtype; a new tensor
     """Normalize a log-mel for a model: `(mel - mean) / (2 * std)`, with the constants of its training set.
 
@@ -355,7 +355,7 @@ def normalize(
 # %% ../../nbs/audio/mel.ipynb #4093fb2c
 def plot_mel(
     mel: torch.Tensor,  # (n_mels, frames)
-    config: MelConfig = MEL,
+    config: MelConfig = MEL,  # of the front end
     title: str = "log-mel spectrogram",
     start_s: float = 0.0,  # time of the first frame
     unit: str = "log<sub>10</sub>(1 + 10<sup>4</sup> mel)",  # on the color bar

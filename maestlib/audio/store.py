@@ -142,9 +142,7 @@ class MelStore:
         self,
         rows: Sequence[int] | np.ndarray,  # (n,) row numbers
         frames: int,  # of each crop
-        rng: np.random.Generator
-        | np.ndarray
-        | None = None,  # random positions, or (n,) numbers in [0, 1); None: middle
+        rng: np.random.Generator | np.ndarray | None = None,  # draws positions, or (n,) in [0, 1); None: middle
     ) -> torch.Tensor:  # (n, n_mels, frames) float32, log10(1 + gain * mel), not normalized; short tracks end in zeros
         """Read a batch of crops: (n, n_mels, frames) float32, log10(1 + gain * mel), not normalized, zero-padded.
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from ..audio.mel import MelConfig
 from ..core.files import asset_path, atomic_write, log, resolve_path
 from .effnet import EffNet, EffNetConfig
-from .hub import REGISTRY, download, label_names
+from .hub import RELEASED_MODELS, download, label_names
 from .layouts import adapt_positions, extract_state_dict, infer_config, to_released_layout
 from .maest import MAEST, MAESTConfig
 
@@ -104,7 +104,7 @@ def find_checkpoint(
             raise FileNotFoundError(f"{path}: none of {', '.join(candidates)} in this folder")
         return files[0]
     if not path.exists():
-        similar = difflib.get_close_matches(str(name), [*REGISTRY, BUNDLED_MODEL, "random"], 1, 0.5)
+        similar = difflib.get_close_matches(str(name), [*RELEASED_MODELS, BUNDLED_MODEL, "random"], 1, 0.5)
         hint = "give a file, a folder, a name of `maestlib models`, or 'random'"
         if similar:
             hint = f"did you mean {similar[0]!r}?"
@@ -207,7 +207,7 @@ def load_model(
         config = replace(config, labels=label_names(400) if labels is None else labels, **overrides)
         model = MAEST(config).init_weights(seed).eval()
     else:
-        entry = REGISTRY.get(str(name))
+        entry = RELEASED_MODELS.get(str(name))
         path = download(entry) if entry else find_checkpoint(name)
         model = _load_file(path, entry, overrides, labels, new_head, seed)
     return model.to(device=device, dtype=dtype)

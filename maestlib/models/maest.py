@@ -200,7 +200,10 @@ class MAEST(Encoder):
     State-dict keys are those of the released checkpoints. A new instance needs `init_weights` or `load_state_dict`.
     """
 
-    def __init__(self, config: MAESTConfig):
+    def __init__(
+        self,
+        config: MAESTConfig,  # size, length, labels and front end
+    ):
         super().__init__(config)
         embed_dim, num_labels = config.embed_dim, max(1, len(config.labels))
         self.head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_labels))
@@ -236,7 +239,10 @@ class MAEST(Encoder):
         return self.head(features.mean(1))
 
     def forward_separate(
-        self, mel, patchout=None, generator=None
+        self,
+        mel: torch.Tensor,  # (batch, n_mels, frames), normalized
+        patchout: Patchout | None = None,  # what to drop
+        generator: torch.Generator | None = None,  # of random patchout, see `embed_patches`
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (batch, labels) logits each
         "Compute the logits of cls through `head` and of dist through `head_dist` (teacher-student training)."
         cls, dist = self.forward_features(mel, patchout, generator).unbind(1)

@@ -19,7 +19,7 @@ from ..audio.mel import MelConfig
 from ..core.device import default_device, default_dtype
 from ..core.files import read_json, resolve_path, runs_dir
 from ..datasets import registry
-from ..models.hub import REGISTRY
+from ..models.hub import RELEASED_MODELS
 from ..models.maest import SIZES
 from ..models.patchout import Patchout, patch_grid
 from .recipe import EPOCHS
@@ -251,13 +251,13 @@ def _check_patchout(config):
 def _check_paths(config):
     if (resolve_path(config.out_dir) / "config.json").exists():
         raise FileExistsError(f"out_dir={config.out_dir}: holds a run already; give another name, or auto")
-    known = ("", "random", *INIT_CHECKPOINTS, *REGISTRY)
+    known = ("", "random", *INIT_CHECKPOINTS, *RELEASED_MODELS)
     for name in ("init", "teacher"):
         value = getattr(config, name)
         if value not in known and not resolve_path(value).exists():
             accepted = f"random, {', '.join(INIT_CHECKPOINTS)}, a name of `maestlib models`"
             raise FileNotFoundError(f"{name}={value}: give {accepted}, or a file or run folder of weights")
-    if config.dataset not in registry.REGISTRY:
+    if config.dataset not in registry.DATASETS:
         registry.load_dataset(config.dataset)  # raises an error that says what is wrong with it
 
 # %% ../../nbs/training/config.ipynb #10c64507

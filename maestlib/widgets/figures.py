@@ -19,7 +19,7 @@ from scipy.sparse.linalg import svds
 
 from ..audio.mel import MEL, MelConfig, normalize
 from ..core.plotting import PALETTE
-from ..inference.embedding import make_forward
+from ..inference.windows import make_forward
 from ..models.maest import MAEST
 from ..models.patchout import PATCH, STRIDE, patch_grid
 from ..probing.embeddings import Embeddings, segment_starts

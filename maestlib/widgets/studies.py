@@ -23,13 +23,11 @@ from ..datasets.batches import Corpus
 from ..models.maest import MAESTConfig, count_flops
 from ..models.patchout import Patchout
 from ..probing.embeddings import Embeddings
-from ..probing.layers import METRIC_TITLES
-from ..probing.layers import plot_layers, plot_map, summarize
+from ..probing.layers import METRIC_TITLES, plot_layers, plot_map, summarize
 from ..probing.probe import ProbeConfig
 from ..probing.study import PROBE_FIELDS, TOKEN_STACKS, run_study
 from ..speed.benchmark import windows_per_clip
-from ..speed.tradeoff import QUALITY_TITLES
-from ..speed.tradeoff import plot_grid, plot_pareto, predict_throughput
+from ..speed.tradeoff import QUALITY_TITLES, plot_grid, plot_pareto, predict_throughput
 from .controls import make_control, panel
 
 # %% ../../nbs/widgets/studies.ipynb #ed4f8741
