@@ -27,6 +27,8 @@ def default_dtype(
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        # ATEN_CPU_CAPABILITY can turn these instructions off, and emulated bf16 is many times slower than float32
+        has_bf16 = has_bf16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
