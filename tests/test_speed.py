@@ -52,7 +52,7 @@ def test_advice():
 def test_advice_goes_into_embed():
     found = recommend(1, min_map=0.1, table=TABLE)
     assert found["reduction"] == {"merge": 0.2, "keep_rate": 1.0}
-    reduced, options = ReducedMAEST(small(), **found["reduction"]), found["options"] | {"block": 1, "hop": 2}
+    reduced, options = ReducedMAEST(small(), **found["reduction"]), found["options"] | {"block": 1, "hop_s": 2}
     assert len(ml.embed(torch.randn(16000 * 4), reduced, **options)) >= 2
 
 
