@@ -271,10 +271,10 @@ def test_the_widget_starts_from_nothing(tmp_path):
     corpus.table = corpus.table.with_columns(path=pl.col("track_id"))
     data = {"made": (corpus, {"deep": embeddings, "shallow": shallow})}
     panel = studies.LayersWidget(data, {"made": tmp_path / "s.parquet"}, [CONFIG])
-    assert "not probed yet" in panel.text.value and not panel.button.disabled
-    assert LABELS[2] not in panel.label.options
-    panel.blocks.value = (3,)
+    assert "not probed yet" in panel.view.text.value and not panel.button.disabled
+    assert LABELS[2] not in panel.controls.label.options
+    panel.controls.blocks.value = (3,)
     panel.compute()
-    assert "not probed" not in panel.text.value
-    panel.model.value = "shallow"
-    assert panel.blocks.options == (0, 1) and "not probed yet" in panel.text.value
+    assert "not probed" not in panel.view.text.value
+    panel.controls.model.value = "shallow"
+    assert panel.controls.blocks.options == (0, 1) and "not probed yet" in panel.view.text.value

@@ -147,7 +147,7 @@ def test_killed_and_resumed_run_gives_the_same_losses(folder, undisturbed, tmp_p
         while not kills and process.poll() is None and not (run / "metrics.parquet").exists():
             time.sleep(0.02)  # the first time, kill it in the middle
         try:
-            output = process.communicate(timeout=rng.uniform(4, 7) + kills if kills else 0.1)
+            output = process.communicate(timeout=rng.uniform(4, 7) * 1.5**kills if kills else 0.1)
             assert process.returncode == 0, output[1][-2000:]
         except subprocess.TimeoutExpired:
             process.kill()
