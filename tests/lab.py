@@ -44,18 +44,10 @@ COUNT_BUSY = "return [...document.querySelectorAll('.jp-InputPrompt')].filter(e 
 IS_READY = """const panel = window.jupyterapp?.shell.currentWidget; const session = panel?.sessionContext;
 return panel?.context?.isReady && session?.isReady && session.session?.kernel?.status == 'idle'
        && document.querySelectorAll('.jp-Notebook .jp-CodeCell').length > 2"""
-# When a notebook is opened, its widget manager asks the kernel for existing widgets, for up to four seconds and more.
-# It must have finished before cells run: a widget made meanwhile would be made twice, and the one shown stay empty.
-FIND_MANAGER = (
-    NOTEBOOK
-    + """
-const mimeType = 'application/vnd.jupyter.widget-view+json';
-window.widgetManager = null;
-notebook.rendermime.getFactory(mimeType)?.createRenderer({mimeType})._manager.promise
-    .then(manager => { window.widgetManager = manager; })"""
-)
-IS_RESTORED = """const manager = window.widgetManager;
-return manager && manager.restoredStatus && !manager._kernelRestoreInProgress"""
+# anywidget gives the code of a widget two seconds to load, and afterwards drops all messages to that widget. Five
+# megabytes of plotly take longer where the machine is busy, and the figure would stay empty.
+PATIENCE = """const timeout = AbortSignal.timeout.bind(AbortSignal);
+AbortSignal.timeout = milliseconds => timeout(Math.max(milliseconds, 600000));"""
 WIDGETS = (
     NOTEBOOK
     + """
@@ -173,6 +165,7 @@ class Lab:
         for argument in arguments:
             options.add_argument(f"--{argument}")
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+        driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": PATIENCE})
         driver.set_script_timeout(TIMEOUT_S)
         driver.set_page_load_timeout(TIMEOUT_S)
         return driver
@@ -186,8 +179,6 @@ class Lab:
         self.js("window.jupyterapp?.serviceManager.sessions.shutdownAll()")
         self.driver.get(f"{self.url}/lab/tree/{name}.ipynb?reset")
         until(lambda: self.js(IS_READY), f"{name} and its kernel are ready")
-        self.js(FIND_MANAGER)
-        until(lambda: self.js(IS_RESTORED), "the widget manager is ready")
         self.js("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         until(lambda: self.js(COUNT_BUSY) or self.js(COUNT_NOT_RUN) == 0, "cells start")
         until(lambda: not self.js(COUNT_BUSY) or self.js(ERRORS), f"{name} ends", timeout_s)
