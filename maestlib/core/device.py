@@ -7,7 +7,9 @@ __all__ = ['default_device', 'default_dtype', 'resolve_dtype', 'autocast', 'matm
 
 # %% ../../nbs/core/device.ipynb #ca35eff7
 import os
+import platform
 import time
+from pathlib import Path
 
 import torch
 
@@ -19,17 +21,26 @@ def default_device() -> torch.device:  # `cuda:{LOCAL_RANK}`, or `cpu`
     return torch.device("cpu")
 
 # %% ../../nbs/core/device.ipynb #add9b711
+def _cpu_is_faster_in_bf16() -> bool:
+    "Whether the CPU has instructions for bf16 that beat those for float32, and PyTorch uses them."
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):  # as ATEN_CPU_CAPABILITY may ask
+        return False
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    cpuinfo = Path("/proc/cpuinfo")
+    description = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return torch.cpu._is_avx512_bf16_supported() and "GenuineIntel" not in description
+
+
 def default_dtype(
     device: torch.device | str,  # where the products are computed
 ) -> torch.dtype:  # `torch.bfloat16` or `torch.float32`
-    "Return the precision of matrix products: bf16 where the device has instructions for it, else float32."
+    "Return the precision of matrix products: bf16 where the device is faster in it, else float32."
     if torch.device(device).type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        # ATEN_CPU_CAPABILITY can turn these instructions off, and emulated bf16 is many times slower than float32
-        has_bf16 = has_bf16 and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return torch.bfloat16 if has_bf16 else torch.float32
+        faster = _cpu_is_faster_in_bf16()
+    return torch.bfloat16 if faster else torch.float32
 
 
 def resolve_dtype(
