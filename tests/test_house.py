@@ -284,3 +284,18 @@ def test_the_checks_find_what_they_look_for():
     assert list(link_targets("[a](b.ipynb#c) ![d](e.png) `[x](y)` [f](https://g) [h](#i)")) == ["b.ipynb", "e.png"]
     assert floor("maestlib.train") == "top" and floor("maestlib.core.files") == "core"
     assert list(output_texts({"data": {"image/png": "/tmp/x", "text/plain": ["/tmp/", "y"]}}))[-1] == "/tmp/y"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(TOP)))
+def test_outputs_are_committed_small_and_without_errors(path):
+    notebook = NOTEBOOKS[path]
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    assert outputs, f"{path}: no outputs; run .ci/outputs {path.relative_to(TOP)}"
+    assert not any(output["output_type"] == "error" for output in outputs), f"{path}: a cell failed"
+    kinds = {kind for output in outputs for kind in output.get("data", {})}
+    assert "application/vnd.jupyter.widget-view+json" not in kinds, f"{path}: holds a live widget"
+    assert "widgets" not in notebook["metadata"] and path.stat().st_size < 1.5e6
+
+
+def test_outputs_are_small_in_all():
+    assert sum(path.stat().st_size for path in NOTEBOOKS) < 15e6
