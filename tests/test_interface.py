@@ -3,8 +3,11 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from fastcore.docments import docments
 
 import maestlib as ml
@@ -34,3 +37,12 @@ def test_help_tells_what_the_signature_says(name):
             if parameter not in ("self", "cls", "return") and described["kind"] != inspect.Parameter.VAR_KEYWORD:
                 assert described["docment"], f"{name}: {documented.__name__}({parameter}) has no comment"
                 assert described["docment"].splitlines()[0] in text, f"{name}: {parameter} is not in help"
+
+
+def test_a_relative_path_means_the_current_folder(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "tone.wav", np.zeros(16000, np.float32), 16000)
+    monkeypatch.chdir(tmp_path)
+    assert len(ml.load_audio("tone.wav")) == 16000
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent / "nbs")
+    with pytest.raises(FileNotFoundError, match="tone.wav"):
+        ml.load_audio("tone.wav")

@@ -26,14 +26,17 @@ _REPOSITORY = next((p for p in (_MODULE_DIR, *_MODULE_DIR.parents) if (p / "nbs/
 
 
 def project_root() -> Path:  # absolute
-    "Return the folder that relative paths start from: the repository, or the current folder if there is none."
-    return _REPOSITORY or Path.cwd()
+    "Return the folder that relative paths start from: the repository for its own notebooks, else the current folder."
+    current = Path.cwd()
+    if _REPOSITORY and _REPOSITORY / "nbs" in (current, *current.parents):
+        return _REPOSITORY
+    return current
 
 
 def resolve_path(
     path: str | Path,  # absolute, or relative to `project_root()`; a leading `~` is the home folder
 ) -> Path:  # absolute; need not exist
-    "Make a path absolute, with the same meaning in a notebook, under papermill and in a test."
+    "Make a path absolute, with the same meaning in a notebook that a person opens and under papermill."
     path = Path(path).expanduser()
     return path if path.is_absolute() else project_root() / path
 
