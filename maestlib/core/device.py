@@ -6,6 +6,7 @@
 __all__ = ['default_device', 'default_dtype', 'resolve_dtype', 'autocast', 'matmul_tflops']
 
 # %% ../../nbs/core/device.ipynb #ca35eff7
+import functools
 import os
 import platform
 import time
@@ -21,6 +22,7 @@ def default_device() -> torch.device:  # `cuda:{LOCAL_RANK}`, or `cpu`
     return torch.device("cpu")
 
 # %% ../../nbs/core/device.ipynb #add9b711
+@functools.cache  # a property of the machine, asked for every batch
 def _cpu_is_faster_in_bf16() -> bool:
     "Whether the CPU has instructions for bf16 that beat those for float32, and PyTorch uses them."
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):  # as ATEN_CPU_CAPABILITY may ask
