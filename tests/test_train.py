@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import logging
 import os
 import re
 import signal
@@ -296,6 +297,8 @@ def test_invalid_parameters_end_before_anything_is_built(folder, tmp_path):
         ({"patchout_rows": 9}, "patchout_rows=9"),
         ({"patchout_rows": -1}, "patchout_rows=-1"),
         ({"max_minutes": 0}, "minutes=0"),
+        ({"max_steps": -1}, "max_steps=-1"),
+        ({"depth": 0}, "depth=0"),
         ({"epochs": 0}, "epochs=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"learning_rate": -1}, "learning_rate=-1"),
@@ -343,6 +346,22 @@ def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
         assert config.swa and config.schedule == "recipe" and config.epochs == 130
         same = TrainConfig(preset=f"maest-{seconds}s").resolve_auto()
         assert (same.seconds, same.patchout_columns) == (seconds, columns)
+
+
+@pytest.mark.parametrize(("step_s", "steps"), [(0.001, 1000), (0.48, 1000), (0.96, 500), (60, 100)])
+def test_steps_follow_the_preset_unless_the_machine_is_slow(step_s, steps, monkeypatch, caplog):
+    monkeypatch.delenv("MAESTLIB_MINUTES")
+    monkeypatch.setattr("maestlib.training.config.default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("maestlib.training.config.measure_step_s", lambda *arguments: step_s)
+    monkeypatch.setattr(logging.getLogger("maestlib"), "propagate", True)
+    with caplog.at_level(logging.INFO, "maestlib"):
+        config = TrainConfig().resolve_auto()
+    assert (config.max_steps, config.max_minutes) == (steps, None)
+    assert f"{steps:,} steps" in caplog.text and ("max_steps=1000" in caplog.text) == (steps < 1000)
+    for chosen in ({"max_steps": 7}, {"max_steps": 0}):
+        assert TrainConfig(**chosen).resolve_auto().max_steps == chosen["max_steps"]
+    for other_limit in ({"epochs": 2}, {"max_minutes": 3}):
+        assert TrainConfig(**other_limit).resolve_auto().max_steps == 0
 
 
 def test_windows_cover_every_frame():

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = _add_command(commands, "embed", about)
     add("paths", nargs="+", help="audio files, or one folder")
     add("--out", required=True, help="the parquet file; files that failed are listed in OUT.report.parquet beside it")
-    add("--block", type=int, nargs="+", default=[6], help="after which block or blocks, numbered from 0")
+    add("--block", type=int, nargs="+", help="after which block or blocks, numbered from 0 (default: the middle one)")
     add("--tokens", default="cdt", help="cls (c), dist (d), mean of the patches (t): any of them, in this order")
     add("--average", action="store_true", help="one row per file instead of one per window")
     _add_model_options(add)

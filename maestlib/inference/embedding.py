@@ -131,7 +131,7 @@ def _collect(sources: list, run: Callable, to_table: Callable[[str | None, list]
 def embed(
     source: _Source,  # an audio file, a folder, several files, or a waveform (samples,) at the model's sample rate
     model: MAEST | str | Path,  # in evaluation mode, or what `maestlib.load_model` takes
-    block: int | tuple[int, ...] = 6,  # after which block or blocks, numbered from 0
+    block: int | tuple[int, ...] | None = None,  # after which block or blocks, numbered from 0; None: the middle one
     tokens: str = "cdt",  # cls (c), dist (d), mean of the patches (t), in this order; each is embed_dim values
     patchout: Patchout | None = None,  # which patches to drop; None: keep all
     hop_s: float | None = None,  # seconds from window to window; None: half a window
@@ -158,7 +158,7 @@ def embed(
     Source: MAEST (ISMIR 2023), §3.3 for the embedding and half-overlapping windows, §4.5 for patchout at inference.
     """
     model = model if isinstance(model, MAEST) else load_model(model).to(default_device())
-    blocks = _check_blocks(block, model.config.depth)
+    blocks = _check_blocks(model.config.middle_block if block is None else block, model.config.depth)
     forward = _make_embedder(model, blocks, tokens, patchout, dtype)
     if batch_size is None:
         batch_size = auto_batch_size(model, patchout)

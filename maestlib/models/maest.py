@@ -21,7 +21,7 @@ from .patchout import PATCH, STRIDE, Patchout, patch_grid, select_patches
 from .transformer import Block
 
 # %% ../../nbs/models/maest.ipynb #de06dad4
-SIZES = {  # embed_dim, num_heads; all have 12 blocks
+SIZES = {  # embed_dim, num_heads
     "tiny": (192, 3),
     "small": (384, 6),
     "base": (768, 12),  # the paper's
@@ -56,6 +56,11 @@ class MAESTConfig:
     def grid(self) -> tuple[int, int]:
         "Rows and columns of patches in an input of full length."
         return patch_grid(self.num_frames, self.mel.n_mels)
+
+    @property
+    def middle_block(self) -> int:
+        "The block whose embeddings are used by default: 6 of the 12, near the best of the paper (§4.3)."
+        return self.depth // 2
 
     @classmethod
     def from_size(cls, size: str = "base", **fields) -> "MAESTConfig":
@@ -154,10 +159,11 @@ class Encoder(TokenEmbedding):
     def embed(
         self,
         mel: torch.Tensor,  # (batch, n_mels, frames), normalized
-        blocks: tuple[int, ...] = (6,),  # after which blocks, numbered from 0
+        blocks: tuple[int, ...] | None = None,  # after which blocks, numbered from 0; None: the middle one
         patchout: Patchout | None = None,  # which patches to drop
     ) -> torch.Tensor:  # (batch, len(blocks), 3, embed_dim): cls, dist, mean of the patches
         "Embed a mel after several blocks in one pass (§3.3). Raises `ValueError` for a block that does not exist."
+        blocks = (self.config.middle_block,) if blocks is None else blocks
         self.check_blocks(blocks)
         x, embeddings = self.embed_patches(mel, patchout), {}
         for i, block in enumerate(self.blocks[: max(blocks) + 1]):

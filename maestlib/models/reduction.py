@@ -100,8 +100,9 @@ class ReducedMAEST(MAEST):
         *_, (x, _) = self.forward_blocks(mel, patchout, generator)
         return self.norm(x[:, :2])
 
-    def embed(self, mel, blocks=(6,), patchout=None) -> torch.Tensor:  # (batch, len(blocks), 3, embed_dim)
+    def embed(self, mel, blocks=None, patchout=None) -> torch.Tensor:  # (batch, len(blocks), 3, embed_dim)
         "Embed as `MAEST.embed` does; in the mean of the patches tokens are weighted by their size."
+        blocks = (self.config.middle_block,) if blocks is None else blocks
         self.check_blocks(blocks)
         embeddings = {}
         for i, (x, size) in zip(range(max(blocks) + 1), self.forward_blocks(mel, patchout), strict=False):

@@ -41,7 +41,7 @@ class InferenceSetting:
     model: str = "maest"  # which of the compared models
     keep_every: int = 1  # keep one patch column in `keep_every`
     drop_rows: tuple[int, ...] = ()  # patch rows to drop
-    block: int = 6  # the embedding is taken after this block, counted from 0
+    block: int | None = None  # the embedding is taken after this block, counted from 0; None: the middle one
     merge: float = 0.0  # fraction of patches merged in each block
     keep_rate: float = 1.0  # fraction of patches kept after block 2, by the attention of cls and dist
     dtype: str = "auto"  # of the matrix products: auto, float32, bfloat16, float16, int8
@@ -110,7 +110,7 @@ def _family(setting: InferenceSetting) -> str:
     used = [name for name, is_used in techniques.items() if is_used]
     if used:
         return " + ".join(used)
-    return "all patches" if setting.block == 6 else "block"
+    return "all patches" if setting.block is None else "block"
 
 # %% ../../nbs/speed/benchmark.ipynb #9aa81174
 def build_forward(
@@ -126,7 +126,8 @@ def build_forward(
         if setting.reduction:
             model = ReducedMAEST(model, **setting.reduction)
         model, dtype = prepare_dtype(model, dtype)
-        blocks = tuple(range(model.config.depth)) if tags else (setting.block,)
+        block = model.config.middle_block if setting.block is None else setting.block
+        blocks = tuple(range(model.config.depth)) if tags else (block,)
         embed_dim = model.config.embed_dim
 
         def embed(mels):  # (batch, blocks * 3 * embed_dim)

@@ -52,7 +52,7 @@ def embed_corpus(
 ) -> tuple[Embeddings, np.ndarray]:  # of one block; probabilities (tracks, labels), or no columns without `tags`
     "Embed every track in a setting, or read it from the cache; with `tags` one pass serves the settings of all blocks."
     checksums = corpus.store.index["checksum"].to_numpy()[corpus.store_rows]
-    computed = replace(setting, block=InferenceSetting.block) if tags else setting
+    computed = replace(setting, block=None) if tags else setting
     meta = {
         "model": model_fingerprint(model),
         "setting": computed.name,
@@ -70,7 +70,8 @@ def embed_corpus(
     tokens = 1 if isinstance(model, EffNet) else 3
     values = values.reshape(len(values), -1, tokens, model.config.embed_dim)
     if values.shape[1] > 1:  # all blocks
-        values = values[:, setting.block : setting.block + 1]
+        block = model.config.middle_block if setting.block is None else setting.block
+        values = values[:, block : block + 1]
     return Embeddings(values, meta | {"block": setting.block}), probabilities.astype(np.float32)
 
 # %% ../../nbs/speed/tradeoff.ipynb #a18431f2

@@ -17,25 +17,29 @@ import torch
 
 from ..audio.mel import MelConfig
 from ..core.device import default_device, default_dtype
-from ..core.files import read_json, resolve_path, runs_dir
+from ..core.files import log, read_json, resolve_path, runs_dir
 from ..datasets import registry
+from ..models.effnet import EffNet, EffNetConfig
 from ..models.hub import RELEASED_MODELS
-from ..models.maest import SIZES
+from ..models.maest import MAEST, SIZES, MAESTConfig
 from ..models.patchout import Patchout, patch_grid
+from .calibration import affordable_steps, describe_steps, measure_step_s
 from .recipe import EPOCHS
 
 # %% ../../nbs/training/config.ipynb #6734ce1a
 PAPER_COLUMNS = {5: 15, 10: 30, 20: 60, 30: 90}  # seconds: patch columns removed, of 30 / 61 / 124 / 186 (§3.2)
 LAPTOP_COLUMNS = 5  # patch columns kept
 PAPER_PRESET = {
-    "size": "base", "patchout_rows": 3, "mixup": 0.3, "time_masks": 20, "frequency_masks": 5, "balanced_sampling": True,
-    "swa": True, "schedule": "recipe", "epochs": EPOCHS, "max_minutes": None, "batch_size": 48, "learning_rate": 2e-5,
-    "weight_decay": 1e-4, "head_lr_scale": 1, "num_validations": EPOCHS, "validation_keep_every": 1,
+    "size": "base", "depth": 12, "patchout_rows": 3, "mixup": 0.3, "time_masks": 20, "frequency_masks": 5,
+    "balanced_sampling": True, "swa": True, "schedule": "recipe", "epochs": EPOCHS, "max_minutes": None, "max_steps": 0,
+    "batch_size": 48, "learning_rate": 2e-5, "weight_decay": 1e-4, "head_lr_scale": 1,
+    "num_validations": EPOCHS, "validation_keep_every": 1, "test_keep_every": 1,
 }  # fmt: skip
 LAPTOP_PRESET = {
-    "size": "tiny", "patchout_rows": 0, "mixup": 0, "time_masks": 0, "frequency_masks": 0, "balanced_sampling": False,
-    "swa": False, "schedule": "cosine", "epochs": EPOCHS, "batch_size": 16, "learning_rate": 4e-4,
-    "weight_decay": 1e-4, "head_lr_scale": 10, "num_validations": 4, "validation_keep_every": 6,
+    "size": "tiny", "depth": 6, "patchout_rows": 0, "mixup": 0, "time_masks": 0, "frequency_masks": 0,
+    "balanced_sampling": False, "swa": False, "schedule": "cosine", "epochs": EPOCHS, "max_steps": 1000,
+    "batch_size": 16, "learning_rate": 4e-4, "weight_decay": 1e-4, "head_lr_scale": 10, "num_validations": 4,
+    "validation_keep_every": 6, "test_keep_every": 3,
 }  # fmt: skip
 PRESETS = {f"maest-{s}s": PAPER_PRESET | {"seconds": s, "patchout_columns": c} for s, c in PAPER_COLUMNS.items()}
 PRESETS["laptop"] = LAPTOP_PRESET
@@ -54,8 +58,8 @@ CHOICES = {
     "compile": ("auto", True, False),
 }
 POSITIVE = (
-    "epochs", "batch_size", "learning_rate", "head_lr_scale", "layer_decay", "num_validations", "validation_keep_every",
-    "gpus", "nodes",
+    "depth", "epochs", "batch_size", "learning_rate", "head_lr_scale", "layer_decay", "num_validations",
+    "validation_keep_every", "test_keep_every", "gpus", "nodes",
 )  # fmt: skip
 NON_NEGATIVE = (
     "patchout_rows", "patchout_columns", "mixup", "time_masks", "frequency_masks", "weight_decay", "num_workers",
@@ -111,6 +115,7 @@ class TrainConfig:
     dataset: str = "tunes"  # a registered name, a folder of audio with tags.csv, a table, or a mel store
     model: str = "maest"  # or effnet-b0, the CNN baseline
     size: str = "auto"  # tiny, small or base
+    depth: int | str = "auto"  # number of blocks of a model with random weights; 12 in the paper
     init: str = "random"  # initial weights: random, deit, passt, a released name, or a file or run folder
     teacher: str = ""  # model whose pseudo-labels train the dist token: a released name, or a file or run folder
     patchout_rows: int | str = "auto"  # patch rows removed at random in training
@@ -125,7 +130,7 @@ class TrainConfig:
     schedule: str = "auto"  # learning rate: recipe (the paper's) or cosine
     epochs: float | str = "auto"  # maximum number of epochs
     max_minutes: float | str | None = "auto"  # maximum training time; the number of steps then depends on the machine
-    max_steps: int = 0  # maximum number of optimizer steps; 0: no limit
+    max_steps: int | str = "auto"  # maximum number of optimizer steps; 0: no limit
     batch_size: int | str = "auto"  # clips per optimizer step, over all processes
     micro_batch_size: int | str = "auto"  # clips per forward pass, with gradient accumulation; 0: all at once
     learning_rate: float | str = "auto"  # peak
@@ -135,6 +140,7 @@ class TrainConfig:
     freeze_blocks: int = 0  # number of blocks to freeze, from the first
     num_validations: int | str = "auto"  # number of validations, evenly spaced over the run
     validation_keep_every: int | str = "auto"  # validate with one patch column of so many
+    test_keep_every: int | str = "auto"  # test with one patch column of so many
     dtype: str = "auto"  # of the matrix products: bfloat16, float16 or float32
     compile: bool | str = "auto"  # compile the blocks with torch.compile
     num_workers: int | str = "auto"  # processes that read mels; 0: the training process
@@ -155,6 +161,11 @@ class TrainConfig:
     def validation_patchout(self) -> Patchout | None:
         "The patchout of validation; None keeps all patches."
         return Patchout(keep_every=self.validation_keep_every) if self.validation_keep_every > 1 else None
+
+    @property
+    def test_patchout(self) -> Patchout | None:
+        "The patchout of the test; None keeps all patches."
+        return Patchout(keep_every=self.test_keep_every) if self.test_keep_every > 1 else None
 
     def resolve_auto(self) -> "TrainConfig":  # without `auto`
         "Replace `auto` by the preset's or the machine's value. Raises `ValueError` or `OSError` for what cannot run."
@@ -186,7 +197,7 @@ def _auto_preset(config, seconds: float) -> str:
 def _auto_patchout(config, preset: str, seconds: float) -> dict:  # patchout_columns; for a CNN patchout_rows, too
     "Keep five columns on a laptop; remove the paper's number of columns elsewhere, or 48 % for other lengths."
     if config.model == "effnet-b0":
-        return {"patchout_rows": 0, "patchout_columns": 0}
+        return {"patchout_rows": 0, "patchout_columns": 0, "test_keep_every": 1}
     _, columns = patch_grid(MelConfig().num_frames(seconds))
     if preset == "laptop":
         return {"patchout_columns": max(0, columns - LAPTOP_COLUMNS)}
@@ -201,9 +212,9 @@ def _free_run_dir(name: str) -> str:
 
 
 def _auto_minutes(config) -> float | None:  # None: the run ends by its number of steps or epochs
-    if config.max_steps or config.epochs != "auto":
+    if config.max_steps not in ("auto", 0) or config.epochs != "auto" or "MAESTLIB_MINUTES" not in os.environ:
         return None
-    return float(os.environ.get("MAESTLIB_MINUTES", 4))
+    return float(os.environ["MAESTLIB_MINUTES"])
 
 
 def _auto_values(config) -> dict:  # a value for every field that may be `auto`
@@ -218,6 +229,7 @@ def _auto_values(config) -> dict:  # a value for every field that may be `auto`
         "num_workers": 8 if on_gpu else 0,
         "dtype": str(default_dtype(default_device())).removeprefix("torch."),
         "out_dir": _free_run_dir(f"{config.model}-{seconds:g}s-{Path(config.dataset).stem}"),
+        "test_keep_every": 1,
     }
     resolved = {"preset": preset, "seconds": seconds} | _auto_patchout(config, preset, seconds)
     return defaults | PRESETS[preset] | resolved
@@ -260,6 +272,27 @@ def _check_paths(config):
     if config.dataset not in registry.DATASETS:
         registry.load_dataset(config.dataset)  # raises an error that says what is wrong with it
 
+# %% ../../nbs/training/config.ipynb #c9100002
+def _steps_on_cpu(config: TrainConfig, steps: int) -> int:
+    "Log how long the steps will take on this machine; return fewer where it is too slow."
+    labels = tuple(map(str, range(50)))  # about as many as `tunes` has; hundreds would cost hardly more
+    if config.model == "effnet-b0":
+        model = EffNet(EffNetConfig(config.seconds, labels), config.seed)
+    else:
+        model = MAEST(MAESTConfig.from_size(config.size, depth=config.depth, seconds=config.seconds, labels=labels))
+        model.init_weights(config.seed)
+    patchout = config.patchout if config.model == "maest" else None
+    step_s = measure_step_s(model.train(), config.batch_size, patchout, getattr(torch, config.dtype))
+    log.info(describe_steps(steps, step_s))
+    return affordable_steps(steps, step_s)
+
+
+def _auto_steps(config: TrainConfig, resolved: TrainConfig) -> int:  # 0: no limit
+    steps = PRESETS[resolved.preset]["max_steps"]
+    if resolved.max_minutes is not None or config.epochs != "auto":
+        return 0
+    return steps if not steps or default_device().type != "cpu" else _steps_on_cpu(resolved, steps)
+
 # %% ../../nbs/training/config.ipynb #10c64507
 def _resolve_auto(config: TrainConfig) -> TrainConfig:
     "Raises what the checks raise: `ValueError`, `FileExistsError` or `FileNotFoundError`."
@@ -268,6 +301,8 @@ def _resolve_auto(config: TrainConfig) -> TrainConfig:
     resolved = replace(config, **{k: v for k, v in automatic.items() if getattr(config, k) == "auto"})
     for check in (_check_effnet, _check_patchout, _check_paths):
         check(resolved)
+    if config.max_steps == "auto":
+        resolved = replace(resolved, max_steps=_auto_steps(config, resolved))
     return resolved
 
 # %% ../../nbs/training/config.ipynb #c59b5ef2

@@ -41,6 +41,7 @@ def _init_effnet(config: TrainConfig, corpus: Corpus) -> EffNet:
 def _init_random_maest(config: TrainConfig, corpus: Corpus) -> MAEST:
     model_config = MAESTConfig.from_size(
         config.size,
+        depth=config.depth,
         separate_heads=bool(config.teacher),
         seconds=config.seconds,
         labels=corpus.labels,
