@@ -31,15 +31,15 @@ PAPER_COLUMNS = {5: 15, 10: 30, 20: 60, 30: 90}  # seconds: patch columns remove
 LAPTOP_COLUMNS = 5  # patch columns kept
 PAPER_PRESET = {
     "size": "base", "depth": 12, "patchout_rows": 3, "mixup": 0.3, "time_masks": 20, "frequency_masks": 5,
-    "balanced_sampling": True, "swa": True, "schedule": "recipe", "epochs": EPOCHS, "max_minutes": None, "max_steps": 0,
-    "batch_size": 48, "learning_rate": 2e-5, "weight_decay": 1e-4, "head_lr_scale": 1,
+    "equalizer": 0, "balanced_sampling": True, "swa": True, "schedule": "recipe", "epochs": EPOCHS, "max_minutes": None,
+    "max_steps": 0, "batch_size": 48, "learning_rate": 2e-5, "weight_decay": 1e-4, "head_lr_scale": 1,
     "num_validations": EPOCHS, "validation_keep_every": 1, "test_keep_every": 1,
 }  # fmt: skip
 LAPTOP_PRESET = {
     "size": "tiny", "depth": 6, "patchout_rows": 0, "mixup": 0, "time_masks": 0, "frequency_masks": 0,
-    "balanced_sampling": False, "swa": False, "schedule": "cosine", "epochs": EPOCHS, "max_steps": 1000,
-    "batch_size": 16, "learning_rate": 4e-4, "weight_decay": 1e-4, "head_lr_scale": 10, "num_validations": 4,
-    "validation_keep_every": 6, "test_keep_every": 3,
+    "equalizer": 0.15, "balanced_sampling": False, "swa": False, "schedule": "cosine", "epochs": EPOCHS,
+    "max_steps": 1000, "batch_size": 16, "learning_rate": 4e-4, "weight_decay": 1e-4, "head_lr_scale": 10,
+    "num_validations": 4, "validation_keep_every": 6, "test_keep_every": 3,
 }  # fmt: skip
 PRESETS = {f"maest-{s}s": PAPER_PRESET | {"seconds": s, "patchout_columns": c} for s, c in PAPER_COLUMNS.items()}
 PRESETS["laptop"] = LAPTOP_PRESET
@@ -62,8 +62,8 @@ POSITIVE = (
     "validation_keep_every", "test_keep_every", "gpus", "nodes",
 )  # fmt: skip
 NON_NEGATIVE = (
-    "patchout_rows", "patchout_columns", "mixup", "time_masks", "frequency_masks", "weight_decay", "num_workers",
-    "max_steps", "seed", "freeze_blocks", "micro_batch_size",
+    "patchout_rows", "patchout_columns", "mixup", "time_masks", "frequency_masks", "equalizer", "weight_decay",
+    "num_workers", "max_steps", "seed", "freeze_blocks", "micro_batch_size",
 )  # fmt: skip
 POSITIVE_OR_NONE = ("max_minutes", "tracks_per_epoch")
 
@@ -124,6 +124,7 @@ class TrainConfig:
     mixup: float | str = "auto"  # alpha of the Beta distribution; 0: no mixup
     time_masks: int | str = "auto"  # SpecAugment: masks of up to 8 frames for each clip
     frequency_masks: int | str = "auto"  # SpecAugment: masks of up to 8 mel bands for each clip
+    equalizer: float | str = "auto"  # strength of a random gain and equalization of each clip; 0: none
     balanced_sampling: bool | str = "auto"  # sample tracks with rare labels more often
     tracks_per_epoch: int | str | None = "auto"  # auto: all; with balanced sampling 200,000, at most half of them
     swa: bool | str = "auto"  # average the weights over the last part of the run
@@ -341,6 +342,7 @@ def recipe_table(
     p = PRESETS[preset]
     recipe = p["schedule"] == "recipe"
     columns = str(p.get("patchout_columns", f"all but {LAPTOP_COLUMNS}"))
+    length = f"{p['max_steps']:,} steps" if p["max_steps"] else f"{p['epochs']} epochs"
     tracks = "200,000, balanced" if p["balanced_sampling"] else "all tracks"
     rows = [
         ("optimizer", "Adam, weight decay", "AdamW, 1e-4", f"AdamW, {p['weight_decay']:g}"),
@@ -352,9 +354,11 @@ def recipe_table(
         ("mixup", "yes", "alpha 0.3, λ per clip", _or_none(p["mixup"], f"alpha {p['mixup']:g}, λ per clip")),
         ("SpecAugment, frames", "20 × 8", "20 × 8", _or_none(p["time_masks"], f"{p['time_masks']} × 8")),
         ("SpecAugment, bands", "5 × 8", "5 × 8", _or_none(p["frequency_masks"], f"{p['frequency_masks']} × 8")),
+        ("random equalization", "–", "–", _or_none(p["equalizer"], f"{p['equalizer']:g}")),
         ("patchout, rows", "3", "3", str(p["patchout_rows"])),
         ("patchout, columns", "15 / 30 / 60 / 90", "30 for 5 s", columns),
         ("tracks per epoch", "200,000, balanced", "200,000, balanced", tracks),
-        ("epochs", "130", "130", str(p["epochs"])),
+        ("length of the run", "130 epochs", "130 epochs", length),
+        ("blocks", "12", "12", str(p["depth"])),
     ]  # fmt: skip
     return pl.DataFrame(rows, schema=["setting", "paper", "released code", preset], orient="row")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'SWA_START_EPOCH', 'SWA_EVERY', 'COSINE_WARMUP', 'TEACHER_THRESHOLD', 'mixup_lambda', 'mixup',
-           'specaugment_mask', 'specaugment', 'plot_mels', 'lr_factor', 'plot_schedule', 'param_groups',
-           'whiten_patch_embed_', 'pseudo_labels']
+           'specaugment_mask', 'specaugment', 'equalizer_curves', 'equalize', 'plot_mels', 'lr_factor', 'plot_schedule',
+           'param_groups', 'whiten_patch_embed_', 'pseudo_labels']
 
 # %% ../../nbs/training/recipe.ipynb #966e8941
 import contextlib
@@ -74,6 +74,26 @@ def specaugment(
 ) -> torch.Tensor:  # a new tensor of mel's shape
     "Set the masked frames and bands to the mean."
     return mel * (time_mask[:, None] * frequency_mask[:, :, None]).to(mel)
+
+# %% ../../nbs/training/recipe.ipynb #ca110002
+def equalizer_curves(
+    rng: np.random.Generator,  # of the step
+    batch_size: int,  # clips
+    n_bands: int,  # of the mel
+    strength: float,  # standard deviation of the gain, in units of a normalized mel; 0: no equalization
+) -> torch.Tensor:  # (batch, bands) float32
+    "Draw a gain for each clip, and a tilt and two bends of half its strength over the bands."
+    u = np.linspace(-1, 1, n_bands)
+    shapes = np.stack([np.ones(n_bands), u / 2, np.cos(np.pi * u) / 2, np.sin(np.pi * u) / 2])
+    return torch.from_numpy(strength * rng.normal(size=(batch_size, len(shapes))) @ shapes).float()
+
+
+def equalize(
+    mel: torch.Tensor,  # (batch, 96, frames), normalized
+    curves: torch.Tensor,  # (batch, 96) from `equalizer_curves`
+) -> torch.Tensor:  # a new tensor of mel's shape
+    "Add a curve to every frame of each clip."
+    return mel + curves[:, :, None].to(mel)
 
 # %% ../../nbs/training/recipe.ipynb #2a54e885
 def plot_mels(

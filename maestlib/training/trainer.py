@@ -106,11 +106,12 @@ class StepRandomness(NamedTuple):
     lam: torch.Tensor  # (clips,) mixup's λ
     time_mask: torch.Tensor  # (clips, frames) of SpecAugment, 1 keeps
     frequency_mask: torch.Tensor  # (clips, 96)
+    curves: torch.Tensor  # (clips, 96) of the equalizer
     patchout_seed: int
 
 
 def draw_step(
-    config: TrainConfig,  # seed, mixup, time_masks, frequency_masks
+    config: TrainConfig,  # seed, mixup, time_masks, frequency_masks, equalizer
     step: int,  # of the optimizer
     batch_size: int,  # clips, over all processes
     mel_shape: tuple[int, int],  # bands, frames
@@ -122,19 +123,23 @@ def draw_step(
     lam = recipe.mixup_lambda(rng, batch_size, config.mixup)
     time_mask = recipe.specaugment_mask(rng, batch_size, mel_shape[1], config.time_masks)
     frequency_mask = recipe.specaugment_mask(rng, batch_size, mel_shape[0], config.frequency_masks)
-    return StepRandomness(lam[rank_slice], time_mask[rank_slice], frequency_mask[rank_slice], patchout_seed)
+    curves = recipe.equalizer_curves(rng, batch_size, mel_shape[0], config.equalizer)
+    of_clips = (values[rank_slice] for values in (lam, time_mask, frequency_mask, curves))
+    return StepRandomness(*of_clips, patchout_seed)
 
 
 def augment(
     mel: torch.Tensor,  # (clips, 96, frames), normalized, on any device
     targets: torch.Tensor,  # (clips, labels)
-    config: TrainConfig,  # mixup, time_masks, frequency_masks: 0 turns each off
+    config: TrainConfig,  # mixup, equalizer, time_masks, frequency_masks: 0 turns each off
     randomness: StepRandomness,
     clips: slice,  # the positions of these clips in `randomness`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # augmented mel and targets
-    "Apply mixup and SpecAugment (§3.2)."
+    "Apply mixup, random equalization and SpecAugment (§3.2)."
     if config.mixup:
         mel, targets = recipe.mixup(mel, targets, randomness.lam[clips])
+    if config.equalizer:
+        mel = recipe.equalize(mel, randomness.curves[clips])
     if config.time_masks or config.frequency_masks:
         mel = recipe.specaugment(mel, randomness.time_mask[clips], randomness.frequency_mask[clips])
     return mel, targets
