@@ -348,7 +348,7 @@ def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
         assert (same.seconds, same.patchout_columns) == (seconds, columns)
 
 
-@pytest.mark.parametrize(("step_s", "steps"), [(0.001, 1000), (0.48, 1000), (0.96, 500), (60, 100)])
+@pytest.mark.parametrize(("step_s", "steps"), [(0.001, 2300), (0.2, 2300), (0.96, 500), (60, 230)])
 def test_steps_follow_the_preset_unless_the_machine_is_slow(step_s, steps, monkeypatch, caplog):
     monkeypatch.delenv("MAESTLIB_MINUTES")
     monkeypatch.setattr("maestlib.training.config.default_device", lambda: torch.device("cpu"))
@@ -357,7 +357,7 @@ def test_steps_follow_the_preset_unless_the_machine_is_slow(step_s, steps, monke
     with caplog.at_level(logging.INFO, "maestlib"):
         config = TrainConfig().resolve_auto()
     assert (config.max_steps, config.max_minutes) == (steps, None)
-    assert f"{steps:,} steps" in caplog.text and ("max_steps=1000" in caplog.text) == (steps < 1000)
+    assert f"{steps:,} steps" in caplog.text and ("max_steps=2300" in caplog.text) == (steps < 2300)
     for chosen in ({"max_steps": 7}, {"max_steps": 0}):
         assert TrainConfig(**chosen).resolve_auto().max_steps == chosen["max_steps"]
     for other_limit in ({"epochs": 2}, {"max_minutes": 3}):

@@ -268,7 +268,7 @@ def forward_backward(
     "Add the gradients of one micro-batch."
     micro_slice = slice(start, start + trainer.micro_batch_size)
     is_last_micro_batch = micro_slice.stop >= len(crops)
-    mel = normalize(crops[micro_slice].to(trainer.device, non_blocking=True), trainer.corpus.mel)
+    mel = normalize(crops[micro_slice].to(trainer.device, non_blocking=True), trainer.corpus.mel, validate=False)
     y = targets[micro_slice].to(trainer.device, non_blocking=True)
     mel, y = augment(mel, y, trainer.config, randomness, micro_slice)
     seed = randomness.patchout_seed
