@@ -47,11 +47,18 @@ def bootstrap_weights(
     n_tracks: int,  # in the test set
     n_bootstrap: int = 1000,  # resamples
     seed: int = 0,  # the same seed gives the same resamples, which is what pairs the scores of two models
-) -> np.ndarray:  # (n_bootstrap, n_tracks) int: how often each track is drawn; rows sum to n_tracks
-    "Draw bootstrap resamples of tracks, with replacement, as weights (Efron and Tibshirani 1993)."
-    rng = named_rng(seed, "bootstrap", n_tracks)
-    draws = (rng.integers(0, n_tracks, n_tracks) for _ in range(n_bootstrap))
-    return np.stack([np.bincount(draw, minlength=n_tracks) for draw in draws])
+    clusters: np.ndarray | None = None,  # (n_tracks,) the artist of each track, say; None: each track by itself
+) -> np.ndarray:  # (n_bootstrap, n_tracks) int: how often each track is drawn; without clusters rows sum to n_tracks
+    """Draw bootstrap resamples, with replacement, as weights (Efron and Tibshirani 1993).
+
+    The unit of resampling is the track, or the cluster: tracks of one artist resemble each other, so that they are
+    drawn together.
+    """
+    unit = np.unique(clusters if clusters is not None else np.arange(n_tracks), return_inverse=True)[1]
+    n_units = unit.max() + 1
+    rng = named_rng(seed, "bootstrap", n_units)
+    draws = (rng.integers(0, n_units, n_units) for _ in range(n_bootstrap))
+    return np.stack([np.bincount(draw, minlength=n_units)[unit] for draw in draws])
 
 
 def confidence_interval(
@@ -76,6 +83,18 @@ def _score_labels(targets, scores, labels, weights):  # → (labels, metrics, re
     return np.stack([roc_auc_and_ap(targets[:, i], scores[:, i], weights) for i in range(len(labels))])
 
 
+def _score_runs(targets, scores, labels, weights, seed):  # → (labels, metrics, resamples): the mean over runs
+    "Scores of one model, or of several training runs, which are resampled as the tracks are."
+    if np.ndim(scores) == 2:
+        return _score_labels(targets, scores, labels, weights)
+    values = np.stack([_score_labels(targets, run, labels, weights) for run in scores])
+    if weights is None:
+        return values.mean(0)
+    n_runs = len(scores)
+    drawn = named_rng(seed, "runs", n_runs).multinomial(n_runs, np.full(n_runs, 1 / n_runs), len(weights))
+    return np.einsum("rlmb,br->lmb", values, drawn / n_runs)
+
+
 def _average_levels(labels, values):  # (labels, metrics, resamples) → [(level, name, (metrics, resamples))]
     groups = [label.split("---")[0] for label in labels]
     members = [("macro", "all", list(range(len(labels))))]
@@ -94,22 +113,24 @@ def _average_levels(labels, values):  # (labels, metrics, resamples) → [(level
 # %% ../../nbs/training/metrics.ipynb #9ef9c286
 def evaluate(
     targets: np.ndarray,  # (tracks, labels) 0 or 1
-    scores: np.ndarray,  # (tracks, labels) logits or probabilities
+    scores: np.ndarray,  # (tracks, labels) logits or probabilities, or (runs, tracks, labels) of several training runs
     labels: list[str],  # in the order of the columns, `Group---Tag`
     n_bootstrap: int = 1000,  # resamples; 0: no intervals
     seed: int = 0,  # of the resamples
+    clusters: np.ndarray | None = None,  # (tracks,) what is resampled, such as the artist; None: tracks
 ) -> pl.DataFrame:  # level (macro, group, label), name, positives, roc_auc, map, and with intervals *_low, *_high
     """Score tags with macro-averaged, group and label ROC-AUC and mAP, with 95 % bootstrap intervals over tracks.
 
     The metrics are those of scikit-learn (see `roc_auc_and_ap`). The interval is the bootstrap percentile interval, and
-    its unit of resampling is the track. Scores of a label without positive tracks are null and in no average. Raises
-    `ValueError` where the shapes differ, there are no tracks, or a score is NaN or infinite.
+    its unit of resampling is the track or the cluster. Several runs are averaged, and resampled, too: the interval is
+    then about the recipe rather than about one model. Scores of a label without positive tracks are null and in no
+    average. Raises `ValueError` where the shapes differ, there are no tracks, or a score is NaN or infinite.
     """
-    averages = _average_levels(labels, _score_labels(targets, scores, labels, None))
+    averages = _average_levels(labels, _score_runs(targets, scores, labels, None, seed))
     resampled = None
     if n_bootstrap:
-        weights = bootstrap_weights(len(targets), n_bootstrap, seed)
-        resampled = _average_levels(labels, _score_labels(targets, scores, labels, weights))
+        weights = bootstrap_weights(len(targets), n_bootstrap, seed, clusters)
+        resampled = _average_levels(labels, _score_runs(targets, scores, labels, weights, seed))
     positives = dict(zip(labels, np.asarray(targets).sum(0).astype(int).tolist(), strict=True))
     rows = []
     for i, (level, name, average) in enumerate(averages):
@@ -124,23 +145,24 @@ def evaluate(
 # %% ../../nbs/training/metrics.ipynb #cce8a614
 def paired_bootstrap(
     targets: np.ndarray,  # (tracks, labels) 0 or 1
-    scores_a: np.ndarray,  # (tracks, labels) logits or probabilities of one model
-    scores_b: np.ndarray,  # (tracks, labels) of the other model, for the same tracks
+    scores_a: np.ndarray,  # (tracks, labels) logits or probabilities of one model, or (runs, tracks, labels)
+    scores_b: np.ndarray,  # the other model's, for the same tracks
     labels: list[str],  # in the order of the columns, `Group---Tag`
     n_bootstrap: int = 1000,  # resamples
     seed: int = 0,  # of the resamples
+    clusters: np.ndarray | None = None,  # (tracks,) what is resampled, such as the artist; None: tracks
 ) -> pl.DataFrame:  # level, name, and for each metric *_a, *_b, *_difference, *_low, *_high, *_significant
     """Compare two models on the same tracks by the paired bootstrap of the difference a - b of their scores.
 
     `*_low` and `*_high` are the 95 % percentile interval of the difference (Efron and Tibshirani 1993); its unit of
-    resampling is the track, and both models are scored on the same resamples. `*_significant` says whether the interval
-    excludes zero. Raises `ValueError` as `evaluate` does.
+    resampling is the track or the cluster, and both models are scored on the same resamples. `*_significant` says
+    whether the interval excludes zero. Raises `ValueError` as `evaluate` does.
     """
-    weights = bootstrap_weights(len(targets), n_bootstrap, seed)
-    averages_a = _average_levels(labels, _score_labels(targets, scores_a, labels, None))
-    averages_b = _average_levels(labels, _score_labels(targets, scores_b, labels, None))
-    resampled_a = _score_labels(targets, scores_a, labels, weights)
-    differences = _average_levels(labels, resampled_a - _score_labels(targets, scores_b, labels, weights))
+    weights = bootstrap_weights(len(targets), n_bootstrap, seed, clusters)
+    averages_a = _average_levels(labels, _score_runs(targets, scores_a, labels, None, seed))
+    averages_b = _average_levels(labels, _score_runs(targets, scores_b, labels, None, seed))
+    resampled_a, resampled_b = (_score_runs(targets, s, labels, weights, seed) for s in (scores_a, scores_b))
+    differences = _average_levels(labels, resampled_a - resampled_b)
     rows = []
     for (level, name, a), (_, _, b), (_, _, difference) in zip(averages_a, averages_b, differences, strict=True):
         row = {"level": level, "name": name}
