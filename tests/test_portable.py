@@ -6,6 +6,7 @@ Most of it is tested on any system, by taking away what the others lack.
 import ast
 import errno
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -67,48 +68,32 @@ if os.path.exists("/proc/self/maps"):
         setattr(os, name, refuse_open_files(getattr(os, name)))
 """
 
-IMPORT_EVERYTHING = """
-import multiprocessing, pkgutil
-import torch.distributed, torchaudio, polars, filelock, sklearn.metrics, ipywidgets, IPython.display
-import like_windows
-multiprocessing.set_start_method("spawn")
-import maestlib
-names = [module.name for module in pkgutil.walk_packages(maestlib.__path__, "maestlib.")]
-for name in names:
-    if name not in ("maestlib.assets", "maestlib._modidx"):
-        __import__(name)
-print(len(names))
-"""
-
-# A whole job: mels in two worker processes, two steps of training from two loader processes, embeddings.
+# Every module, then a whole job: mels in two worker processes, two steps of training from two loader processes, and
+# embeddings. What is imported at the top, each worker imports, too.
 JOB = """
-import multiprocessing, sys
-import torch.distributed, torchaudio, polars, filelock
+import multiprocessing, pkgutil, sys
+import torch, torchaudio, polars, filelock
+if __name__ == "__main__":
+    import torch.distributed, sklearn.metrics, ipywidgets, IPython.display
 import like_windows
-import maestlib as ml
-from maestlib.datasets.batches import load_corpus
-from maestlib.training.trainer import create_model
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
+    import maestlib as ml
+    names = [module.name for module in pkgutil.walk_packages(ml.__path__, "maestlib.")]
+    for name in names:
+        if name not in ("maestlib.assets", "maestlib._modidx"):
+            __import__(name)
     dataset, run = sys.argv[1:]
     config = ml.TrainConfig(dataset=dataset, out_dir=run, seconds=2, size="tiny", max_steps=2, batch_size=4,
-                            patchout_columns=2, num_workers=2, max_minutes=None).resolve_auto()
-    corpus = load_corpus(dataset)
-    metrics = ml.fit(config, corpus, create_model(config, corpus))
-    table = ml.embed(dataset, run, block=0, out=f"{run}/embeddings.parquet").collect()
-    table = ml.embed(dataset, run, block=0, out=f"{run}/embeddings.parquet").collect()  # nothing is left to do
-    print(len(corpus.table), metrics["step"][-1], table["path"].n_unique())
+                            patchout_columns=2, num_workers=2, num_validations=1).resolve_auto()
+    corpus = sys.modules["maestlib.datasets.batches"].load_corpus(dataset)
+    model = sys.modules["maestlib.training.trainer"].create_model(config, corpus)
+    metrics = ml.fit(config, corpus, model)
+    for _ in range(2):  # the second time nothing is left to do
+        table = ml.embed(dataset, run, block=0, out=f"{run}/embeddings.parquet").collect()
+    print(len(names), len(corpus.table), metrics["step"][-1], table["path"].n_unique())
 """
-
-
-def run_script(folder: Path, text: str, *arguments, **environment) -> subprocess.CompletedProcess:
-    (folder / "like_windows.py").write_text(LIKE_WINDOWS, encoding="utf8")
-    (folder / "script.py").write_text(text, encoding="utf8")
-    path = os.pathsep.join([str(PROJECT), str(folder)])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf8"} | environment
-    command = [sys.executable, str(folder / "script.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, encoding="utf8", env=env, cwd=folder, timeout=280)
 
 
 @pytest.fixture
@@ -119,13 +104,8 @@ def odd_folder(tmp_path):
     return folder
 
 
-def test_every_module_can_be_imported_without_what_windows_lacks(tmp_path):
-    result = run_script(tmp_path, IMPORT_EVERYTHING)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert int(result.stdout.split()[-1]) > 50
-
-
-def test_a_whole_job_by_spawn_in_a_folder_with_an_odd_name(odd_folder):
+def test_every_module_and_a_whole_job_without_what_windows_lacks(odd_folder):
+    "By spawn, and in a folder with an odd name."
     music, rng, rows = odd_folder / "ma musique ♪", np.random.default_rng(0), []
     music.mkdir()
     for i in range(20):
@@ -137,21 +117,29 @@ def test_a_whole_job_by_spawn_in_a_folder_with_an_odd_name(odd_folder):
         )
     pl.DataFrame(rows).write_csv(music / "tags.csv")
     run = odd_folder / "mon entraînement"
-    result = run_script(odd_folder, JOB, music, run, MAESTLIB_CACHE=str(odd_folder / "le cache"))
+    (odd_folder / "like_windows.py").write_text(LIKE_WINDOWS, encoding="utf8")
+    (odd_folder / "job.py").write_text(JOB, encoding="utf8")
+    path = os.pathsep.join([str(PROJECT), str(odd_folder)])
+    env = os.environ | {"PYTHONPATH": path, "MAESTLIB_CACHE": str(odd_folder / "le cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(odd_folder / "job.py"), str(music), str(run)]
+    result = subprocess.run(command, capture_output=True, encoding="utf8", env=env, cwd=odd_folder, timeout=290)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split()[-3:] == ["20", "2", "20"]
+    modules, *counts = map(int, result.stdout.split()[-4:])
+    assert modules > 50 and counts == [20, 2, 20]
     assert not list(odd_folder.rglob("*.tmp")) and not list(odd_folder.rglob("*.parts"))
 
 
-def test_a_path_of_any_letters_is_printed_to_any_pipe(odd_folder):
+def test_a_path_of_any_letters_is_printed_to_any_pipe(odd_folder, monkeypatch):
     "Even where the pipe's encoding has few letters, as on Windows."
-    program = [sys.executable, "-m", "maestlib.inference.cli"]
-    command = [*program, "tag", str(odd_folder / "chanson.mp3"), "--model", "random"]
-    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(PROJECT)}
-    result = subprocess.run(command, capture_output=True, encoding="utf8", env=env, timeout=280)
-    assert result.returncode == 2 and "maestlib tag: " in result.stderr and "été à 東京" in result.stderr
-    result = subprocess.run([*program, "models"], capture_output=True, encoding="utf8", env=env, timeout=280)
-    assert result.returncode == 0 and "│" in result.stdout, result.stderr
+    pipes = {"stdout": io.TextIOWrapper(io.BytesIO(), "ascii"), "stderr": io.TextIOWrapper(io.BytesIO(), "ascii")}
+    for name, pipe in pipes.items():
+        monkeypatch.setattr(sys, name, pipe)
+    assert main(["tag", str(odd_folder / "chanson.mp3"), "--model", "maest-30s-tunes"]) == 2
+    assert main(["models"]) == 0
+    for pipe in pipes.values():
+        pipe.flush()
+    assert "été à 東京" in pipes["stderr"].buffer.getvalue().decode("utf8")
+    assert "│" in pipes["stdout"].buffer.getvalue().decode("utf8")
 
 
 def test_no_module_depends_on_unix_or_on_the_locale():
