@@ -61,8 +61,8 @@ def launch(
 
     Raises `ValueError` if `nodes` is above 1 and MASTER_ADDR or NODE_RANK is not set, `RuntimeError` on a failure.
     """
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(torchrun_command(config), **pipes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf8", "errors": "replace"}
+    process = subprocess.Popen(torchrun_command(config), env=os.environ | {"PYTHONIOENCODING": "utf8"}, **pipes)
     try:
         for line in process.stdout:
             log.info(line.rstrip())

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from .mel import MEL, MelConfig, audio_duration, load_audio, logmel, validate_mel
 from .store import INDEX_SCHEMA, TABLES, shard_path, table_checksums
 from .workers import Job, imap_ordered
+from ..core.device import cpu_count
 from ..core.files import atomic_write, rank_and_world_size, read_json, resolve_path, write_json
 
 # %% ../../nbs/audio/extract.ipynb #5ed5563b
@@ -142,7 +143,8 @@ def _append_mels(
     results = imap_ordered(job, remaining["path"].to_list(), num_workers, preload=["maestlib.audio.extract"])
     bar = tqdm(total=len(rows), initial=done - rows.start, unit="track", disable=rank > 0, delay=2)
     with contextlib.closing(results), bar, open(shard, "r+b") as file:
-        file.truncate(end * frame_bytes)
+        if shard.stat().st_size > end * frame_bytes:  # what a kill left; Windows cannot truncate a file that is mapped
+            file.truncate(end * frame_bytes)
         file.seek(0, os.SEEK_END)
         for first in range(done, rows.stop, chunk_size):
             tracks = table[first : min(first + chunk_size, rows.stop)].select("track_id", "path")
@@ -167,7 +169,7 @@ def _write_tables(store: Path, **tables: pl.DataFrame) -> None:
     for name, table in tables.items():
         _write_parquet(store / f"{name}.parquet", table)
     with atomic_write(store / "SHA256SUMS") as temporary:
-        temporary.write_text(table_checksums(store))
+        temporary.write_bytes(table_checksums(store).encode())
 
 
 def _merge_parts(store: Path, table: pl.DataFrame, plan: dict[str, Any]) -> None:
@@ -263,8 +265,7 @@ def _check_arguments(
 
 def _default_num_workers() -> int:
     "One process per core that this process may use, shared with the other ranks on the machine."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _rank_rows(first: int, stop: int, rank: int, world_size: int) -> range:

@@ -169,7 +169,7 @@ def _verify_tables(store: Path) -> Iterator[tuple[str, str]]:
         return
     actual = table_checksums(store)
     if sums_path.read_bytes() != actual.encode():
-        differing = set(sums_path.read_text(errors="replace").splitlines()) ^ set(actual.splitlines())
+        differing = set(sums_path.read_text(encoding="utf8", errors="replace").splitlines()) ^ set(actual.splitlines())
         for name in sorted({line.split("  ")[-1] for line in differing}) or [sums_path.name]:
             yield name, "missing, or not what SHA256SUMS says"
 

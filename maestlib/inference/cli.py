@@ -7,6 +7,7 @@ __all__ = ['DEFAULT_MODEL', 'build_parser', 'main']
 
 # %% ../../nbs/inference/cli.ipynb #7648f204
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,9 @@ def main(
     arguments: list[str] | None = None,  # None: those of the process
 ) -> int:  # the exit code. 0: all went well; 1: some files failed; 2: nothing was done
     "Run the console script `maestlib`. Errors are printed to stderr in one line, not raised."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows cannot take every letter of a path
+            stream.reconfigure(encoding=None if stream.isatty() else "utf8", errors="replace")
     args = build_parser().parse_args(arguments)
     commands = {"embed": _run_embed, "tag": _run_tag, "models": _run_models}
     try:

@@ -7,7 +7,6 @@ __all__ = ['stream_mel', 'iter_windows', 'make_forward', 'iter_results']
 
 # %% ../../nbs/inference/windows.ipynb #3a81a03c
 import math
-import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..audio.mel import MelConfig, audio_duration, load_audio, logmel, normalize
-from ..core.device import autocast, resolve_dtype
+from ..core.device import autocast, cpu_count, resolve_dtype
 from ..core.files import rank_and_world_size
 from ..models.maest import MAEST, MAESTConfig
 from ..models.patchout import pad_to_patch
@@ -157,7 +156,7 @@ def iter_results(
     jobs = (iter_windows(source, model.config.mel, model.config.num_frames, hop_frames) for source in sources)
     pending, ended, results = [], [], defaultdict(list)
     bar = tqdm(unit="window", delay=2, disable=rank_and_world_size()[0] > 0)
-    for i, windows in _prefetch(jobs, batch_size, num_workers or os.cpu_count()):
+    for i, windows in _prefetch(jobs, batch_size, num_workers or cpu_count()):
         is_last = False
         if isinstance(windows, list):
             pending += [(i, *window) for window in windows]

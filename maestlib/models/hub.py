@@ -19,7 +19,7 @@ import polars as pl
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from ..core.files import asset_path, cache_path
+from ..core.files import asset_path, cache_path, explain_read_only
 
 # %% ../../nbs/models/hub.ipynb #da0114b2
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def download(
 
 
 def _download(entry, path, timeout):
-    with FileLock(cache_path("locks", f"{path.name}.lock")):  # also between the ranks of one torchrun job
+    with explain_read_only(path), FileLock(cache_path("locks", f"{path.name}.lock")):  # also between torchrun's ranks
         if not path.exists():  # no other process was faster
             _download_part(entry, path, timeout)
 
@@ -172,13 +172,12 @@ def _download_part(entry, path, timeout):
             kept = f"; {f.tell() / 1e6:.0f} MB are kept, and loading again continues there" if f.tell() else ""
             by_hand = f"or download {entry.url} elsewhere and copy it to {path}"
             raise ConnectionError(f"{entry.name}: no download ({error}){kept}; {by_hand}") from error
-        try:
-            f.flush()
-            verify_checkpoint(part, entry)
-        except ValueError:
-            f.truncate(0)  # the next attempt starts anew
-            raise
-        os.replace(part, path)
+    try:
+        verify_checkpoint(part, entry)
+    except ValueError:
+        part.unlink()  # the next attempt starts anew
+        raise
+    os.replace(part, path)
 
 
 def _append_missing(entry, f, timeout):

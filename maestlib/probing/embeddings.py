@@ -40,7 +40,7 @@ def find_runs(
     runs = {}
     checkpoints = resolve_path(runs_dir()).glob("*/best.safetensors")
     for checkpoint in sorted(checkpoints, key=lambda p: p.stat().st_mtime):
-        config = json.loads((checkpoint.parent / "config.json").read_text())
+        config = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf8"))
         if config["model"] == architecture:
             runs.pop(config["seconds"], None)
             runs[config["seconds"]] = checkpoint.parent
@@ -192,7 +192,7 @@ def _check_meta(folder: Path, meta: dict):
     if not path.exists():
         write_json(path, meta)
         return
-    stored = json.loads(path.read_text())
+    stored = json.loads(path.read_text(encoding="utf8"))
     differences = [f"{key} {stored.get(key)}, now {value}" for key, value in meta.items() if stored.get(key) != value]
     if differences:
         raise ValueError(f"{folder}: embeddings of another model ({'; '.join(differences)}); give another folder")

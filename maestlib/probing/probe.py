@@ -8,7 +8,6 @@ __all__ = ['START_LEARNING_RATE', 'ProbeConfig', 'rank_auc', 'Probe', 'ProbeResu
 
 # %% ../../nbs/probing/probe.ipynb #7f4a920a
 import itertools
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..core.device import default_device, resolve_dtype
+from ..core.device import cpu_count, default_device, resolve_dtype
 from ..core.files import named_rng
 from ..datasets.batches import Corpus
 from ..datasets.table import SPLITS
@@ -84,6 +83,8 @@ def rank_auc(
     targets: torch.Tensor,  # (tracks, labels) 0 or 1
 ) -> torch.Tensor:  # (..., labels) float64; NaN for a label with one class only
     "Compute the exact ROC-AUC of each label from ranks (Mann–Whitney), with ties."
+    if scores.device.type == "mps":  # it has no float64
+        scores, targets = scores.cpu(), targets.cpu()
     scores, is_positive = scores.mT.contiguous(), targets.mT.bool()
     if scores.device.type == "cpu":
         order = torch.from_numpy(scores.numpy().argsort(-1))  # numpy sorts faster than torch on a CPU
@@ -285,10 +286,6 @@ def _group_probes(probes: list[Probe], embed_dim: int, probes_per_network: int |
         networks += [members[start : start + size] for start in range(0, len(members), size)]
     return sorted(networks, key=lambda m: -len(m) * len(probes[m[0]].sources) * probes[m[0]].config.epochs)
 
-
-def _cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
 # %% ../../nbs/probing/probe.ipynb #cb62f907
 def train_probes(
     embeddings: Embeddings,  # of the corpus' tracks
@@ -310,7 +307,7 @@ def train_probes(
     sources = standardize(embeddings, corpus.indices("train"), resolve_dtype(dtype, device), device)
     targets = torch.from_numpy(corpus.targets).to(device)
     networks = _group_probes(probes, sources.shape[2], probes_per_network, on_cpu)
-    num_workers = num_workers or (_cpu_count() if on_cpu else 1)
+    num_workers = num_workers or (cpu_count() if on_cpu else 1)
     results, num_threads = [None] * len(probes), torch.get_num_threads()
     total = sum(p.config.epochs for p in probes)
     bar = tqdm(total=total, unit="epoch", desc="probes", delay=2, disable=bool(on_progress))

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 
 from ..audio.mel import logmel, normalize
-from ..core.device import matmul_tflops, resolve_dtype
+from ..core.device import device_name, matmul_tflops, resolve_dtype
 from ..inference.windows import make_forward
 from ..models.effnet import EffNet
 from ..models.maest import MAEST, MAESTConfig, auto_batch_size
@@ -201,7 +200,7 @@ FLOP_FORMULAS = {  # operators that PyTorch's counter does not know
 
 
 def _process_memory(field: str) -> float:  # MB; VmRSS: now, VmHWM: the peak
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf8")
     return int(status.split(f"{field}:")[1].split()[0]) / 1e3
 
 
@@ -211,10 +210,12 @@ def _track_peak_memory(device: torch.device) -> Callable[[], float]:  # MB above
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         return lambda: (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    if device.type != "cpu":
+        return lambda: math.nan
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # return freed memory to the system first
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf8")  # Linux: reset the peak
         before = _process_memory("VmRSS")
         return lambda: max(0.0, _process_memory("VmHWM") - before)
     except OSError:
@@ -232,15 +233,6 @@ def _count_gflop(work: Callable, setting: InferenceSetting | None) -> float | No
     return counter.get_total_flops() / 1e9
 
 # %% ../../nbs/speed/benchmark.ipynb #0c8face5
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _time_rounds(
     work: dict[str, Callable],  # by name
     settings: dict[str, InferenceSetting],  # of the names that have one
@@ -327,5 +319,5 @@ def benchmark(
         row |= _summarize_times(times, reference)
         row |= _utilization(gflop, row["clips_per_s"], peaks[dtypes[name]])
         rows.append(row | {"start": start, "dtype": dtypes[name]})
-    hardware = {"device": _device_name(device), "threads": threads, "torch": torch.__version__}
+    hardware = {"device": device_name(device), "threads": threads, "torch": torch.__version__}
     return pl.DataFrame([row | hardware for row in rows], infer_schema_length=None)

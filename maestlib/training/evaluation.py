@@ -299,7 +299,7 @@ def _run_row(folder):  # → {"run", settings, cost, scores}
         raise ValueError(f"{folder}: no metrics.parquet; is it a finished run?")
     metrics = pl.read_parquet(folder / "metrics.parquet")
     best, last = metrics.sort("map").row(-1, named=True), metrics.row(-1, named=True)
-    row = {"run": folder.name} | json.loads((folder / "config.json").read_text())
+    row = {"run": folder.name} | json.loads((folder / "config.json").read_text(encoding="utf8"))
     row |= {"clips": last["clips"], "minutes": round(last["elapsed_s"] / 60, 2)}
     row |= {"clips_per_s": round(last["clips"] / last["elapsed_s"], 1)}
     row |= {"validation_roc_auc": best["roc_auc"], "validation_map": best["map"]}

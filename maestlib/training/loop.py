@@ -53,7 +53,8 @@ def _flush_metrics(trainer: Trainer, writer=None):  # a TensorBoard SummaryWrite
     "Move the pending metrics to `step_log`. Raises `FloatingPointError` if a loss is not finite."
     if not trainer.pending_metrics:
         return
-    values = torch.stack([torch.stack([x.double() for x in step]) for step in trainer.pending_metrics]).cpu().numpy()
+    values = torch.stack([torch.stack([x.float() for x in step]) for step in trainer.pending_metrics])
+    values = values.cpu().double().numpy()  # not on the device: mps has no float64
     values[:, 0] = _mean_over_processes(trainer, values[:, 0])
     first_step = trainer.step - len(values)
     _check_finite(trainer, values[:, 0], first_step)
