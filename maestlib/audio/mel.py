@@ -7,22 +7,20 @@ __all__ = ['MEL', 'AUDIO_SUFFIXES', 'MelConfig', 'audio_duration', 'resampler', 
            'validate_mel', 'normalize', 'plot_mel']
 
 # %% ../../nbs/audio/mel.ipynb #96047d5a
-import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
-import soundfile
 import torch
 import torchaudio
 
+from .decode import SampleReader, open_audio
+from ..core.extras import optional_import
 from ..core.files import resolve_path
 
 # %% ../../nbs/audio/mel.ipynb #535ec90a
@@ -102,58 +100,14 @@ class MelConfig:
 MEL = MelConfig()  # of the released models
 
 # %% ../../nbs/audio/mel.ipynb #17881d3f
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff", ".opus", ".m4a", ".wma"}  # searched for in folders
-
-_Reader = Callable[[int, int], np.ndarray]  # (start, count) -> (samples, channels) float32
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff", ".opus", ".m4a", ".aac", ".wma"}  # in folders
 
 
-@contextlib.contextmanager
-def _open_audio(path: Path) -> Iterator[tuple[int, int, _Reader]]:
-    "Open an audio file: its rate (Hz), its length (samples) and a reader. Raises `FileNotFoundError` or `ValueError`."
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file() or path.stat().st_size == 0:
-        raise ValueError(f"{path}: empty, or not a file; give an audio file")
-    try:
-        file = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError:
-        yield _open_torchcodec(path)
-        return
-    with file:
-        if file.frames >= 1 << 40:
-            raise ValueError(f"{path}: its header does not give its length; convert it again")
-
-        def read(start, count):
-            file.seek(start)
-            return file.read(count, dtype="float32", always_2d=True)
-
-        yield file.samplerate, file.frames, read
-
-
-def _open_torchcodec(path: Path) -> tuple[int, int, _Reader]:
-    "Open a file that libsndfile cannot read (m4a, wma, …) with torchcodec, as `_open_audio` does."
-    try:
-        from torchcodec.decoders import AudioDecoder
-    except (ImportError, RuntimeError, OSError):
-        hint = 'pip install "maestlib[codecs]" (and FFmpeg) reads m4a, wma and others'
-        raise ValueError(f"{path}: not audio that soundfile can read; {hint}") from None
-    try:
-        decoder = AudioDecoder(path)
-    except Exception as error:  # torchcodec passes on FFmpeg's errors, in several types
-        raise ValueError(f"{path}: neither soundfile nor torchcodec can read it; is it audio?") from error
-    rate = decoder.metadata.sample_rate
-
-    def read(start, count):
-        return decoder.get_samples_played_in_range(start / rate, (start + count) / rate).data.T.numpy()
-
-    return rate, round(decoder.metadata.duration_seconds_from_header * rate), read
-
-# %% ../../nbs/audio/mel.ipynb #01d0d793
 def audio_duration(
     path: str | Path,  # an audio file
 ) -> float:  # seconds
     "Return the length in a file's header, without decoding it. Raises as `load_audio` does."
-    with _open_audio(resolve_path(path)) as (rate, length, _):
+    with open_audio(resolve_path(path)) as (rate, length, _):
         return length / rate
 
 # %% ../../nbs/audio/mel.ipynb #1687d4d0
@@ -193,20 +147,20 @@ def _output_span(
     return first, max(0, min(count, total - first))
 
 
-def _read_mono(path: Path, read: _Reader, start: int, stop: int, rate: int) -> torch.Tensor:
+def _read_mono(path: Path, read: SampleReader, start: int, stop: int, rate: int) -> torch.Tensor:
     "Decode samples `start` to `stop` and average the channels. Raises `ValueError` for damaged or non-finite data."
     try:
         samples = read(start, stop - start)
     except RuntimeError as error:  # of libsndfile or FFmpeg
         raise ValueError(f"{path}: damaged between {start / rate:.1f} and {stop / rate:.1f} s ({error})") from error
     missing_s = (stop - start - len(samples)) / rate
-    if missing_s >= 0.1:
+    if missing_s >= 0.1:  # less is the delay of a codec
         raise ValueError(f"{path}: damaged, {missing_s:.1f} s shorter than its header says; convert it again")
     channels = samples.shape[1]
     mono = torch.from_numpy(samples @ np.full(channels, 1 / channels, np.float32))
     if not mono.isfinite().all():
         raise ValueError(f"{path}: contains NaN or infinite samples; convert it again")
-    return mono
+    return torch.nn.functional.pad(mono, (0, stop - start - len(mono)))
 
 # %% ../../nbs/audio/mel.ipynb #21957691
 def load_audio(
@@ -231,7 +185,7 @@ def load_audio(
         raise ValueError(f"duration_s={duration_s}: must be positive, or None for the rest")
     if center and offset_s:
         raise ValueError(f"offset_s={offset_s}: center=True takes the middle; give one of the two")
-    with _open_audio(path) as (rate, length, read):
+    with open_audio(path) as (rate, length, read):
         if length == 0:
             raise ValueError(f"{path}: contains no samples")
         ratio = Fraction(sample_rate, rate).limit_denominator(1000)
@@ -362,8 +316,11 @@ def plot_mel(
     start_s: float = 0.0,  # time of the first frame
     unit: str = "log<sub>10</sub>(1 + 10<sup>4</sup> mel)",  # on the color bar
     **style,  # of plotly's Heatmap: colorscale, zmin, zmax, …
-) -> go.Figure:
+):  # a plotly figure
     "Plot a spectrogram over seconds and hertz. Raises `ValueError` unless `mel` is one mel spectrogram."
+    with optional_import():
+        import plotly.graph_objects as go
+
     validate_mel(mel, config)
     if mel.ndim != 2:
         raise ValueError(f"mel of shape {tuple(mel.shape)}: plot one, (n_mels, frames)")

@@ -6,16 +6,14 @@
 __all__ = ['PALETTE', 'SPLIT_COLORS', 'update_figure']
 
 # %% ../../nbs/core/plotting.ipynb #b05613f4
-import plotly.graph_objects as go
-
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe and Ito, 2008
 
 SPLIT_COLORS = {"train": PALETTE[0], "validation": PALETTE[1], "test": PALETTE[3]}
 
 # %% ../../nbs/core/plotting.ipynb #2c067d06
 def update_figure(
-    widget: go.FigureWidget,  # the figure on the page
-    figure: go.Figure,  # what it should show; not changed
+    widget,  # plotly's FigureWidget on the page
+    figure,  # the plotly figure that it should show; not changed
 ) -> None:
     "Replace the traces and the layout of a displayed figure."
     with widget.batch_update():

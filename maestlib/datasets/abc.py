@@ -16,8 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+
+from ..core.extras import optional_import
+
+with optional_import():
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
 # %% ../../nbs/datasets/abc.ipynb #06fc421f
 REGIONS = {  # where each collection's tunes were gathered

@@ -10,12 +10,15 @@ __all__ = ['CATALOGUE_SCHEMA', 'DROP_REASONS', 'PLACEHOLDER_ARTIST_IDS', 'read_c
 from pathlib import Path
 
 import numpy as np
-import plotly.graph_objects as go
 import polars as pl
 
+from ..core.extras import optional_import
 from ..core.files import asset_path, resolve_path
 from ..core.plotting import PALETTE
 from .splits import artist_split, count_items, drop_placeholder_artists
+
+with optional_import():
+    import plotly.graph_objects as go
 
 # %% ../../nbs/datasets/curate.ipynb #db9aefd2
 CATALOGUE_SCHEMA = {

@@ -18,11 +18,14 @@ from itertools import islice
 from pathlib import Path
 
 import polars as pl
-from lxml import etree
 from polars.io.plugins import register_io_source
 from tqdm.auto import tqdm
 
+from ..core.extras import optional_import
 from ..core.files import asset_path, atomic_write, cache_path, resolve_path
+
+with optional_import():
+    from lxml import etree
 
 # %% ../../nbs/datasets/discogs.ipynb #8b0db256
 _ITEM, _PART = "\x1f", "\x1e"  # ASCII's unit and record separators: not allowed in XML text

@@ -9,14 +9,17 @@ __all__ = ['PAPER_COUNTS', 'published_protocols', 'report_protocol', 'attach_aud
 # %% ../../nbs/datasets/protocol.ipynb #5d1d3003
 from pathlib import Path
 
-import plotly.graph_objects as go
 import polars as pl
 
 from ..audio.mel import AUDIO_SUFFIXES
+from ..core.extras import optional_import
 from ..core.files import asset_path, log, resolve_path
 from ..core.plotting import SPLIT_COLORS
 from .splits import split_fingerprint
 from .table import SPLITS
+
+with optional_import():
+    import plotly.graph_objects as go
 
 # %% ../../nbs/datasets/protocol.ipynb #5d1d3005
 PAPER_COUNTS = {  # MAEST paper, §3.3: tracks, labels

@@ -10,13 +10,16 @@ __all__ = ['PLACEHOLDER_ARTIST_NAMES', 'drop_placeholder_artists', 'artist_compo
 import hashlib
 
 import numpy as np
-import plotly.graph_objects as go
 import polars as pl
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
+from ..core.extras import optional_import
 from ..core.files import log, named_rng
 from ..core.plotting import PALETTE, SPLIT_COLORS
+
+with optional_import():
+    import plotly.graph_objects as go
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
 
 # %% ../../nbs/datasets/splits.ipynb #b80c9dd4
 PLACEHOLDER_ARTIST_NAMES = [

@@ -13,12 +13,15 @@ from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
-import plotly.graph_objects as go
 import polars as pl
 
+from ..core.extras import optional_import
 from ..core.files import named_rng
 from ..core.plotting import PALETTE
 from .abc import package_dir
+
+with optional_import():
+    import plotly.graph_objects as go
 
 # %% ../../nbs/datasets/synth.ipynb #249f11ed
 class Instrument(NamedTuple):
@@ -286,7 +289,8 @@ _ATTENUATION_DB = {"lead": 0, "second": 1, "drone": 8, "bass": 8, "chords": 9, "
 
 def _synthesize(synthesizer, notes: list, program: int, is_drum: bool) -> np.ndarray:  # (samples,) float32
     "Render one layer with a `symusic.Synthesizer`."
-    import symusic
+    with optional_import():
+        import symusic
 
     start, length, pitch, velocity = (np.array(column) for column in zip(*notes, strict=True))
     track = symusic.Track(program=program, is_drum=is_drum, ttype="second")
@@ -340,7 +344,8 @@ def render(
     Raises `ValueError` where the synthesizer returns silence or values that are not finite for a layer, and
     `ImportError` without the `demo` extra.
     """
-    import symusic
+    with optional_import():
+        import symusic
 
     rng = named_rng(plan["seed"], "tunes", plan["clip"], "sound")
     font = str(package_dir("pretty_midi") / "TimGM6mb.sf2")

@@ -8,10 +8,13 @@ __all__ = ['COLUMNS', 'SPLITS', 'validate_table', 'label_vocabulary', 'multi_hot
 
 # %% ../../nbs/datasets/table.ipynb #d0102240
 import numpy as np
-import plotly.graph_objects as go
 import polars as pl
 
+from ..core.extras import optional_import
 from ..core.plotting import SPLIT_COLORS
+
+with optional_import():
+    import plotly.graph_objects as go
 
 # %% ../../nbs/datasets/table.ipynb #d49d05d6
 COLUMNS = {
@@ -63,7 +66,8 @@ def multi_hot(
 
     Raises `ValueError` where a track has a label outside the vocabulary, or unknown labels (null).
     """
-    from sklearn.preprocessing import MultiLabelBinarizer  # here, because importing scikit-learn takes a second
+    with optional_import():
+        from sklearn.preprocessing import MultiLabelBinarizer  # here: importing it takes a second
 
     unknown = sorted(set(label_vocabulary(table)) - set(labels))
     if unknown:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..audio.mel import MelConfig, validate_mel
+from ..core.extras import optional_import
 
 # %% ../../nbs/models/effnet.ipynb #ac40ef96
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class EffNet(nn.Module):
         seed: int = 0,  # of the random weights
     ):
         super().__init__()
-        import timm
+        with optional_import():
+            import timm
 
         self.config = config
         with torch.random.fork_rng(devices=[]):

@@ -9,7 +9,6 @@ __all__ = ['LogMel', 'ExportableMAEST', 'export_torch', 'export_onnx']
 import json
 import math
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..audio.mel import MelConfig, filterbank, logmel, normalize
+from ..core.extras import optional_import
 from ..core.files import atomic_write
 from .maest import MAEST
 from .patchout import PATCH, STRIDE, Patchout, select_patches
@@ -161,10 +161,10 @@ def export_onnx(
     patchout: Patchout | None = None,  # built in
 ) -> float:  # largest difference between onnxruntime and the model
     "Write an ONNX file. Raises `ImportError` where the extra `onnx` is not installed; otherwise as `export_torch`."
-    missing = [package for package in ("onnx", "onnxscript", "onnxruntime") if not find_spec(package)]
-    if missing:
-        raise ImportError(f'export_onnx needs {", ".join(missing)}: pip install "maestlib[onnx]"')
-    import onnxruntime
+    with optional_import("onnx"):
+        import onnx  # noqa: F401  which torch.onnx writes with, as with onnxscript
+        import onnxruntime
+        import onnxscript  # noqa: F401
 
     input_name, output_name = ("wave", "activations") if include_frontend else ("mel", "logits")
     program = _export_program(model, include_frontend, patchout)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..audio.mel import MEL
+from ..core.extras import optional_import
 from ..core.files import log
 from .hub import label_names
 from .maest import MAESTConfig
@@ -87,8 +88,9 @@ def plot_positions(
     channels: int = 64,  # number of channels drawn, from the first
 ):  # a plotly figure
     "Draw time tables (above) and frequency tables (below) of several checkpoints side by side."
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
+    with optional_import():
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
 
     titles = [f"{name}: {t[TIME_POS].shape[-1]} columns" for name, t in tables.items()]
     titles += [f"{t[FREQ_POS].shape[-2]} rows" for t in tables.values()]

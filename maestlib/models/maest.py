@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..audio.mel import MelConfig, validate_mel
+from ..core.extras import optional_import
 from ..core.plotting import PALETTE
 from .patchout import PATCH, STRIDE, Patchout, patch_grid, select_patches
 from .transformer import Block
@@ -285,8 +286,9 @@ def plot_cost(
     costs: pl.DataFrame,  # seconds, patchout, tokens, gflop
 ):  # a plotly figure
     "Draw tokens and operations against the length of a clip, one line for each patchout."
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
+    with optional_import():
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
 
     figure = make_subplots(1, 2, horizontal_spacing=0.12)
     groups = costs.group_by("patchout", maintain_order=True)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..audio.mel import MelConfig
+from ..core.extras import optional_import
 
 # %% ../../nbs/models/patchout.ipynb #98c32768
 PATCH, STRIDE = 16, 10  # in bands and in frames alike
@@ -108,8 +109,9 @@ def plot_patch_grid(
     seed: int = 0,  # of the random patterns
 ):  # a plotly figure
     "Draw the patch grid, one panel for each patchout, with kept and dropped patches in two colors."
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
+    with optional_import():
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
 
     total, generator = math.prod(shape), torch.Generator().manual_seed(seed)
     figure = make_subplots(len(patchouts), 1, shared_xaxes=True, vertical_spacing=0.4 / len(patchouts))
@@ -136,8 +138,9 @@ def plot_patchout(
     config: MelConfig | None = None,  # of the mel, for the seconds on the axis; None: the released models'
 ):  # a plotly figure
     "Draw a mel, one panel for each patchout; what no kept patch covers is faded out."
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
+    with optional_import():
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
 
     config = config or MelConfig()
     z, shape = np.asarray(mel, np.float32), patch_grid(mel.shape[1], mel.shape[0])

@@ -12,13 +12,16 @@ import math
 
 import numpy as np
 import polars as pl
-from scipy.sparse.linalg import svds
 
+from ..core.extras import optional_import
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
 from .embeddings import Embeddings
 from .study import KEY_COLUMNS, TOKEN_STACKS
 from ..training.metrics import METRICS, confidence_interval
+
+with optional_import():
+    from scipy.sparse.linalg import svds
 
 # %% ../../nbs/probing/layers.ipynb #96853447
 def _macro_scores(rows: pl.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:  # (seeds,), (resamples,)
@@ -124,7 +127,8 @@ def plot_layers(
     label: str = "all",  # what `scores` was summarized over, for the axis title
 ):  # a plotly figure
     "Plot the score by block and token stack, with 95 % intervals over test tracks (the paper's Figure 2)."
-    import plotly.graph_objects as go
+    with optional_import():
+        import plotly.graph_objects as go
 
     figure, scores = go.Figure(), scores.filter(pl.col("method") == method)
     own = scores.filter((pl.col("model") == model) & ~pl.col("blocks").str.contains("+", literal=True))
@@ -207,7 +211,8 @@ def plot_label_scores(
     metric: str = "roc_auc",  # or map
 ):  # a plotly figure
     "Plot each label's score by block as a heatmap, relative to the label's mean over the blocks."
-    import plotly.graph_objects as go
+    with optional_import():
+        import plotly.graph_objects as go
 
     rows = table.filter(~pl.col("blocks").str.contains("+", literal=True), model=model, tokens=tokens, method="mlp")
     rows = rows.drop_nulls(metric).with_columns(pl.col("blocks").cast(pl.Int64))
@@ -299,7 +304,8 @@ def plot_map(
     label: str,  # to color by: a label of the corpus, or a group such as Instrument
 ):  # a plotly figure; `customdata` of a point is the position of its track
     "Plot the tracks by the first two principal components of their embeddings."
-    import plotly.graph_objects as go
+    with optional_import():
+        import plotly.graph_objects as go
 
     points, variance = _principal_components(embeddings, embeddings.source_indices(blocks, tokens))
     track_labels = corpus.table["labels"].to_list()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..core.extras import optional_import
 from ..core.files import named_rng
 from ..datasets.table import SPLITS
 from .probe import ProbeConfig, ProbeResult, init_linear, rank_auc
@@ -38,7 +39,8 @@ def reference_probe(
     auc: Callable | None = None,  # (targets, scores) -> float; None: scikit-learn's macro ROC-AUC
 ) -> ProbeResult:
     "Train one probe with `torch.nn` and autograd: the reference for the results and the speed of `train_probes`."
-    from sklearn.metrics import roc_auc_score
+    with optional_import():
+        from sklearn.metrics import roc_auc_score
 
     train, validation, test = (splits[name] for name in SPLITS)
     net = _reference_mlp(x.shape[1], targets.shape[1], config)

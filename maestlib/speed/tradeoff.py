@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 from tqdm.auto import tqdm
 
+from ..core.extras import optional_import
 from ..core.files import atomic_write, cache_path, resolve_path
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
@@ -238,7 +239,8 @@ def plot_pareto(
     y: str = "map",  # or roc_auc, tags_map
 ):  # a plotly figure
     "Plot throughput against quality with the Pareto front (the paper's Figure 3)."
-    import plotly.graph_objects as go
+    with optional_import():
+        import plotly.graph_objects as go
 
     figure = go.Figure()
     if not len(table):
@@ -292,7 +294,8 @@ def plot_grid(
     patchout: Patchout,
 ):  # a plotly figure
     "Plot which patches are kept: rows are frequency, from low to high, columns are time in seconds."
-    import plotly.graph_objects as go
+    with optional_import():
+        import plotly.graph_objects as go
 
     rows, columns = select_patches(config.grid, patchout)
     z = np.zeros(config.grid)

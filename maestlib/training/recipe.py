@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torchaudio.functional import mask_along_axis_iid
 
+from ..core.extras import optional_import
 from ..core.files import named_rng
 from ..core.plotting import PALETTE
 from ..models.patchout import PATCH, STRIDE
@@ -101,8 +102,9 @@ def plot_mels(
     hop_s: float = 0.016,  # seconds between frames
 ):  # a plotly Figure
     "Plot mels one above the other on one color scale."
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
+    with optional_import():
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
 
     figure = make_subplots(len(mels), 1, shared_xaxes=True, subplot_titles=list(mels), vertical_spacing=0.09)
     for row, mel in enumerate(mels.values(), 1):
@@ -149,7 +151,8 @@ def plot_schedule(
     schedules: tuple[str, ...] = ("recipe", "cosine"),
 ):  # a plotly Figure
     "Plot the learning rate over a run, and mark where the weights are averaged."
-    import plotly.graph_objects as go
+    with optional_import():
+        import plotly.graph_objects as go
 
     figure = go.Figure()
     epochs = np.linspace(0, EPOCHS, 521)

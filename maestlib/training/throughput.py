@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.device import autocast, matmul_tflops
+from ..core.extras import optional_import
 from ..core.plotting import PALETTE
 from ..models.maest import MAEST, count_flops
 from ..models.patchout import Patchout
@@ -128,7 +129,8 @@ def plot_step_time(
     peak_tflops: float,  # of a large matrix product
 ):  # a plotly figure
     "Plot the time of a training step against tokens kept, and the least time for its operations at the peak rate."
-    import plotly.graph_objects as go
+    with optional_import():
+        import plotly.graph_objects as go
 
     table = table.sort("tokens")
     figure = go.Figure()

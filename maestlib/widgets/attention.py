@@ -12,15 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import plotly.graph_objects as go
 import torch
-from plotly.subplots import make_subplots
 
 from ..audio.mel import MEL, MelConfig
+from ..core.extras import optional_import
 from ..core.plotting import PALETTE
 from ..models.maest import MAEST
 from ..models.patchout import PATCH, STRIDE, Patchout, patch_grid, select_patches
 from .theme import FIGURE_WIDTH, HEAT_COLORS, MEL_COLORS, TEXT_COLOR, mel_figure, neutral_theme
+
+with optional_import():
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 
 # %% ../../nbs/widgets/attention.ipynb #b02f81b2
 @contextlib.contextmanager

@@ -14,17 +14,20 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import anywidget
-import ipywidgets as w
 import numpy as np
-import plotly.graph_objects as go
 import polars as pl
 import soundfile
 import torch
-import traitlets
 
 from ..audio.mel import MEL, MelConfig, audio_duration, load_audio
+from ..core.extras import optional_import
 from ..models.patchout import patch_grid
+
+with optional_import():
+    import anywidget
+    import ipywidgets as w
+    import plotly.graph_objects as go
+    import traitlets
 
 # %% ../../nbs/widgets/controls.ipynb #752de209
 MODEL_LOCK = threading.Lock()

@@ -6,12 +6,11 @@
 __all__ = ['VIEWS', 'select_map', 'mark_heads', 'AttentionExplorer']
 
 # %% ../../nbs/widgets/explore_attention.ipynb #f336b0ea
-import ipywidgets as w
 import numpy as np
-import plotly.graph_objects as go
 import torch
 
 from ..audio.mel import logmel, normalize
+from ..core.extras import optional_import
 from ..models.maest import MAEST
 from ..models.patchout import Patchout
 from maestlib.widgets.attention import (
@@ -22,6 +21,10 @@ from maestlib.widgets.attention import (
     relative_to_uniform,
 )
 from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row, update_widget
+
+with optional_import():
+    import ipywidgets as w
+    import plotly.graph_objects as go
 
 # %% ../../nbs/widgets/explore_attention.ipynb #406e81df
 VIEWS = ("one head", "all heads", "rollout")

@@ -10,11 +10,9 @@ __all__ = ['TOKEN_CHOICES', 'tsne_map', 'plot_track_map', 'LayerControls', 'Bloc
 import html
 from collections.abc import Callable
 
-import ipywidgets as w
 import numpy as np
-import plotly.graph_objects as go
-from sklearn.manifold import TSNE
 
+from ..core.extras import optional_import
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
 from ..probing.embeddings import Embeddings
@@ -30,6 +28,11 @@ from maestlib.widgets.controls import (
 )
 from .figures import block_vectors, nearest_per_block, pca_maps, plot_neighbors
 from .theme import TEXT_COLOR, neutral_theme
+
+with optional_import():
+    import ipywidgets as w
+    import plotly.graph_objects as go
+    from sklearn.manifold import TSNE
 
 # %% ../../nbs/widgets/explore_layers.ipynb #fd6fdccd
 def tsne_map(

@@ -8,17 +8,20 @@ __all__ = ['cost_table', 'PatchoutControls', 'time_tags', 'PatchoutExplorer']
 # %% ../../nbs/widgets/explore_patchout.ipynb #38f2d6b9
 import time
 
-import ipywidgets as w
 import numpy as np
-import plotly.graph_objects as go
 import polars as pl
 import torch
 
 from ..audio.mel import logmel, normalize
+from ..core.extras import optional_import
 from ..models.maest import MAEST, MAESTConfig, count_flops
 from ..models.patchout import Patchout, patch_grid, select_patches
 from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row, update_widget
 from .figures import ROW_DROP_ORDER, coverage_mask, plot_patches, plot_tag_comparison
+
+with optional_import():
+    import ipywidgets as w
+    import plotly.graph_objects as go
 
 # %% ../../nbs/widgets/explore_patchout.ipynb #2d5c2b43
 def _milliseconds(seconds: float | None) -> str:

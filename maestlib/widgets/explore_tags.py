@@ -8,15 +8,18 @@ __all__ = ['make_sets', 'tag_recording', 'TagExplorer']
 # %% ../../nbs/widgets/explore_tags.ipynb #208f06f2
 from collections.abc import Callable
 
-import ipywidgets as w
 import numpy as np
-import plotly.graph_objects as go
 import torch
 
 from ..audio.mel import logmel
+from ..core.extras import optional_import
 from ..models.maest import MAEST
 from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row, update_widget
 from .figures import plot_tags, sliding_tags
+
+with optional_import():
+    import ipywidgets as w
+    import plotly.graph_objects as go
 
 # %% ../../nbs/widgets/explore_tags.ipynb #daf3b2c9
 def make_sets(

@@ -11,13 +11,11 @@ import html
 from collections.abc import Iterator
 
 import numpy as np
-import plotly.graph_objects as go
 import polars as pl
 import torch
-from scipy.linalg import orthogonal_procrustes
-from scipy.sparse.linalg import svds
 
 from ..audio.mel import MEL, MelConfig, normalize
+from ..core.extras import optional_import
 from ..core.plotting import PALETTE
 from ..inference.windows import make_forward
 from ..models.maest import MAEST
@@ -25,6 +23,11 @@ from ..models.patchout import PATCH, STRIDE, patch_grid
 from ..probing.embeddings import Embeddings, segment_starts
 from ..probing.layers import track_titles
 from .theme import FIGURE_WIDTH, mel_figure, neutral_theme
+
+with optional_import():
+    import plotly.graph_objects as go
+    from scipy.linalg import orthogonal_procrustes
+    from scipy.sparse.linalg import svds
 
 # %% ../../nbs/widgets/figures.ipynb #aded7887
 ROW_DROP_ORDER = (0, 8, 7, 1, 6, 2, 5, 3)  # rows from the outside inwards; the first 3 and 4 are those of §4.5

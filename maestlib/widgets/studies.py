@@ -13,11 +13,9 @@ from dataclasses import asdict
 from itertools import compress
 from pathlib import Path
 
-import ipywidgets as w
-import plotly.graph_objects as go
 import polars as pl
-from IPython.display import Audio, display
 
+from ..core.extras import optional_import
 from ..core.plotting import PALETTE, update_figure
 from ..datasets.batches import Corpus
 from ..models.maest import MAESTConfig, count_flops
@@ -29,6 +27,11 @@ from ..probing.study import PROBE_FIELDS, TOKEN_STACKS, run_study
 from ..speed.benchmark import windows_per_clip
 from ..speed.tradeoff import QUALITY_TITLES, plot_grid, plot_pareto, predict_throughput
 from .controls import make_control, panel
+
+with optional_import():
+    import ipywidgets as w
+    import plotly.graph_objects as go
+    from IPython.display import Audio, display
 
 # %% ../../nbs/widgets/studies.ipynb #ed4f8741
 class StudyResults:

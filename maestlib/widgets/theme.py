@@ -11,12 +11,15 @@ import base64
 import io
 
 import numpy as np
-import plotly.graph_objects as go
 import torch
-from PIL import Image
-from plotly.colors import sample_colorscale
 
 from ..audio.mel import MEL, MelConfig, plot_mel
+from ..core.extras import optional_import
+
+with optional_import():
+    import plotly.graph_objects as go
+    from PIL import Image
+    from plotly.colors import sample_colorscale
 
 # %% ../../nbs/widgets/theme.ipynb #4da07106
 HEAT_COLORS = [
