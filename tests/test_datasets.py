@@ -300,3 +300,18 @@ def test_the_first_tunes_are_those_of_the_full_corpus(tmp_path, monkeypatch):
     assert full[:20].equals(first) and tunes.build_tunes(60, first=30).equals(full[:30])
     with pytest.raises(ValueError, match="first=3"):
         tunes.build_tunes(60, first=3)
+
+
+def test_the_confirmation_corpus_shares_no_tune_and_no_family(tmp_path, monkeypatch, catalogue):
+    monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
+    family_of = dict(catalogue.select("tune", "family").rows())
+    used = {family_of[tune] for tune in catalogue["tune"].gather(synth.sampling_order(catalogue, 0)[:1200])}
+    first = registry.load_dataset("tunes-confirmation", first=20)
+    plans = tunes._plan_confirmation(catalogue)
+    assert len(plans) == 1200 and plans == tunes._plan_confirmation(catalogue)
+    assert first["tune"].to_list() == [plan["tune"] for plan in plans[:20]]
+    assert first["labels"].to_list() == [plan["labels"] for plan in plans[:20]]
+    assert not used & {family_of[plan["tune"]] for plan in plans}
+    assert len({(plan["family"], plan["split"]) for plan in plans}) == len({plan["family"] for plan in plans})
+    assert not list(tmp_path.glob("tunes/*")), "the other corpus is not rendered for it"
+    assert first["track_id"][0] == "confirmation-00000" and soundfile.info(first["path"][0]).frames == 480000

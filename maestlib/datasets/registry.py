@@ -14,7 +14,7 @@ from ..audio.mel import AUDIO_SUFFIXES
 from ..core.files import log, named_rng, resolve_path
 from .benchmarks import BENCHMARKS
 from .table import validate_table
-from .tunes import build_tunes
+from .tunes import build_confirmation, build_tunes
 
 # %% ../../nbs/datasets/registry.ipynb #04c46525
 def _clean_labels() -> pl.Expr:
@@ -105,7 +105,8 @@ def load_folder(
     return validate_table(_fill_columns(table, seed, validation, test).drop("name"), str(source))
 
 # %% ../../nbs/datasets/registry.ipynb #0564be81
-DATASETS = {"tunes": build_tunes} | BENCHMARKS  # name: a function of options that returns the table
+# name: a function of options that returns the table
+DATASETS = {"tunes": build_tunes, "tunes-confirmation": build_confirmation} | BENCHMARKS
 
 
 def _load_path(path: Path, message: str, **options) -> pl.DataFrame:
