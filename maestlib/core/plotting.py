@@ -14,7 +14,7 @@ SPLIT_COLORS = {"train": PALETTE[0], "validation": PALETTE[1], "test": PALETTE[3
 
 # %% ../../nbs/core/plotting.ipynb #2c067d06
 def update_figure(
-    widget: go.FigureWidget,  # the figure on the page
+    widget: "go.FigureWidget",  # the figure on the page; quoted, because looking it up imports the notebook format
     figure: go.Figure,  # what it should show; not changed
 ) -> None:
     "Replace the traces and the layout of a displayed figure."
