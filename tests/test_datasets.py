@@ -1,6 +1,7 @@
 """The corpus `tunes` and dataset tables: files, processes that are killed or hang, and bad input."""
 
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import polars as pl
 import pytest
 import soundfile
 
+from maestlib.audio import extract
 from maestlib.datasets import abc, registry, synth, tunes
 from maestlib.datasets.table import label_vocabulary, multi_hot
 
@@ -157,6 +159,15 @@ def test_render_is_deterministic_across_processes(corpus, catalogue):
     assert np.abs(wave - from_child).max() <= 1 / 32768
 
 
+def test_the_mels_are_those_of_the_files(corpus, tmp_path):
+    table, folder = corpus
+    store = folder.parent / str(CLIPS)
+    extract.extract_mels(pl.read_parquet(store / "tracks.parquet"), tmp_path / "decoded", num_workers=0)
+    assert {f.name for f in store.iterdir()} == {f.name for f in (tmp_path / "decoded").iterdir()}
+    for file in store.iterdir():
+        assert file.read_bytes() == (tmp_path / "decoded" / file.name).read_bytes(), file.name
+
+
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="kills a process group")
 def test_a_killed_build_resumes(corpus, tmp_path, monkeypatch):
     table, folder = corpus
@@ -174,36 +185,113 @@ def test_a_killed_build_resumes(corpus, tmp_path, monkeypatch):
         os.killpg(build.pid, signal.SIGKILL)
         build.wait()
     before = {f.name: f.stat().st_mtime_ns for f in audio.glob("*.flac")}
-    assert 5 <= len(before) < CLIPS and not list(audio.parent.glob("*.parquet"))
+    assert 5 <= len(before) < CLIPS and not list(audio.parent.glob("*/SHA256SUMS"))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)  # one process of torchrun builds the corpus for all
     again = registry.load_dataset("tunes", clips=CLIPS)
     assert digests(audio) == digests(folder)
     assert {name: (audio / name).stat().st_mtime_ns for name in before} == before, "existing files are kept"
     assert again.drop("path").equals(table.drop("path"))
+    mels = [(place.parent / f"{CLIPS}/mels.000.f16").read_bytes() for place in (folder, audio)]
+    assert mels[0] == mels[1]
 
 
 @pytest.fixture
-def three_plans(tmp_path, catalogue):
-    plans = [
-        synth.plan_clip(i, catalogue.row(t, named=True), 0)
-        for i, t in enumerate(synth.sampling_order(catalogue, 0)[:3])
-    ]
-    return [plan | {"path": str(tmp_path / f"{plan['clip']}.flac")} for plan in plans]
+def three_plans(catalogue):
+    order = synth.sampling_order(catalogue, 0)
+    plans = [synth.plan_clip(i, catalogue.row(order[i], named=True), 0) for i in range(3)]
+    return [plan | {"track_id": f"{plan['clip']}", "split": "train"} for plan in plans]
+
+
+def _render_any_pitch(path, plans, **options):  # in a worker process
+    synth.MAX_PITCH = 127
+    tunes.RENDER_TIMEOUT_S = 2 if path.endswith("1.flac") else 60
+    return tunes.load_or_render(path, plans)
 
 
 def test_a_clip_that_hangs_is_left_out(tmp_path, monkeypatch, three_plans):
     "On a cello note this high the font's loop is shorter than the synthesizer's step, and native code never returns."
-    code = "from maestlib.datasets import synth, tunes; synth.MAX_PITCH, tunes.RENDER_TIMEOUT_S = 127, 2"
-    monkeypatch.setattr(tunes, "WORKER_CODE", f"{code}; {tunes.WORKER_CODE}")
     three_plans[1] |= {"lead": "Cello", "second": None, "octave": 4}
-    failed = tunes.render_clips(three_plans, 1)
-    assert list(failed) == [1] and "clip 1: native code" in failed[1]
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["0.flac", "2.flac"]
+    monkeypatch.setattr(tunes, "load_or_render", _render_any_pitch)
+    with pytest.raises(RuntimeError, match=r"1 of 3 clips could not be rendered .*1\.flac"):
+        tunes._fill_store(tmp_path / "store", three_plans, workers=1)
+    assert sorted(f.name for f in (tmp_path / "audio").iterdir()) == ["0.flac", "2.flac"]
 
 
-def test_an_exception_in_a_worker_is_raised(three_plans):
+def test_a_bug_is_not_taken_for_clips_without_sound(tmp_path, three_plans, capsys):
     three_plans[0]["lead"] = "no such instrument"
-    with pytest.raises(RuntimeError, match="clip 0: not rendered"):
-        tunes.render_clips(three_plans, 2)
+    with pytest.raises(RuntimeError, match="1 of 3 clips could not be rendered .'no such instrument'"):
+        tunes._fill_store(tmp_path / "store", three_plans, workers=0)
+    assert not (tmp_path / "store").exists() and "left out: 'no such instrument'" in capsys.readouterr().out
+
+
+def test_a_full_disk_loses_nothing(corpus, tmp_path, monkeypatch, catalogue):
+    table, folder = corpus
+    monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
+    monkeypatch.setattr(tunes, "tune_catalogue", lambda: catalogue)
+    write = tunes.atomic_write
+
+    def full(path):
+        if Path(path).stem == "tune-00005":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left.*make room and run it again"):
+        patch.setattr(tunes, "atomic_write", full)
+        registry.load_dataset("tunes", clips=CLIPS, workers=0)
+    audio = tmp_path / folder.relative_to(folder.parents[2])
+    before = {f.name: f.stat().st_mtime_ns for f in audio.glob("*.flac")}
+    assert sorted(before) == [f"tune-0000{clip}.flac" for clip in range(5)]
+    assert registry.load_dataset("tunes", clips=CLIPS).drop("path").equals(table.drop("path"))
+    assert digests(audio) == digests(folder)
+    assert {name: (audio / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_a_cache_that_cannot_be_written(corpus, tmp_path, monkeypatch):
+    table, folder = corpus
+
+    def read_only(path, *arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patch:
+        for name in ("mkdir", "rename", "replace", "unlink"):
+            patch.setattr(os, name, read_only)
+        patch.setenv("MAESTLIB_CACHE", str(folder.parents[2]))
+        assert registry.load_dataset("tunes", clips=CLIPS).equals(table), "what is there is read"
+        patch.setenv("MAESTLIB_CACHE", str(tmp_path / "elsewhere"))
+        with pytest.raises(OSError, match="elsewhere.*cannot be written; set MAESTLIB_CACHE"):
+            registry.load_dataset("tunes", clips=CLIPS)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="chooses a core as Linux does")
+def test_one_core_and_little_memory(tmp_path):
+    code = """if True:
+        import os, resource
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+        from maestlib.audio import extract
+        from maestlib.datasets import registry
+        assert extract._default_num_workers(shared=False) == 1
+        registry.load_dataset("tunes", first=20, workers=0)  # this process does what a worker does
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"""
+    environment = os.environ | {"MAESTLIB_CACHE": str(tmp_path)}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True).stdout
+    assert int(output.split()[-1]) < 1.2e9, "with a server and a worker like it, less than 4 GB"
+
+
+@pytest.mark.parametrize("package", ["symusic", "pretty_midi", "music21"])
+def test_building_without_a_package_names_the_extra(tmp_path, monkeypatch, package):
+    monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
+    find = abc.importlib.util.find_spec
+    monkeypatch.setattr(abc.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(ImportError, match=rf'{package} is not installed: pip install "maestlib\[demo\]"'):
+        registry.load_dataset("tunes")
+
+
+def test_building_without_the_sound_font_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
+    monkeypatch.setattr(synth, "package_dir", lambda name: tmp_path)
+    with pytest.raises(ImportError, match=r"TimGM6mb.sf2 is missing: pip install .*maestlib\[demo\]"):
+        registry.load_dataset("tunes")
 
 
 @pytest.mark.parametrize("clips", [3, 2.5, "many"])
@@ -292,12 +380,28 @@ def test_multi_hot():
         multi_hot(table, ["a"])
 
 
-def test_the_first_tunes_are_those_of_the_full_corpus(tmp_path, monkeypatch):
-    pytest.importorskip("symusic", reason="the demo extra is not installed: pip install -e '.[demo]'")
+def test_the_first_tunes_are_those_of_the_full_corpus(tmp_path, monkeypatch, catalogue):
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
-    first = tunes.build_tunes(60, first=20)
+    monkeypatch.setattr(tunes, "tune_catalogue", lambda: catalogue)
+    first = registry.load_dataset("tunes", clips=60, first=20)
     assert len(list(tmp_path.rglob("*.flac"))) == len(first) == 20
-    full = tunes.build_tunes(60)
-    assert full[:20].equals(first) and tunes.build_tunes(60, first=30).equals(full[:30])
+    full = registry.load_dataset("tunes", clips=60)
+    assert full[:20].equals(first) and registry.load_dataset("tunes", clips=60, first=30).equals(full[:30])
     with pytest.raises(ValueError, match="first=3"):
-        tunes.build_tunes(60, first=3)
+        registry.load_dataset("tunes", clips=60, first=3)
+
+
+def test_the_confirmation_corpus_shares_no_tune_and_no_family(tmp_path, monkeypatch, catalogue):
+    monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path / "Café & 音楽"))
+    monkeypatch.setattr(tunes, "tune_catalogue", lambda: catalogue)
+    family_of = dict(catalogue.select("tune", "family").rows())
+    used = {family_of[tune] for tune in catalogue["tune"].gather(synth.sampling_order(catalogue, 0)[:1200])}
+    first = registry.load_dataset("tunes-confirmation", first=20)
+    plans = tunes._plan_confirmation(catalogue)
+    assert len(plans) == 1200 and plans == tunes._plan_confirmation(catalogue)
+    assert first["tune"].to_list() == [plan["tune"] for plan in plans[:20]]
+    assert first["labels"].to_list() == [plan["labels"] for plan in plans[:20]]
+    assert not used & {family_of[plan["tune"]] for plan in plans}
+    assert len({(plan["family"], plan["split"]) for plan in plans}) == len({plan["family"] for plan in plans})
+    assert not list(tmp_path.glob("*/tunes/*")), "the other corpus is not rendered for it"
+    assert first["track_id"][0] == "confirmation-00000" and soundfile.info(first["path"][0]).frames == 480000

@@ -7,13 +7,14 @@ __all__ = ['CHUNK_SCHEMA', 'extract_mels']
 
 # %% ../../nbs/audio/extract.ipynb #8aebfd4e
 import contextlib
+import errno
 import hashlib
 import io
 import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,17 +36,20 @@ def _mel_bytes(
     seconds: float | None,
     min_seconds: float,
     config: MelConfig,
+    load: Callable = load_audio,
 ) -> tuple[bytes, str]:  # (frames × n_mels) float16 and ""; or nothing and the error
     "Compute the mel of one track as it is stored."
     try:
         duration = audio_duration(path) if min_seconds else 0
         if duration < min_seconds:
             raise ValueError(f"{path}: {duration:.1f} s long, min_seconds={min_seconds}")
-        wave = load_audio(path, duration_s=seconds, center=seconds is not None, sample_rate=config.sample_rate)
+        wave = load(path, duration_s=seconds, center=seconds is not None, sample_rate=config.sample_rate)
         mel = logmel(wave, config)[:, : len(wave) // config.hop_length]
         validate_mel(mel, config)
         return mel.mT.half().contiguous().numpy().tobytes(), ""
-    except Exception as error:  # whatever is wrong with one file must not stop the others
+    except Exception as error:  # whatever is wrong with one file must not stop the others; a full disk does
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
         return b"", str(error).partition("\n")[0] or type(error).__name__
 
 # %% ../../nbs/audio/extract.ipynb #6a874787
@@ -140,7 +144,9 @@ def _append_mels(
     shard.touch()
     if shard.stat().st_size < end * frame_bytes:
         raise ValueError(f"{shard}: shorter than its index says; delete {store} and extract again")
-    results = imap_ordered(job, remaining["path"].to_list(), num_workers, preload=["maestlib.audio.extract"])
+    load = job.keywords["load"]
+    preload = ["maestlib.audio.extract", getattr(load, "func", load).__module__]
+    results = imap_ordered(job, remaining["path"].to_list(), num_workers, preload)
     bar = tqdm(total=len(rows), initial=done - rows.start, unit="track", disable=rank > 0, delay=2)
     with contextlib.closing(results), bar, open(shard, "r+b") as file:
         if shard.stat().st_size > end * frame_bytes:  # what a kill left; Windows cannot truncate a file that is mapped
@@ -263,9 +269,9 @@ def _check_arguments(
         raise ValueError(f"chunk_size={chunk_size}, num_workers={num_workers}: cannot be negative, nor chunk_size 0")
 
 
-def _default_num_workers() -> int:
-    "One process per core that this process may use, shared with the other ranks on the machine."
-    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+def _default_num_workers(shared: bool) -> int:
+    "One process per core that this process may use, divided by the ranks of this machine if they share the work."
+    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if shared else cpu_count())
 
 
 def _rank_rows(first: int, stop: int, rank: int, world_size: int) -> range:
@@ -282,6 +288,8 @@ def extract_mels(
     config: MelConfig = MEL,  # of the front end
     num_workers: int | None = None,  # processes; None: one per core; 0: this process
     chunk_size: int = 256,  # tracks per commit; a kill loses at most this much work
+    load: Callable = load_audio,  # (path, duration_s=, center=, sample_rate=) -> waveform; picklable
+    shared: bool = True,  # under `torchrun`, with the other ranks; False: this process extracts the table alone
 ) -> pl.DataFrame:  # track_id, path, error: the tracks that could not be used
     """Make, resume or extend a mel store. Under `torchrun` each rank extracts a part of the table.
 
@@ -293,9 +301,9 @@ def extract_mels(
     """
     store = resolve_path(store)
     _check_arguments(table, seconds, config, num_workers, chunk_size)
-    rank, world_size = rank_and_world_size()
+    rank, world_size = rank_and_world_size() if shared else (0, 1)
     if num_workers is None:
-        num_workers = _default_num_workers()
+        num_workers = _default_num_workers(shared)
     store.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         for temporary in store.glob(".*.tmp"):  # of an atomic write that was killed
@@ -310,7 +318,7 @@ def extract_mels(
     if plan:
         first = plan["index"] + plan["report"]  # rows of earlier extractions
         rows = _rank_rows(first, len(table), rank, world_size)
-        job = partial(_mel_bytes, seconds=seconds, min_seconds=min_seconds, config=config)
+        job = partial(_mel_bytes, seconds=seconds, min_seconds=min_seconds, config=config, load=load)
         _append_mels(store, table, job, rank, rows, chunk_size, num_workers, config)
         if rank == 0:
             while _committed_rows(store) < len(table) - first:  # other ranks are still extracting

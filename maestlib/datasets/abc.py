@@ -254,12 +254,12 @@ def _fit_bars(bars: list, bar_length: float) -> list[list[tuple[float, float, in
     "Convert lengths to (start, length, pitch) in fractions of the bar; pad short bars with rest and cut long ones."
     fitted = []
     for bar in _join_upbeats(bars, bar_length):
-        starts = np.cumsum([0.0] + [note[0] for note in bar]) / bar_length
-        notes = []
-        for start, (length, pitch) in zip(starts, bar, strict=False):
+        time, notes = 0.0, []
+        for length, pitch in bar:
+            start = time / bar_length
             if start < 1 - 1e-6 and pitch is not None:
-                length = min(length / bar_length, 1 - start)
-                notes.append((round(float(start), 5), round(float(length), 5), pitch))
+                notes.append((round(start, 5), round(min(length / bar_length, 1 - start), 5), pitch))
+            time += length
         fitted.append(notes)
     return fitted
 

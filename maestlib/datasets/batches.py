@@ -21,10 +21,11 @@ import torch
 from ..audio.extract import extract_mels
 from ..audio.mel import MelConfig, normalize
 from ..audio.store import MelStore
-from ..core.files import cache_path, file_lock, log, named_rng, rank_and_world_size, resolve_path
+from ..core.files import cache_path, file_lock, log, named_rng, rank_and_world_size
 from . import registry
 from .splits import balanced_weights, sample_balanced
 from .table import label_vocabulary, multi_hot, split_summary
+from .tunes import cache_errors
 
 # %% ../../nbs/datasets/batches.ipynb #e977e246
 @dataclass
@@ -59,10 +60,10 @@ def _cached_store(table: pl.DataFrame, dataset: str) -> MelStore:
         count = f"{len(missing)} of {len(table)} audio files are missing"
         raise ValueError(f"dataset={dataset}: {count}, such as {missing[0]}; give audio=, the folder they are in")
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    folder = cache_path("mels", f"{Path(dataset).stem}-{hashlib.sha256(repr(files).encode()).hexdigest()[:8]}")
-    with file_lock(folder):
-        extract_mels(table, folder)
-    return MelStore(folder)
+    name = f"{Path(dataset).stem}-{hashlib.sha256(repr(files).encode()).hexdigest()[:8]}"
+    with cache_errors(), file_lock(cache_path("mels", name)):
+        extract_mels(table, cache_path("mels", name))
+    return MelStore(cache_path("mels", name))
 
 
 def _tracks_in_store(table: pl.DataFrame, store: MelStore) -> pl.DataFrame:
@@ -105,8 +106,8 @@ def load_corpus(
     `registry.load_dataset` raises.
     """
     options |= {"audio": audio} if audio else {}
-    table, path = registry.load_dataset(dataset, **options), resolve_path(dataset)
-    store = MelStore(path) if (path / "index.parquet").exists() else _cached_store(table, dataset)
+    table, mels = registry.load_dataset(dataset, **options), registry.find_mels(dataset, **options)
+    store = MelStore(mels) if mels else _cached_store(table, dataset)
     table = _tracks_in_store(table, store)
     _check_splits(table, dataset)
     labels = labels or label_vocabulary(table.filter(pl.col("split") == "train"))

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['INSTRUMENTS', 'BAR_S', 'CLIP_S', 'SAMPLE_RATE', 'MAX_PITCH', 'Instrument', 'sampling_order', 'plan_clip', 'arrange',
-           'plot_arrangement', 'render']
+           'plot_arrangement', 'find_sound_font', 'render']
 
 # %% ../../nbs/datasets/synth.ipynb #a92b052f
+import functools
 import json
 import math
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -191,7 +193,7 @@ class _NoteWriter:
         start = self.time + _swing_time(start, self.swing) * self.bar_s + self.rng.normal(0, self.jitter_s)
         pitch -= 12 * max(0, math.ceil((pitch - MAX_PITCH) / 12))
         if 0 <= start < self.end:
-            velocity = int(np.clip(velocity + self.rng.normal(0, 5), 20, 127))
+            velocity = int(min(max(velocity + self.rng.normal(0, 5), 20), 127))
             self.layers[layer].append((start, max(length * self.bar_s, 0.05), pitch, velocity))
 
 # %% ../../nbs/datasets/synth.ipynb #eb8bd891
@@ -287,6 +289,14 @@ _ACCOMPANYING_PROGRAMS = {"drone": (16, 20, 48), "bass": (32, 33, 58), "chords":
 _ATTENUATION_DB = {"lead": 0, "second": 1, "drone": 8, "bass": 8, "chords": 9, "drums": 4}
 
 
+def find_sound_font() -> Path:
+    "Find the sound font that pretty-midi ships. Raises `ImportError`, naming the extra, if it is not installed."
+    font = package_dir("pretty_midi") / "TimGM6mb.sf2"
+    if not font.exists():
+        raise ImportError(f'{font} is missing: pip install --force-reinstall pretty-midi "maestlib[demo]"')
+    return font
+
+
 def _synthesize(synthesizer, notes: list, program: int, is_drum: bool) -> np.ndarray:  # (samples,) float32
     "Render one layer with a `symusic.Synthesizer`."
     with optional_import():
@@ -302,10 +312,14 @@ def _synthesize(synthesizer, notes: list, program: int, is_drum: bool) -> np.nda
     return np.asarray(synthesizer.render(score, stereo=False), np.float32)[0, : CLIP_S * SAMPLE_RATE]
 
 # %% ../../nbs/datasets/synth.ipynb #056afcfd
+@functools.lru_cache(1)
+def _octaves(n_fft: int) -> np.ndarray:  # of each bin of `np.fft.rfft`, above 1 kHz
+    return np.log2(np.maximum(np.fft.rfftfreq(n_fft, 1 / SAMPLE_RATE), 40).astype(np.float32) / 1000)
+
+
 def _filter_response(n_fft: int, rng: np.random.Generator) -> np.ndarray:  # gain of each bin of `np.fft.rfft`
     "Draw a spectral tilt (dB per octave around 1 kHz) and two resonances."
-    frequency = np.maximum(np.fft.rfftfreq(n_fft, 1 / SAMPLE_RATE), 40).astype(np.float32)
-    octave = np.log2(frequency / 1000)
+    octave = _octaves(n_fft)
     decibels = float(rng.normal(0, 0.8)) * octave
     for _ in range(2):
         decibels += float(rng.normal(0, 2)) * np.exp(-((octave - float(rng.uniform(-2.3, 2.6))) ** 2))
@@ -348,9 +362,8 @@ def render(
         import symusic
 
     rng = named_rng(plan["seed"], "tunes", plan["clip"], "sound")
-    font = str(package_dir("pretty_midi") / "TimGM6mb.sf2")
     cents = float(rng.normal(0, 15))  # rendered at another rate and read at 16 kHz, the clip is out of tune
-    synthesizer = symusic.Synthesizer(font, round(SAMPLE_RATE * 2 ** (cents / 1200)), 0)
+    synthesizer = symusic.Synthesizer(str(find_sound_font()), round(SAMPLE_RATE * 2 ** (cents / 1200)), 0)
     mix = np.zeros(CLIP_S * SAMPLE_RATE, np.float32)
     for layer, notes in arrange(plan).items():
         if layer in ("lead", "second"):
