@@ -39,7 +39,7 @@ LAPTOP_PRESET = {
     "size": "tiny", "depth": 4, "patchout_rows": 0, "mixup": 0, "time_masks": 0, "frequency_masks": 0,
     "equalizer": 0.15, "balanced_sampling": False, "swa": False, "schedule": "cosine", "epochs": EPOCHS,
     "max_steps": 2300, "batch_size": 16, "learning_rate": 4e-4, "weight_decay": 1e-4, "head_lr_scale": 10,
-    "num_validations": 4, "validation_keep_every": 6, "test_keep_every": 3,
+    "num_validations": 4, "validation_keep_every": 6, "test_keep_every": 2,
 }  # fmt: skip
 PRESETS = {f"maest-{s}s": PAPER_PRESET | {"seconds": s, "patchout_columns": c} for s, c in PAPER_COLUMNS.items()}
 PRESETS["laptop"] = LAPTOP_PRESET
