@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..core.files import asset_path, atomic_write, resolve_path
 from ..core.plotting import PALETTE
 from ..datasets.batches import load_corpus
-from .config import TrainConfig
+from .config import LAPTOP_PRESET, TrainConfig
 from .evaluation import mel_baseline, predict_test
 from .loop import fit
 from .metrics import METRICS, evaluate, paired_bootstrap
@@ -40,6 +40,7 @@ def predict_seeds(
     `load_corpus(dataset).labels`.
     """
     corpus, out = load_corpus(dataset, quiet=True), resolve_path(out_dir)
+    changes = {"max_steps": LAPTOP_PRESET["max_steps"]} | changes  # all of them, however slow the machine
     tables = [_test_predictions(corpus, mel_baseline(corpus), "mel statistics", None)]
     for seed in tqdm(seeds, "seeds"):
         run = out / f"{dataset}-seed-{seed}"
