@@ -37,7 +37,8 @@ def run(code: str, cwd: Path) -> str:  # what the child printed
 
 def test_the_base_lists_what_inference_imports():
     base = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert {requirement.split(">")[0].strip() for requirement in base} == LEAN
+    everywhere = [requirement for requirement in base if "sys_platform" not in requirement]
+    assert {requirement.split(">")[0].strip() for requirement in everywhere} == LEAN
 
 
 def test_inference_without_the_extras(tmp_path):
