@@ -139,6 +139,7 @@ class Lab:
         environment = os.environ | {name: str(self.folder / name.lower()) for name in names}
         environment["JUPYTERLAB_SETTINGS_DIR"] = str(self.folder / "settings")
         environment["MAESTLIB_CACHE"] = str(self.folder / "cache")
+        environment["MAESTLIB_RUNS"] = str(self.folder / "runs")  # none of other tests: the bundled model is shown
         environment["IPYTHONDIR"] = str(self.folder / "ipython")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         port = self.url.rsplit(":")[-1]

@@ -159,8 +159,8 @@ def cache_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None:
+            raise  # another error, or one that is explained already
         message = f"{error.filename}: the cache cannot be written; set MAESTLIB_CACHE to a folder that can"
         raise type(error)(error.errno, message) from error
 

@@ -251,7 +251,7 @@ class TradeoffControls:
         self.keep_every = make_control(w.IntSlider, "keep every", tip, "keep", value=1, min=1, max=30)
         self.rows = make_control(w.Dropdown, "rows", "Rows of patches that are kept", "rows", options=ROW_CHOICES)
         tip = "Embedding after this block, counted from 0"
-        self.block = make_control(w.IntSlider, "block", tip, "block", value=min(6, depth - 1), max=depth - 1)
+        self.block = make_control(w.IntSlider, "block", tip, "block", value=depth // 2, max=depth - 1)
         self.box = w.VBox([*self.filters.values(), self.score, self.keep_every, self.rows, self.block])
 
     def _filter(self, table: pl.DataFrame, name: str) -> w.SelectMultiple:
