@@ -25,7 +25,6 @@ from ..core.files import cache_path, file_lock, log, named_rng, rank_and_world_s
 from . import registry
 from .splits import balanced_weights, sample_balanced
 from .table import label_vocabulary, multi_hot, split_summary
-from .tunes import cache_errors
 
 # %% ../../nbs/datasets/batches.ipynb #e977e246
 @dataclass
@@ -61,7 +60,7 @@ def _cached_store(table: pl.DataFrame, dataset: str) -> MelStore:
         raise ValueError(f"dataset={dataset}: {count}, such as {missing[0]}; give audio=, the folder they are in")
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     name = f"{Path(dataset).stem}-{hashlib.sha256(repr(files).encode()).hexdigest()[:8]}"
-    with cache_errors(), file_lock(cache_path("mels", name)):
+    with file_lock(cache_path("mels", name)):
         extract_mels(table, cache_path("mels", name))
     return MelStore(cache_path("mels", name))
 

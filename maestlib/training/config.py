@@ -230,7 +230,6 @@ def _auto_values(config) -> dict:  # a value for every field that may be `auto`
         "num_workers": 8 if on_gpu else 0,
         "dtype": str(default_dtype(default_device())).removeprefix("torch."),
         "out_dir": _free_run_dir(f"{config.model}-{seconds:g}s-{Path(config.dataset).stem}"),
-        "test_keep_every": 1,
     }
     resolved = {"preset": preset, "seconds": seconds} | _auto_patchout(config, preset, seconds)
     return defaults | PRESETS[preset] | resolved
