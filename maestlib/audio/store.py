@@ -6,7 +6,10 @@
 __all__ = ['TABLES', 'INDEX_SCHEMA', 'shard_path', 'table_checksums', 'MelStore', 'verify_store']
 
 # %% ../../nbs/audio/store.ipynb #38b2d0dc
+import functools
 import hashlib
+import os
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,7 +49,7 @@ def table_checksums(
 
 # %% ../../nbs/audio/store.ipynb #7be3a1c0
 class _ShardReader:
-    "Read parts of tracks from memory-mapped shards."
+    "Read parts of tracks from shards, which are opened when they are first needed."
 
     def __init__(
         self,
@@ -58,25 +61,38 @@ class _ShardReader:
         self.frames = index["frames"].to_numpy()  # of each track
         self._shard = index["shard"].to_numpy()
         self._start = index["start"].to_numpy()
-        self._maps = {}
+        self._files = {}  # shard: an open file
 
-    def _memory_map(self, shard: int) -> np.ndarray:
-        "A shard as (frames, n_mels) float16, mapped on first use."
-        if shard not in self._maps:
-            data = np.memmap(shard_path(self.store, shard), np.float16, "r")
-            self._maps[shard] = data.reshape(-1, self.n_mels)
-        return self._maps[shard]
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        if shard not in self._files:
+            self._files[shard] = open(shard_path(self.store, shard), "rb", buffering=0)
+        file = self._files[shard]
+        if hasattr(os, "pread"):
+            return os.pread(file.fileno(), size, offset)
+        with _SEEK_LOCK:  # Windows
+            file.seek(offset)
+            return file.read(size)
 
     def read(self, row: int, start: int, frames: int | None) -> np.ndarray:
-        "Copy a part of one track, (frames, n_mels). Raises `ValueError` for a row or start outside of the store."
+        """Read a part of one track, (frames, n_mels).
+
+        Raises `ValueError` for a row or start outside of the store, `OSError` where the file cannot be read.
+        """
         if not 0 <= row < len(self.frames):
             raise ValueError(f"row={row}: the store has {len(self.frames)}")
         length = int(self.frames[row])
         if not 0 <= start <= length:
             raise ValueError(f"start={start}: row {row} has {length} frames")
         stop = length if frames is None else min(start + frames, length)
-        offset = self._start[row]
-        return np.array(self._memory_map(int(self._shard[row]))[offset + start : offset + stop])
+        shard, frame_bytes = int(self._shard[row]), 2 * self.n_mels
+        size, offset = (stop - start) * frame_bytes, (int(self._start[row]) + start) * frame_bytes
+        data = self._pread(shard, size, offset)
+        if len(data) < size:
+            raise OSError(f"{shard_path(self.store, shard)}: ends before byte {offset + size:,}; ml.verify_store tells")
+        return np.frombuffer(data, np.float16).reshape(-1, self.n_mels)
+
+
+_SEEK_LOCK = threading.Lock()
 
 # %% ../../nbs/audio/store.ipynb #eab300fa
 class MelStore:
@@ -98,10 +114,18 @@ class MelStore:
         self.seconds = meta["seconds"]
         self.config = MelConfig.from_dict(meta["config"])
         self.index = pl.read_parquet(self.path / "index.parquet")
-        self.report = pl.read_parquet(self.path / "report.parquet")
-        tracks = pl.read_parquet(self.path / "tracks.parquet")
-        self.tracks = self.index.select("track_id").join(tracks, "track_id", how="left", maintain_order="left")
         self._shards = _ShardReader(self.path, self.index, self.config.n_mels)
+
+    @functools.cached_property
+    def tracks(self) -> pl.DataFrame:  # in the order of `index`
+        "The table that the store was made from, without the tracks that could not be used."
+        tracks = pl.read_parquet(self.path / "tracks.parquet")
+        return self.index.select("track_id").join(tracks, "track_id", how="left", maintain_order="left")
+
+    @functools.cached_property
+    def report(self) -> pl.DataFrame:  # track_id, path, error
+        "The tracks that could not be used."
+        return pl.read_parquet(self.path / "report.parquet")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -131,10 +155,10 @@ class MelStore:
         row: int,  # of the index
         start: int = 0,  # first frame
         frames: int | None = None,  # None: to the end; a track that ends earlier returns fewer
-    ) -> np.ndarray:  # (frames, n_mels) float16, a copy
+    ) -> np.ndarray:  # (frames, n_mels) float16, read only
         """Read a part of one track, (frames, n_mels) float16, and nothing else.
 
-        Raises `ValueError` for a row or start outside of the store.
+        Raises `ValueError` for a row or start outside of the store, `OSError` where the file cannot be read.
         """
         return self._shards.read(int(row), start, frames)
 
@@ -143,10 +167,11 @@ class MelStore:
         rows: Sequence[int] | np.ndarray,  # (n,) row numbers
         frames: int,  # of each crop
         rng: np.random.Generator | np.ndarray | None = None,  # draws positions, or (n,) in [0, 1); None: middle
-    ) -> torch.Tensor:  # (n, n_mels, frames) float32, log10(1 + gain * mel), not normalized; short tracks end in zeros
-        """Read a batch of crops: (n, n_mels, frames) float32, log10(1 + gain * mel), not normalized, zero-padded.
+        dtype: torch.dtype = torch.float32,  # float16: as stored, for a GPU that converts them
+    ) -> torch.Tensor:  # (n, n_mels, frames), log10(1 + gain * mel), not normalized; short tracks end in zeros
+        """Read a batch of crops: (n, n_mels, frames), log10(1 + gain * mel), not normalized, zero-padded.
 
-        Raises `ValueError` for rows outside of the store and for `frames` below 1.
+        Raises `ValueError` for rows outside of the store and for `frames` below 1, `OSError` as `read` does.
         """
         if frames <= 0:
             raise ValueError(f"frames={frames}: must be positive")
@@ -158,7 +183,7 @@ class MelStore:
         for i, (row, start) in enumerate(np.stack([rows, starts], 1).tolist()):
             crop = self.read(row, start, frames)
             crops[i, : len(crop)] = crop
-        return torch.from_numpy(crops).float().mT
+        return torch.from_numpy(crops).to(dtype).mT
 
 # %% ../../nbs/audio/store.ipynb #0bd457cd
 def _verify_tables(store: Path) -> Iterator[tuple[str, str]]:

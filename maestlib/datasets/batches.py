@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import os
 import signal
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -35,7 +37,7 @@ class Corpus:
     store: MelStore  # the mel-spectrograms
     store_rows: np.ndarray  # (tracks,) row of each track in the store
     labels: list[str]  # vocabulary, in output order
-    targets: np.ndarray  # (tracks, labels) float32
+    targets: np.ndarray  # (tracks, labels) uint8, 0 or 1
     mel: MelConfig  # the store's, with the mean and standard deviation of the training split
 
     def indices(
@@ -44,6 +46,16 @@ class Corpus:
     ) -> np.ndarray:  # rows of the table
         "Return the rows of a split, for training on it or for scoring it."
         return np.flatnonzero((self.table["split"] == split).to_numpy())
+
+    def read_sample(
+        self,
+        tracks: int,  # at most
+        seconds: float,  # from the middle of each
+    ) -> torch.Tensor:  # (tracks, n_mels, frames) float32, not normalized
+        "Read tracks that are drawn from the training split, the same ones each time."
+        train = self.indices("train")
+        drawn = np.sort(named_rng(0, "sample").permutation(len(train))[:tracks])
+        return self.store.read_crops(self.store_rows[train[drawn]], self.mel.num_frames(seconds))
 
 # %% ../../nbs/datasets/batches.ipynb #6a4d328a
 def _stat(path: str) -> os.stat_result | None:  # None: there is no such file
@@ -117,7 +129,7 @@ def load_corpus(
     in_vocabulary = pl.col("labels").list.set_intersection(pl.lit(labels, dtype=pl.List(pl.String)))
     targets = multi_hot(table.with_columns(in_vocabulary), labels)
     corpus = Corpus(table, store, store.lookup(table["track_id"]), labels, targets, store.config)
-    sample = store.read_crops(corpus.store_rows[corpus.indices("train")[:500]], store.config.num_frames(10))
+    sample = corpus.read_sample(500, seconds=10)
     corpus.mel = replace(store.config, mean=float(sample.mean()), std=float(sample.std()))
     return corpus
 
@@ -164,7 +176,19 @@ def _ignore_interrupts(worker: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that trains
 
 
-class BatchDataset(torch.utils.data.Dataset):
+class _CropReader(torch.utils.data.Dataset):
+    "What a loader process does: crops in float16, and what `draw` returns for the step."
+
+    def __init__(self, store: MelStore, frames: int, draw: Callable[[int], Any] | None = None):
+        self.store, self.frames, self.draw = store, frames, draw
+
+    def __getitem__(self, item: tuple[int, np.ndarray, np.ndarray]):  # step, rows of the store, positions
+        step, rows, positions = item
+        crops = self.store.read_crops(rows, self.frames, positions, torch.float16)
+        return crops, self.draw(step) if self.draw else None
+
+
+class BatchDataset:
     "The training batches of a run, indexed by step: crops (batch, n_mels, frames), not normalized, and targets."
 
     def __init__(
@@ -190,26 +214,44 @@ class BatchDataset(torch.utils.data.Dataset):
         local_size = self.batch_size // world_size
         self.rank_slice = slice(rank * local_size, (rank + 1) * local_size)
 
+    def plan(
+        self,
+        step: int,  # from 0
+    ) -> tuple[np.ndarray, np.ndarray]:  # (batch,) rows of the corpus; (batch,) positions of the crops, 0 … 1
+        "Draw this process' slice of the batch of a step."
+        epoch, position = divmod(step, self.steps_per_epoch)
+        batch = self.sampler.epoch_order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        positions = named_rng(self.seed, "crop", step).random(self.batch_size)
+        return batch[self.rank_slice], positions[self.rank_slice]
+
     def __getitem__(
         self,
         step: int,  # from 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # crops (batch, n_mels, frames), targets (batch, labels)
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # crops (batch, n_mels, frames) float16, targets (batch, labels) uint8
         "Read this process' slice of the batch of a step."
-        epoch, position = divmod(step, self.steps_per_epoch)
-        batch = self.sampler.epoch_order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
-        offsets = named_rng(self.seed, "crop", step).random(self.batch_size)[self.rank_slice]
-        batch = batch[self.rank_slice]
-        crops = self.corpus.store.read_crops(self.corpus.store_rows[batch], self.num_frames, offsets)
-        return crops, torch.from_numpy(self.corpus.targets[batch])
+        rows, positions = self.plan(step)
+        reader = _CropReader(self.corpus.store, self.num_frames)
+        return reader[step, self.corpus.store_rows[rows], positions][0], torch.from_numpy(self.corpus.targets[rows])
 
     def loader(
         self,
         start: int,  # first step
         stop: int,  # after the last step
         num_workers: int = 0,  # loader processes; 0: read in this process
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # (crops, targets) of each step
+        draw: Callable[[int], Any] | None = None,  # called with a step in the loader process; pickled
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Any]]:  # crops and targets of each step, and what `draw` returned
         "Iterate over the batches of a range of steps; each loader process reads up to four batches ahead."
-        yield from torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=range(start, stop), num_workers=num_workers,
-            prefetch_factor=4 if num_workers else None, pin_memory=torch.cuda.is_available(),
+        rows_ahead = deque()
+
+        def items():
+            for step in range(start, stop):
+                rows, positions = self.plan(step)
+                rows_ahead.append(rows)
+                yield step, self.corpus.store_rows[rows], positions
+
+        batches = torch.utils.data.DataLoader(
+            _CropReader(self.corpus.store, self.num_frames, draw), batch_size=None, sampler=items(),
+            num_workers=num_workers, prefetch_factor=4 if num_workers else None, pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_interrupts)  # fmt: skip
+        for crops, drawn in batches:
+            yield crops, torch.from_numpy(self.corpus.targets[rows_ahead.popleft()]), drawn

@@ -176,7 +176,9 @@ def balanced_weights(
 ) -> np.ndarray:  # (tracks,) float64; 0 where a track has no label
     "Weight each track by the sum over its labels of 1000 / (label frequency + 100) (paper §3.1)."
     if isinstance(labels, np.ndarray):
-        return labels @ (1000 / (labels.sum(0) + 100))
+        label_weights = 1000 / (labels.sum(0) + 100)
+        chunks = range(0, len(labels), 100_000)  # a product in float64 of all of them would need 8 bytes a target
+        return np.concatenate([labels[i : i + 100_000] @ label_weights for i in chunks] or [np.zeros(0)])
     column = labels["labels"] if isinstance(labels, pl.DataFrame) else labels
     pairs = pl.LazyFrame({"row": np.arange(len(column)), "label": column}).explode("label").drop_nulls()
     pairs = pairs.with_columns(weight=1000 / (pl.len().over("label") + 100)).select("row", "weight").collect()

@@ -61,14 +61,11 @@ def label_vocabulary(
 def multi_hot(
     table: pl.DataFrame,  # with a column `labels`
     labels: list[str],  # the vocabulary, in the order of the columns
-) -> np.ndarray:  # (tracks, labels) float32, 0 or 1
+) -> np.ndarray:  # (tracks, labels) uint8, 0 or 1
     """Encode the labels of every track as a multi-hot row.
 
     Raises `ValueError` where a track has a label outside the vocabulary, or unknown labels (null).
     """
-    with optional_import():
-        from sklearn.preprocessing import MultiLabelBinarizer  # here: importing it takes a second
-
     unknown = sorted(set(label_vocabulary(table)) - set(labels))
     if unknown:
         message = f"labels not in the vocabulary: {', '.join(unknown[:5])}"
@@ -77,8 +74,11 @@ def multi_hot(
     if len(unlabeled):
         example = f", such as {unlabeled['track_id'][0]}" if "track_id" in table.columns else ""
         raise ValueError(f"{len(unlabeled)} tracks have unknown labels (null){example}: remove them")
-    binarizer = MultiLabelBinarizer(classes=labels, sparse_output=True).fit([])
-    return binarizer.transform(table["labels"].to_list()).astype(np.float32).toarray()
+    pairs = table.select("labels").with_row_index("row").explode("labels").drop_nulls()
+    columns = pairs["labels"].replace_strict(list(labels), range(len(labels)), return_dtype=pl.Int64)
+    targets = np.zeros((len(table), len(labels)), np.uint8)
+    targets[pairs["row"].to_numpy(), columns.to_numpy()] = 1
+    return targets
 
 # %% ../../nbs/datasets/table.ipynb #c39465a2
 def split_summary(

@@ -18,7 +18,7 @@ from torch import nn
 from ..audio.mel import MelConfig, validate_mel
 from ..core.extras import optional_import
 from ..core.plotting import PALETTE
-from .patchout import PATCH, STRIDE, Patchout, patch_grid, select_patches
+from .patchout import PATCH, STRIDE, Patchout, PatchSelection, draw_patches, patch_grid, select_patches
 from .transformer import Block
 
 # %% ../../nbs/models/maest.ipynb #de06dad4
@@ -98,10 +98,14 @@ class TokenEmbedding(nn.Module):
     def embed_patches(
         self,
         mel: torch.Tensor,  # (batch, n_mels, frames), normalized; up to `config.num_frames` frames
-        patchout: Patchout | None = None,  # which patches to drop
+        patchout: Patchout | PatchSelection | None = None,  # which patches to drop, or those that are kept
         generator: torch.Generator | None = None,  # for random patchout, and for the time offset in training
     ) -> torch.Tensor:  # (batch, 2 + kept, embed_dim): cls, dist, then patches, row by row from the lowest frequencies
-        "Embed the kept patches. Raises `ValueError` for a mel of the wrong shape, dtype or length, or with NaN."
+        """Embed the kept patches.
+
+        Raises `ValueError` for a mel of the wrong shape, dtype or length, and in evaluation on a CPU for NaN. In
+        training and on a GPU, where looking for them would cost time, NaN come out.
+        """
         self._check_input(mel)
         grid, max_columns = patch_grid(mel.shape[2], mel.shape[1]), self.time_new_pos_embed.shape[-1]
         if grid[1] > max_columns:
@@ -109,32 +113,32 @@ class TokenEmbedding(nn.Module):
                 f"mel of {mel.shape[2]} frames: the model takes up to {self.config.num_frames} "
                 f"({self.config.seconds} s); cut it into windows, as `maestlib.embed` does"
             )
-        patches, rows, columns = _gather_patches(mel, grid, patchout, generator)
+        if not isinstance(patchout, PatchSelection):
+            max_offset = max_columns - grid[1] if self.training else 0
+            patchout = draw_patches(grid, patchout, len(mel), generator, max_offset)
+        rows, columns, offset = patchout.to(mel.device)
+        patches = _gather_patches(mel, rows, columns)
         conv = self.patch_embed["proj"]
         x = F.linear(patches.flatten(3).to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
-        offset = int(torch.randint(max_columns - grid[1] + 1, (), generator=generator)) if self.training else 0
         frequency = self.freq_new_pos_embed[0, :, :, 0].T[rows].unsqueeze(-2)
         x = x + frequency + self.time_new_pos_embed[0, :, 0].T[columns + offset].unsqueeze(-3)
         cls_dist = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed
         return torch.cat([cls_dist.expand(len(x), -1, -1), x.flatten(1, 2)], 1)
 
     def _check_input(self, mel):
-        if not (self.training or torch.compiler.is_compiling()):  # training batches are checked where they are made
+        if not (self.training or mel.is_cuda or torch.compiler.is_compiling()):  # on a GPU, this would wait for it
             validate_mel(mel, self.config.mel)
         if mel.ndim != 3:
             raise ValueError(f"mel of shape {tuple(mel.shape)}: give (batch, {self.config.mel.n_mels}, frames)")
 
 
-def _gather_patches(mel, grid, patchout, generator):
-    "Kept patches (batch, row, column, 16, 16), and their rows and columns, with a batch axis if drawn per clip."
+def _gather_patches(mel, rows, columns):
+    "The kept patches (batch, row, column, 16, 16); rows and columns have a batch axis if drawn for each clip."
     patches = mel.unfold(1, PATCH, STRIDE).unfold(2, PATCH, STRIDE)  # all patches, as a view
-    if patchout is None or not patchout.per_clip:
-        rows, columns = (index.to(mel.device) for index in select_patches(grid, patchout, generator))
-        return patches[:, rows[:, None], columns], rows, columns  # copies the kept patches only
-    drawn = zip(*(select_patches(grid, patchout, generator) for _ in mel), strict=True)
-    rows, columns = (torch.stack(index).to(mel.device) for index in drawn)  # (batch, kept)
+    if rows.ndim == 1:
+        return patches[:, rows[:, None], columns]  # copies the kept patches only
     clip = torch.arange(len(mel), device=mel.device)[:, None, None]
-    return patches[clip, rows[:, :, None], columns[:, None]], rows, columns
+    return patches[clip, rows[:, :, None], columns[:, None]]
 
 # %% ../../nbs/models/maest.ipynb #a04bec88
 class Encoder(TokenEmbedding):

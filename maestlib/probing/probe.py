@@ -305,7 +305,7 @@ def train_probes(
     embeddings.check_corpus(corpus)
     splits = {name: positions.to(device) for name, positions in split_indices(corpus).items()}
     sources = standardize(embeddings, corpus.indices("train"), resolve_dtype(dtype, device), device)
-    targets = torch.from_numpy(corpus.targets).to(device)
+    targets = torch.from_numpy(corpus.targets).float().to(device)
     networks = _group_probes(probes, sources.shape[2], probes_per_network, on_cpu)
     num_workers = num_workers or (cpu_count() if on_cpu else 1)
     results, num_threads = [None] * len(probes), torch.get_num_threads()

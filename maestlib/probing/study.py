@@ -79,7 +79,7 @@ def study_schema(n_bootstrap: int) -> dict:  # resamples -> polars type of each 
 def _study_id(corpus: Corpus, embeddings: Embeddings, name: str) -> dict[str, str]:
     "The key columns that one study shares: the model's name, its embeddings, and the tracks, labels and splits."
     rows = corpus.table.select("track_id", "split").write_csv().encode()
-    checksum = zlib.crc32(rows + corpus.targets.tobytes() + repr(corpus.labels).encode())
+    checksum = zlib.crc32(rows + corpus.targets.astype(np.float32).tobytes() + repr(corpus.labels).encode())
     return {"model": name, "embeddings": embeddings.fingerprint(), "data": f"{checksum:08x}"}
 
 
@@ -131,7 +131,7 @@ def _train_rows(
             results[i] = result
     if len(mlps) < len(rows):
         sources = standardize(embeddings, corpus.indices("train"), torch.float32, torch.device("cpu"))
-        targets = torch.from_numpy(corpus.targets)
+        targets = torch.from_numpy(corpus.targets).float()
         for i, row in enumerate(rows):
             if row["method"] != "mlp":
                 x = torch.cat([sources[k] for k in stacks[i]], 1)

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..audio.mel import normalize
@@ -46,6 +45,7 @@ def predict(
     patchout: Patchout | None = None,  # None: all patches
     dtype: torch.dtype | None = None,  # of the matrix products; None: `default_dtype` of the device
     batch_size: int | None = None,  # windows at once; None: see `auto_batch_size`
+    num_workers: int = 0,  # processes that read mels; 0: this one
     desc: str | None = None,  # label of the progress bar; None: no bar
 ) -> np.ndarray:  # (tracks, labels) float64 probabilities, each the mean over a track's windows
     """Predict the tags of whole tracks.
@@ -61,23 +61,37 @@ def predict(
     store_rows = corpus.store_rows[indices[rank::world_size]]
     lengths = corpus.store.index["frames"].to_numpy()[store_rows]
     windows = [(i, start) for i, length in enumerate(lengths) for start in window_starts(length, window_frames)]
-    sums = np.zeros((len(store_rows), len(model.config.labels)), np.float64)
+    track, starts = np.array(windows).T
+    reader = _WindowReader(corpus.store, store_rows[track], starts, window_frames, batch_size)
+    options = dict(batch_size=None, num_workers=num_workers, pin_memory=device.type == "cuda")
+    batches = torch.utils.data.DataLoader(reader, sampler=range(-(-len(track) // batch_size)), **options)
     was_training = model.training
     model.eval()
-    for first in tqdm(range(0, len(windows), batch_size), desc, disable=desc is None, leave=False):
-        batch = windows[first : first + batch_size]
-        mel = torch.stack([_read_window(corpus.store, store_rows[i], start, window_frames) for i, start in batch])
+    probabilities = []  # of each batch, on the device: fetching them would wait for it
+    for mel in tqdm(batches, desc, disable=desc is None, leave=False):
+        mel = normalize(mel.to(device, non_blocking=True).float(), model.config.mel, validate=False)
         with autocast(device, dtype):
-            logits = model(normalize(mel, model.config.mel).to(device), patchout)
-        np.add.at(sums, [i for i, _ in batch], logits.float().sigmoid().cpu().numpy())
+            probabilities.append(model(mel, patchout).float().sigmoid())
     model.train(was_training)
-    windows_per_track = np.bincount([i for i, _ in windows], minlength=len(store_rows))
+    sums = np.zeros((len(store_rows), len(model.config.labels)), np.float64)
+    np.add.at(sums, track, torch.cat(probabilities)[: len(track)].cpu().numpy())
+    windows_per_track = np.bincount(track, minlength=len(store_rows))
     return _gather_interleaved(sums / windows_per_track[:, None], len(indices), world_size)
 
 
-def _read_window(store, row, start, window_frames):  # → (bands, window_frames) float32
-    mel = torch.from_numpy(store.read(row, start, window_frames).astype(np.float32)).T
-    return F.pad(mel, (0, window_frames - mel.shape[1]))
+class _WindowReader(torch.utils.data.Dataset):
+    "Batches of windows: (batch, bands, frames) float16, zero-padded."
+
+    def __init__(self, store, rows, starts, frames, batch_size):  # rows of the store, first frames: (windows,)
+        self.store, self.rows, self.starts, self.frames, self.batch_size = store, rows, starts, frames, batch_size
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        batch = range(i * self.batch_size, min((i + 1) * self.batch_size, len(self.rows)))
+        mels = np.zeros((len(batch), self.frames, self.store.config.n_mels), np.float16)
+        for mel, window in zip(mels, batch, strict=True):
+            part = self.store.read(self.rows[window], self.starts[window], self.frames)
+            mel[: len(part)] = part
+        return torch.from_numpy(mels).mT
 
 
 def _gather_interleaved(values, total, world_size):  # process r holds the rows r, r + world_size, …

@@ -53,8 +53,9 @@ def _flush_metrics(trainer: Trainer, writer=None):  # a TensorBoard SummaryWrite
     "Move the pending metrics to `step_log`. Raises `FloatingPointError` if a loss is not finite."
     if not trainer.pending_metrics:
         return
-    values = torch.stack([torch.stack([x.float() for x in step]) for step in trainer.pending_metrics])
-    values = values.cpu().double().numpy()  # not on the device: mps has no float64
+    *on_device, rates = zip(*trainer.pending_metrics, strict=True)
+    values = torch.stack([torch.stack(values).float() for values in on_device], 1).cpu().double()  # mps has no float64
+    values = np.column_stack([values.numpy(), rates])
     values[:, 0] = _mean_over_processes(trainer, values[:, 0])
     first_step = trainer.step - len(values)
     _check_finite(trainer, values[:, 0], first_step)
@@ -260,13 +261,12 @@ def _progress_bar(trainer: Trainer) -> tqdm:
 def _train(trainer: Trainer, stop_requested: threading.Event, bar: tqdm, on_validation=None):
     "Train until the run is done. Raises `TrainingInterrupted` after saving if a stop was requested."
     config, writer = trainer.config, _summary_writer(trainer)
-    batches = trainer.batches.loader(trainer.step, trainer.total_steps, config.num_workers)
     stop = False
     last_save = last_time = time.perf_counter()
-    for crops, targets in _save_on_oserror(trainer, batches):
+    for batch in _save_on_oserror(trainer, trainer.load_batches()):
         swa_updates = max(trainer.swa_updates_due, 0)
         should_log = (trainer.step + 1) % LOG_EVERY_STEPS == 0
-        trainer.train_step(crops, targets)
+        trainer.train_step(*batch)
         if trainer.world_size == 1 or should_log:
             now = time.perf_counter()
             elapsed_s = trainer.elapsed_s + now - last_time

@@ -36,12 +36,12 @@ def mixup_lambda(
 def mixup(
     mel: torch.Tensor,  # (batch, 96, frames)
     targets: torch.Tensor,  # (batch, labels)
-    lam: torch.Tensor,  # (batch,) from `mixup_lambda`
+    lam: torch.Tensor,  # (batch,) from `mixup_lambda`, on the same device
 ) -> tuple[torch.Tensor, torch.Tensor]:  # mixed mel and mixed targets, of the same shapes
     "Mix each clip and its targets with those of its neighbor: 0 with 1, 2 with 3, …; an odd last clip is unchanged."
     partner = torch.arange(len(mel), device=mel.device) ^ 1
     partner = partner.clamp(max=len(mel) - 1)
-    weight = (1 - lam).to(mel.device)
+    weight = 1 - lam
     return mel.lerp(mel[partner], weight[:, None, None]), targets.lerp(targets[partner], weight[:, None])
 
 # %% ../../nbs/training/recipe.ipynb #4e6ab2ab
@@ -70,11 +70,11 @@ def specaugment_mask(
 
 def specaugment(
     mel: torch.Tensor,  # (batch, 96, frames), normalized: the mean is 0
-    time_mask: torch.Tensor,  # (batch, frames) from `specaugment_mask`
+    time_mask: torch.Tensor,  # (batch, frames) from `specaugment_mask`, on the same device
     frequency_mask: torch.Tensor,  # (batch, 96) from `specaugment_mask`
 ) -> torch.Tensor:  # a new tensor of mel's shape
     "Set the masked frames and bands to the mean."
-    return mel * (time_mask[:, None] * frequency_mask[:, :, None]).to(mel)
+    return mel * time_mask[:, None] * frequency_mask[:, :, None]
 
 # %% ../../nbs/training/recipe.ipynb #ca110002
 def equalizer_curves(
@@ -91,10 +91,10 @@ def equalizer_curves(
 
 def equalize(
     mel: torch.Tensor,  # (batch, 96, frames), normalized
-    curves: torch.Tensor,  # (batch, 96) from `equalizer_curves`
+    curves: torch.Tensor,  # (batch, 96) from `equalizer_curves`, on the same device
 ) -> torch.Tensor:  # a new tensor of mel's shape
     "Add a curve to every frame of each clip."
-    return mel + curves[:, :, None].to(mel)
+    return mel + curves[:, :, None]
 
 # %% ../../nbs/training/recipe.ipynb #2a54e885
 def plot_mels(

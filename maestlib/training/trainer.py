@@ -8,8 +8,11 @@ __all__ = ['label_frequencies', 'create_model', 'StepRandomness', 'draw_step', '
 
 # %% ../../nbs/training/trainer.ipynb #e63a0b1f
 import contextlib
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,6 +23,7 @@ from ..datasets.batches import BatchDataset, Corpus
 from ..models.checkpoint import load_model
 from ..models.effnet import EffNet, EffNetConfig
 from ..models.maest import MAEST, SIZES, MAESTConfig
+from ..models.patchout import STRIDE, PatchSelection, draw_patches, patch_grid
 from . import recipe
 from .config import INIT_CHECKPOINTS, TrainConfig
 
@@ -28,7 +32,8 @@ def label_frequencies(
     corpus: Corpus,
 ) -> torch.Tensor:  # (labels,) float32, 0.001 … 0.999
     "Return the fraction of training tracks that have each label, clamped so that its log-odds are finite."
-    return torch.from_numpy(corpus.targets[corpus.indices("train")].mean(0)).clamp(1e-3, 1 - 1e-3)
+    frequencies = corpus.targets[corpus.indices("train")].mean(0, dtype=np.float64)
+    return torch.from_numpy(frequencies).float().clamp(1e-3, 1 - 1e-3)
 
 
 def _init_effnet(config: TrainConfig, corpus: Corpus) -> EffNet:
@@ -48,8 +53,7 @@ def _init_random_maest(config: TrainConfig, corpus: Corpus) -> MAEST:
         mel=corpus.mel,
     )
     model = MAEST(model_config).init_weights(config.seed)
-    rows = corpus.store_rows[corpus.indices("train")[:400]]
-    crops = corpus.store.read_crops(rows, corpus.mel.num_frames(config.seconds))
+    crops = corpus.read_sample(400, config.seconds)
     recipe.whiten_patch_embed_(model, normalize(crops, corpus.mel), config.seed)
     return model
 
@@ -107,11 +111,20 @@ class StepRandomness(NamedTuple):
     time_mask: torch.Tensor  # (clips, frames) of SpecAugment, 1 keeps
     frequency_mask: torch.Tensor  # (clips, 96)
     curves: torch.Tensor  # (clips, 96) of the equalizer
-    patchout_seed: int
+    patches: PatchSelection | None  # those that patchout keeps; None: a model without patches
+
+    def to(
+        self,
+        device: torch.device,
+    ) -> "StepRandomness":
+        "Copy to a device, without waiting for it."
+        *of_clips, patches = self
+        of_clips = (values.to(device, non_blocking=True) for values in of_clips)
+        return StepRandomness(*of_clips, patches and patches.to(device))
 
 
 def draw_step(
-    config: TrainConfig,  # seed, mixup, time_masks, frequency_masks, equalizer
+    config: TrainConfig,  # seed, mixup, time_masks, frequency_masks, equalizer, patchout
     step: int,  # of the optimizer
     batch_size: int,  # clips, over all processes
     mel_shape: tuple[int, int],  # bands, frames
@@ -119,13 +132,18 @@ def draw_step(
 ) -> StepRandomness:
     "Draw everything random in a step; it depends on the seed and the step alone."
     rng = named_rng(config.seed, "step", step)
-    patchout_seed = int(rng.integers(1 << 62))
+    generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
     lam = recipe.mixup_lambda(rng, batch_size, config.mixup)
     time_mask = recipe.specaugment_mask(rng, batch_size, mel_shape[1], config.time_masks)
     frequency_mask = recipe.specaugment_mask(rng, batch_size, mel_shape[0], config.frequency_masks)
     curves = recipe.equalizer_curves(rng, batch_size, mel_shape[0], config.equalizer)
     of_clips = (values[rank_slice] for values in (lam, time_mask, frequency_mask, curves))
-    return StepRandomness(*of_clips, patchout_seed)
+    if config.model != "maest":
+        return StepRandomness(*of_clips, None)
+    grid = patch_grid(mel_shape[1], mel_shape[0])
+    max_offset = mel_shape[1] // STRIDE - grid[1]  # as released, the time encoding is longer than a clip
+    patches = draw_patches(grid, config.patchout, batch_size, generator, max_offset)
+    return StepRandomness(*of_clips, patches.of_clips(rank_slice))
 
 
 def augment(
@@ -193,25 +211,35 @@ class Trainer:
         self.batches = BatchDataset(corpus, config.seconds, config.batch_size, config.seed, *sampling)
         self.total_steps = min(round(config.epochs * self.batches.steps_per_epoch), config.max_steps or 10**12)
         self.micro_batch_size = min(config.micro_batch_size or 10**9, self.batches.batch_size // self.world_size)
+        mel_shape = corpus.mel.n_mels, self.batches.num_frames
+        shape = dict(batch_size=self.batches.batch_size, mel_shape=mel_shape, rank_slice=self.batches.rank_slice)
+        self.draw = partial(draw_step, config, **shape)  # a step → StepRandomness
         self.step = 0
         self.elapsed_s = 0.0  # of training, without validation
         self.swa_model = None  # an AveragedModel, from the first update on
-        self.pending_metrics = []  # (loss, gradient norm, learning rate) of each step, on the device
+        self.pending_metrics = []  # (loss, gradient norm, learning rate) of each step, the first two on the device
         self.step_log = []  # tables of the steps before these
         self.history = []  # a row for each validation
 
     def train_step(
         self,
-        crops: torch.Tensor,  # (clips, 96, frames), not normalized: this process's part of the batch
-        targets: torch.Tensor,  # (clips, labels)
+        crops: torch.Tensor,  # (clips, 96, frames) float16, not normalized: this process's part of the batch
+        targets: torch.Tensor,  # (clips, labels) uint8
+        randomness: StepRandomness | None = None,  # of this step, if it is drawn already
     ):
-        "Take one optimizer step."
-        batch_size, rank_slice = self.batches.batch_size, self.batches.rank_slice
-        randomness = draw_step(self.config, self.step, batch_size, crops.shape[1:], rank_slice)
+        "Take one optimizer step. Nothing in it waits for the device."
+        randomness = (randomness or self.draw(self.step)).to(self.device)
+        lr = self.lr
         loss = accumulate_gradients(self, crops, targets, randomness)
-        norm = optimizer_step(self)
-        self.pending_metrics.append((loss, norm, torch.tensor(self.lr, device=self.device)))
+        norm = optimizer_step(self, lr)
+        self.pending_metrics.append((loss, norm, lr))
         self.step += 1
+
+    def load_batches(
+        self,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, StepRandomness]]:  # the arguments of `train_step`
+        "Iterate over the batches that are left of the run."
+        return self.batches.loader(self.step, self.total_steps, self.config.num_workers, self.draw)
 
     @property
     def progress(self) -> float:  # 0 … 1
@@ -244,17 +272,16 @@ def compute_loss(
     trainer: Trainer,
     mel: torch.Tensor,  # (clips, 96, frames), normalized and augmented
     targets: torch.Tensor,  # (clips, labels)
-    generator: torch.Generator,  # of patchout and of the offset of time positions
+    patches: PatchSelection | None,  # those to keep; None: all, or a model without patches
 ) -> torch.Tensor:  # scalar, float32
     "Compute the binary cross-entropy; with a teacher, the mean over the cls and the dist token."
     bce = F.binary_cross_entropy_with_logits
-    patchout = trainer.config.patchout
     if trainer.teacher is None:
-        return bce(trainer.ddp_model(mel, patchout, generator).float(), targets)
+        return bce(trainer.ddp_model(mel, patches).float(), targets)
     with torch.no_grad():
         teacher_mel = renormalize(mel, trainer.corpus.mel, trainer.teacher.config.mel)
         teacher_targets = recipe.pseudo_labels(trainer.teacher(teacher_mel).float())
-    cls, dist = trainer.ddp_model(mel, patchout, generator, separate=True)
+    cls, dist = trainer.ddp_model(mel, patches, separate=True)
     return (bce(cls.float(), targets) + bce(dist.float(), teacher_targets)) / 2
 
 # %% ../../nbs/training/trainer.ipynb #63b72c3c
@@ -262,23 +289,21 @@ def forward_backward(
     trainer: Trainer,
     crops: torch.Tensor,  # (clips, 96, frames), not normalized: this process's part of the batch
     targets: torch.Tensor,  # (clips, labels)
-    randomness: StepRandomness,
+    randomness: StepRandomness,  # on the device
     start: int,  # first clip of the micro-batch
 ) -> torch.Tensor:  # scalar: the micro-batch's share of the loss
     "Add the gradients of one micro-batch."
     micro_slice = slice(start, start + trainer.micro_batch_size)
     is_last_micro_batch = micro_slice.stop >= len(crops)
-    mel = normalize(crops[micro_slice].to(trainer.device, non_blocking=True), trainer.corpus.mel, validate=False)
-    y = targets[micro_slice].to(trainer.device, non_blocking=True)
+    mel, y = (x[micro_slice].to(trainer.device, non_blocking=True).float() for x in (crops, targets))
+    mel = normalize(mel, trainer.corpus.mel, validate=False)
     mel, y = augment(mel, y, trainer.config, randomness, micro_slice)
-    seed = randomness.patchout_seed
-    if trainer.config.patchout.per_clip:
-        seed += trainer.batches.rank_slice.start + start
+    patches = randomness.patches and randomness.patches.of_clips(micro_slice)
     sync_context = contextlib.nullcontext()
     if trainer.world_size > 1 and not is_last_micro_batch:
         sync_context = trainer.ddp_model.no_sync()
     with sync_context, autocast(trainer.device, trainer.dtype):
-        loss = compute_loss(trainer, mel, y, torch.Generator().manual_seed(seed)) * (len(mel) / len(crops))
+        loss = compute_loss(trainer, mel, y, patches) * (len(mel) / len(crops))
         trainer.scaler.scale(loss).backward()
     return loss.detach()
 
@@ -298,7 +323,7 @@ def accumulate_gradients(
     trainer: Trainer,
     crops: torch.Tensor,  # (clips, 96, frames), not normalized
     targets: torch.Tensor,  # (clips, labels)
-    randomness: StepRandomness,
+    randomness: StepRandomness,  # on the device
 ) -> torch.Tensor:  # scalar: the loss of this process's clips
     "Run all micro-batches, smaller ones if memory runs out. Raises `MemoryError` if two clips do not fit."
     while True:
@@ -312,10 +337,11 @@ def accumulate_gradients(
 # %% ../../nbs/training/trainer.ipynb #2407c61f
 def optimizer_step(
     trainer: Trainer,  # with accumulated gradients; they are cleared
+    lr: float,  # of this step, for groups with `lr_scale=1`
 ) -> torch.Tensor:  # scalar: the gradient norm before clipping
-    "Clip the gradients and update the weights at the scheduled rate; the scaler skips a float16 step that overflowed."
+    "Clip the gradients and update the weights; the scaler skips a float16 step that overflowed."
     for group in trainer.optimizer.param_groups:
-        group["lr"] = group["lr_scale"] * trainer.lr
+        group["lr"] = group["lr_scale"] * lr
     trainer.scaler.unscale_(trainer.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
     trainer.scaler.step(trainer.optimizer)
