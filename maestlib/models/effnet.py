@@ -69,7 +69,7 @@ class EffNet(nn.Module):
         mel: torch.Tensor,  # (batch, n_mels, frames), normalized
     ) -> torch.Tensor:  # (batch, 1280): mean of the last feature map
         "Compute the penultimate layer. Raises `ValueError` for a mel of the wrong shape, dtype or length, or with NaN."
-        if not self.training:
+        if not (self.training or mel.is_cuda):  # on a GPU, this would wait for it
             validate_mel(mel, self.config.mel)
         if mel.ndim != 3:
             raise ValueError(f"mel of shape {tuple(mel.shape)}: give (batch, {self.config.mel.n_mels}, frames)")
