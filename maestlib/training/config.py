@@ -55,7 +55,7 @@ CHOICES = {
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "balanced_sampling": ("auto", True, False),
     "swa": ("auto", True, False),
-    "compile": ("auto", True, False),
+    "compile": ("auto", True, False, "cuda-graphs"),
 }
 POSITIVE = (
     "depth", "epochs", "batch_size", "learning_rate", "head_lr_scale", "layer_decay", "num_validations",
@@ -143,7 +143,7 @@ class TrainConfig:
     validation_keep_every: int | str = "auto"  # validate with one patch column of so many
     test_keep_every: int | str = "auto"  # test with one patch column of so many
     dtype: str = "auto"  # of the matrix products: bfloat16, float16 or float32
-    compile: bool | str = "auto"  # compile the blocks with torch.compile
+    compile: bool | str = "auto"  # compile the blocks with torch.compile; cuda-graphs: for few clips on each GPU
     num_workers: int | str = "auto"  # processes that read mels; 0: the training process
     gpus: int = 1  # on this machine, started by torchrun
     nodes: int = 1  # machines; start the run on each, with MASTER_ADDR and NODE_RANK set

@@ -62,7 +62,8 @@ def predict(
     lengths = corpus.store.index["frames"].to_numpy()[store_rows]
     windows = [(i, start) for i, length in enumerate(lengths) for start in window_starts(length, window_frames)]
     track, starts = np.array(windows).T
-    reader = _WindowReader(corpus.store, store_rows[track], starts, window_frames, batch_size)
+    pad = device.type == "cuda"  # all batches of one size, for which the model is compiled once
+    reader = _WindowReader(corpus.store, store_rows[track], starts, window_frames, batch_size, pad)
     options = dict(batch_size=None, num_workers=num_workers, pin_memory=device.type == "cuda")
     batches = torch.utils.data.DataLoader(reader, sampler=range(-(-len(track) // batch_size)), **options)
     was_training = model.training
@@ -80,15 +81,17 @@ def predict(
 
 
 class _WindowReader(torch.utils.data.Dataset):
-    "Batches of windows: (batch, bands, frames) float16, zero-padded."
+    "Batches of windows: (batch, bands, frames) float16; short windows, and if `pad` the last batch, end in zeros."
 
-    def __init__(self, store, rows, starts, frames, batch_size):  # rows of the store, first frames: (windows,)
-        self.store, self.rows, self.starts, self.frames, self.batch_size = store, rows, starts, frames, batch_size
+    def __init__(self, store, rows, starts, frames, batch_size, pad):  # rows of the store, first frames: (windows,)
+        self.store, self.rows, self.starts, self.frames = store, rows, starts, frames
+        self.batch_size, self.pad = batch_size, pad
 
     def __getitem__(self, i: int) -> torch.Tensor:
         batch = range(i * self.batch_size, min((i + 1) * self.batch_size, len(self.rows)))
-        mels = np.zeros((len(batch), self.frames, self.store.config.n_mels), np.float16)
-        for mel, window in zip(mels, batch, strict=True):
+        size = self.batch_size if self.pad else len(batch)
+        mels = np.zeros((size, self.frames, self.store.config.n_mels), np.float16)
+        for mel, window in zip(mels, batch, strict=False):
             part = self.store.read(self.rows[window], self.starts[window], self.frames)
             mel[: len(part)] = part
         return torch.from_numpy(mels).mT

@@ -174,11 +174,20 @@ def create_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=True)
 
 
-def _compile_and_distribute(model: torch.nn.Module, compile_blocks: bool, world_size: int) -> torch.nn.Module:
-    "Compile the blocks in place; with several processes, wrap the model in DistributedDataParallel."
-    if compile_blocks:
+def _compile(model: torch.nn.Module, compile: bool | str):  # True; or cuda-graphs
+    """Compile a MAEST in place, for batches of one size.
+
+    Its blocks, which share one program; or with CUDA graphs the whole model, whose kernels are then started at once.
+    """
+    if compile == "cuda-graphs":
+        model.compile(dynamic=False, mode="reduce-overhead")
+    elif compile:
         for block in getattr(model, "blocks", ()):
-            block.compile()
+            block.compile(dynamic=False)
+
+
+def _distribute(model: torch.nn.Module, world_size: int) -> torch.nn.Module:
+    "With several processes, wrap the model in DistributedDataParallel."
     if world_size == 1:
         return model
     device = next(model.parameters()).device
@@ -206,7 +215,8 @@ class Trainer:
         self.model = model.to(self.device)
         self.optimizer = create_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.ddp_model = _compile_and_distribute(self.model, config.compile, self.world_size)
+        _compile(self.model, config.compile)
+        self.ddp_model = _distribute(self.model, self.world_size)
         sampling = config.balanced_sampling, config.tracks_per_epoch
         self.batches = BatchDataset(corpus, config.seconds, config.batch_size, config.seed, *sampling)
         self.total_steps = min(round(config.epochs * self.batches.steps_per_epoch), config.max_steps or 10**12)
