@@ -220,7 +220,10 @@ class Trainer:
         sampling = config.balanced_sampling, config.tracks_per_epoch
         self.batches = BatchDataset(corpus, config.seconds, config.batch_size, config.seed, *sampling)
         self.total_steps = min(round(config.epochs * self.batches.steps_per_epoch), config.max_steps or 10**12)
-        self.micro_batch_size = min(config.micro_batch_size or 10**9, self.batches.batch_size // self.world_size)
+        clips = self.batches.batch_size // self.world_size
+        self.micro_batch_size = min(config.micro_batch_size or clips, clips)
+        if config.compile == "cuda-graphs" and self.micro_batch_size < clips:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size}: not with compile=cuda-graphs; give True, or 0")
         mel_shape = corpus.mel.n_mels, self.batches.num_frames
         shape = dict(batch_size=self.batches.batch_size, mel_shape=mel_shape, rank_slice=self.batches.rank_slice)
         self.draw = partial(draw_step, config, **shape)  # a step → StepRandomness
@@ -322,6 +325,8 @@ def _halve_micro_batch(trainer: Trainer, clips: int):
     "Halve the micro-batch after an out-of-memory error. Raises `MemoryError` if it is two clips already."
     trainer.optimizer.zero_grad()
     torch.cuda.empty_cache()
+    if trainer.config.compile == "cuda-graphs":
+        raise MemoryError(f"compile=cuda-graphs: {clips} clips need more memory than there is; give True")
     half = -(-min(trainer.micro_batch_size, clips) // 4) * 2  # rounded up to an even number
     if half >= trainer.micro_batch_size:
         raise MemoryError(f"size={trainer.config.size}: two clips need more memory than there is")
