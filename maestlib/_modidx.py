@@ -956,8 +956,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'maestlib.probing.study._tabulate': ('probing/study.html#_tabulate', 'maestlib/probing/study.py'),
                                         'maestlib.probing.study._train_rows': ( 'probing/study.html#_train_rows',
                                                                                 'maestlib/probing/study.py'),
-                                        'maestlib.probing.study.bootstrap_scores': ( 'probing/study.html#bootstrap_scores',
-                                                                                     'maestlib/probing/study.py'),
                                         'maestlib.probing.study.probe_settings': ( 'probing/study.html#probe_settings',
                                                                                    'maestlib/probing/study.py'),
                                         'maestlib.probing.study.run_study': ('probing/study.html#run_study', 'maestlib/probing/study.py'),

@@ -57,7 +57,8 @@ def _score_ranked(ranked, weights):  # list from `_rank_tracks`, (resamples, tra
     values = np.empty((len(ranked), len(METRICS), len(weights)))
     exact = np.issubdtype(weights.dtype, np.integer) and weights.sum(1).max() < 2**24  # sums are, in float32
     chunk = max(1, _TABLE_SIZE // weights.shape[1])
-    for start in tqdm(range(0, len(weights), chunk), "resamples", delay=2, leave=False):
+    starts = range(0, len(weights), chunk)
+    for start in tqdm(starts, "resamples", delay=2, leave=False, disable=len(starts) == 1):
         columns = slice(start, start + chunk)
         table = torch.from_numpy(weights[columns].T.astype(np.float32 if exact else np.float64, order="C"))
         for i, (order, bounds) in enumerate(ranked):
