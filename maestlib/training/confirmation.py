@@ -36,8 +36,8 @@ def predict_seeds(
 ) -> pl.DataFrame:  # model (maest or mel statistics), seed, track_id, artist, labels, probabilities: test tracks
     """Train the CPU preset with several seeds, and predict the test split with each run and with the mel baseline.
 
-    A run that is finished is read, one that was interrupted is resumed. The probabilities are in the order of
-    `load_corpus(dataset).labels`.
+    A run that is finished is read, one that was interrupted is resumed. The probabilities, for the baseline the scores
+    of `mel_baseline`, are in the order of `load_corpus(dataset).labels`.
     """
     corpus, out = load_corpus(dataset, quiet=True), resolve_path(out_dir)
     changes = {"max_steps": LAPTOP_PRESET["max_steps"]} | changes  # all of them, however slow the machine

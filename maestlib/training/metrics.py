@@ -8,12 +8,64 @@ __all__ = ['METRICS', 'roc_auc_and_ap', 'bootstrap_weights', 'confidence_interva
 # %% ../../nbs/training/metrics.ipynb #b1d0d7be
 import numpy as np
 import polars as pl
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
 
 from ..core.files import named_rng
 
 METRICS = ("roc_auc", "map")  # the names of the columns in every table of scores
 
 # %% ../../nbs/training/metrics.ipynb #7db2401d
+_TABLE_SIZE = 2**23  # weights at once: 32 MB of float32, and at most a few hundred MB of intermediate results
+
+
+def _rank_tracks(targets, scores):  # (tracks,) each → (order, bounds) of `embedding_bag`
+    """Sort the tracks by score and cut them at the scores of positive tracks.
+
+    Each such score has three segments: the negatives above it and below the one before, the positives, and the
+    negatives of equal score. The last segment is what remains below.
+    """
+    is_positive = targets > 0
+    order = np.lexsort((~is_positive, -scores))  # of equal scores, the positives first
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)  # first track of each score
+    stops = np.append(starts[1:], len(order))
+    positives = np.add.reduceat(is_positive[order], starts, dtype=np.int64)
+    starts, stops, positives = (values[positives > 0] for values in (starts, stops, positives))
+    ends = np.append(0, stops)
+    segments = np.stack([ends[:-1], starts, starts + positives], 1)
+    bounds = np.concatenate([segments.ravel(), [ends[-1], len(order)]])
+    return torch.from_numpy(order.astype(np.int32)), torch.from_numpy(bounds.astype(np.int32))
+
+
+def _score_table(order, bounds, table):  # table (tracks, resamples) → (metrics, resamples)
+    sums = F.embedding_bag(order, table, bounds, mode="sum", include_last_offset=True).numpy()
+    above, positive, tied = sums[:-1].reshape(-1, 3, table.shape[1]).swapaxes(0, 1)
+    true_positives = np.cumsum(positive, 0, np.float64)
+    false_positives = np.cumsum(above + tied, 0, np.float64)
+    n_positive = positive.sum(0, np.float64)
+    n_negative = (above + tied).sum(0, np.float64) + sums[-1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        roc_auc = (positive * (n_negative - false_positives + tied / 2)).sum(0) / (n_positive * n_negative)
+        predicted = true_positives + false_positives
+        precision = np.where(predicted > 0, true_positives / predicted, 0)
+        average_precision = (positive * precision).sum(0) / n_positive
+    return np.stack([roc_auc, average_precision])
+
+
+def _score_ranked(ranked, weights):  # list from `_rank_tracks`, (resamples, tracks) → (labels, metrics, resamples)
+    values = np.empty((len(ranked), len(METRICS), len(weights)))
+    exact = np.issubdtype(weights.dtype, np.integer) and weights.sum(1).max() < 2**24  # sums are, in float32
+    chunk = max(1, _TABLE_SIZE // weights.shape[1])
+    starts = range(0, len(weights), chunk)
+    for start in tqdm(starts, "resamples", delay=2, leave=False, disable=len(starts) == 1):
+        columns = slice(start, start + chunk)
+        table = torch.from_numpy(weights[columns].T.astype(np.float32 if exact else np.float64, order="C"))
+        for i, (order, bounds) in enumerate(ranked):
+            values[i, :, columns] = _score_table(order, bounds, table)
+    return values
+
+
 def roc_auc_and_ap(
     targets: np.ndarray,  # (tracks,) 0 or 1, of one label
     scores: np.ndarray,  # (tracks,) logits or probabilities; only their order counts
@@ -26,20 +78,8 @@ def roc_auc_and_ap(
     `roc_auc_score` and `average_precision_score` with `sample_weight`. Without a positive track both are NaN; without
     a negative one ROC-AUC is NaN.
     """
-    weights = np.ones((1, len(targets))) if weights is None else weights
-    order = np.argsort(-scores, kind="stable")
-    thresholds = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # last track of each tied score
-    weights, is_positive = weights[:, order], targets[order] > 0
-    true_positives = np.cumsum(np.where(is_positive, weights, 0), 1)[:, thresholds]
-    false_positives = np.cumsum(np.where(is_positive, 0, weights), 1)[:, thresholds]
-    new_true = np.diff(true_positives, axis=1, prepend=0)
-    new_false = np.diff(false_positives, axis=1, prepend=0)
-    n_positive, n_negative = true_positives[:, -1], false_positives[:, -1]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        roc_auc = (new_false * (true_positives - new_true / 2)).sum(1) / (n_positive * n_negative)
-        predicted = true_positives + false_positives
-        precision = np.where(predicted > 0, true_positives / predicted, 0)
-        average_precision = (new_true * precision).sum(1) / n_positive
+    weights = np.ones((1, len(targets)), np.int32) if weights is None else weights
+    roc_auc, average_precision = _score_ranked([_rank_tracks(targets, scores)], weights)[0]
     return roc_auc, average_precision
 
 # %% ../../nbs/training/metrics.ipynb #e0416e55
@@ -48,7 +88,7 @@ def bootstrap_weights(
     n_bootstrap: int = 1000,  # resamples
     seed: int = 0,  # the same seed gives the same resamples, which is what pairs the scores of two models
     clusters: np.ndarray | None = None,  # (n_tracks,) the artist of each track, say; None: each track by itself
-) -> np.ndarray:  # (n_bootstrap, n_tracks) int: how often each track is drawn; without clusters rows sum to n_tracks
+) -> np.ndarray:  # (n_bootstrap, n_tracks) int32, how often each track is drawn; without clusters rows sum to n_tracks
     """Draw bootstrap resamples, with replacement, as weights (Efron and Tibshirani 1993).
 
     The unit of resampling is the track, or the cluster: tracks of one artist resemble each other, so that they are
@@ -57,8 +97,10 @@ def bootstrap_weights(
     unit = np.unique(clusters if clusters is not None else np.arange(n_tracks), return_inverse=True)[1]
     n_units = unit.max() + 1
     rng = named_rng(seed, "bootstrap", n_units)
-    draws = (rng.integers(0, n_units, n_units) for _ in range(n_bootstrap))
-    return np.stack([np.bincount(draw, minlength=n_units)[unit] for draw in draws])
+    weights = np.empty((n_bootstrap, n_tracks), np.int32)
+    for row in weights:
+        row[:] = np.bincount(rng.integers(0, n_units, n_units), minlength=n_units)[unit]
+    return weights
 
 
 def confidence_interval(
@@ -80,7 +122,8 @@ def _score_labels(targets, scores, labels, weights):  # → (labels, metrics, re
         )
     if not np.isfinite(scores).all():
         raise ValueError("scores: NaN or infinite; the model has diverged")
-    return np.stack([roc_auc_and_ap(targets[:, i], scores[:, i], weights) for i in range(len(labels))])
+    weights = np.ones((1, len(targets)), np.int32) if weights is None else weights
+    return _score_ranked([_rank_tracks(*columns) for columns in zip(targets.T, scores.T, strict=True)], weights)
 
 
 def _score_runs(targets, scores, labels, weights, seed):  # → (labels, metrics, resamples): the mean over runs
