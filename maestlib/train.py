@@ -20,12 +20,12 @@ from datetime import timedelta
 import polars as pl
 import torch
 
-from .core.device import default_device
+from .core.device import call_in_rank_0, default_device
 from .core.files import log, rank_and_world_size, resolve_path
 from .datasets import registry
 from .datasets.batches import load_corpus
 from .models.checkpoint import load_model
-from .training.config import TrainConfig
+from .training.config import FREE_ON_RESUME, TrainConfig
 from .training.loop import TrainingInterrupted, fit
 from .training.trainer import create_model
 
@@ -48,7 +48,9 @@ def torchrun_command(
     command = [sys.executable, "-m", "torch.distributed.run", *_rendezvous_options(config.nodes)]
     command += ["--nproc-per-node", config.gpus, "-m", "maestlib.train"]
     has_started = (resolve_path(config.out_dir) / "config.json").exists()
-    params = {"resume": config.out_dir} if has_started else asdict(config)
+    params = asdict(config)
+    if has_started:
+        params = {"resume": config.out_dir} | {name: params[name] for name in FREE_ON_RESUME}
     for name, value in params.items():
         command += [f"--{name.replace('_', '-')}", value]
     return [str(part) for part in command]
@@ -100,8 +102,8 @@ def _process_group():
     device = default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is on the CPU is exchanged there
+    torch.distributed.init_process_group(backend, timeout=timedelta(hours=1))
     try:
         yield
     finally:
@@ -109,17 +111,16 @@ def _process_group():
 
 # %% ../nbs/train.ipynb #5928c11f
 def _shared_config(params: dict) -> TrainConfig:
-    "Resolve the parameters in rank 0, build the dataset there, and send the result to all processes."
-    rank, world_size = rank_and_world_size()
-    config = None
-    if rank == 0:
-        config = TrainConfig.from_params(params | {"gpus": 1})  # this machine's GPUs are torchrun's business
+    "Resolve the parameters in rank 0 and build the dataset there, for all processes."
+    _, world_size = rank_and_world_size()
+    gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # those that torchrun has started
+
+    def resolve() -> TrainConfig:
+        config = TrainConfig.from_params(params | {"gpus": gpus, "nodes": world_size // gpus})
         registry.load_dataset(config.dataset)
-    if world_size > 1:
-        configs = [config]
-        torch.distributed.broadcast_object_list(configs)
-        config = configs[0]
-    return config
+        return config
+
+    return call_in_rank_0(resolve)
 
 
 def _fit_and_report(config: TrainConfig):
@@ -138,14 +139,14 @@ def train_from_command_line(
 ) -> int:  # exit code: 0, or 1 after an error message
     "Train without a notebook, alone or as one of torchrun's processes."
     params = vars(_build_parser().parse_args(arguments))
-    try:
-        with _process_group():
+    with _process_group():
+        try:
             _fit_and_report(_shared_config(params))
-    except TrainingInterrupted as stopped:
-        log.info(stopped)
-    except (ValueError, OSError, ArithmeticError) as error:
-        print(f"maestlib.train: {error}", file=sys.stderr)
-        return 1
+        except TrainingInterrupted as stopped:
+            log.info(stopped)
+        except (ValueError, OSError, ArithmeticError, MemoryError) as error:  # printed before the group is left
+            print(f"maestlib.train: {error}", file=sys.stderr, flush=True)
+            return 1
     return 0
 
 

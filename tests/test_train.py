@@ -6,10 +6,12 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +19,17 @@ import polars as pl
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 
 from maestlib.audio.extract import extract_mels
 from maestlib.core.files import resolve_path
 from maestlib.datasets import registry
-from maestlib.datasets.batches import load_corpus
+from maestlib.datasets.batches import BatchDataset, load_corpus
 from maestlib.models.checkpoint import load_model
 from maestlib.training import trainer as trainer_module
 from maestlib.training.config import TrainConfig
-from maestlib.training.evaluation import compare_runs, predict_test, window_starts
-from maestlib.training.loop import fit
+from maestlib.training.evaluation import compare_runs, predict, predict_test, window_starts
+from maestlib.training.loop import TrainingInterrupted, fit
 from maestlib.training.metrics import evaluate
 from maestlib.training.trainer import create_model
 
@@ -109,13 +112,14 @@ def options(settings):
     return [str(x) for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", v)]
 
 
-def start(folder, *arguments, processes=0, **popen_options):
-    "Start `python -m maestlib.train`, in several processes through torchrun."
-    command = [sys.executable, "-m"]
+def start(folder, *arguments, processes=0, program=("-m", "maestlib.train"), **popen_options):
+    "Start `python -m maestlib.train`, or another program, in several processes through torchrun."
+    command = [sys.executable]
     if processes:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    command += ["maestlib.train", *map(str, arguments)]
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [*map(str, program), *map(str, arguments)]
     env = os.environ | {"MAESTLIB_CACHE": str(folder.parent / "cache"), "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(PROJECT)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=env, cwd=PROJECT, **pipes | popen_options)
 
@@ -200,6 +204,100 @@ def test_two_processes_give_the_losses_of_one(folder, undisturbed, tmp_path):
     assert code != 0 and "batch_size=5: give a multiple of the 2 processes" in err
 
 
+UNREADABLE = """
+import os, sys
+from maestlib.datasets.batches import BatchDataset
+from maestlib.train import train_from_command_line
+
+read = BatchDataset.__getitem__
+
+def fail(self, step):
+    if os.environ["RANK"] == "1" and step == 5:
+        raise OSError("mels.000.f16: input/output error")
+    return read(self, step)
+
+BatchDataset.__getitem__ = fail
+sys.exit(train_from_command_line())
+"""
+THREE = FULL_RECIPE | {"balanced_sampling": False, "batch_size": 12, "num_validations": 8, "max_steps": 24}
+
+
+def assert_same_steps(run, reference):
+    steps, expected = (pl.read_parquet(folder / "steps.parquet") for folder in (run, reference))
+    assert steps["step"].equals(expected["step"])
+    for column in ("loss", "learning_rate"):
+        np.testing.assert_allclose(steps[column], expected[column], rtol=2e-3, err_msg=column)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_three(folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    code, out, err = finish(start(folder, *options(THREE | {"dataset": folder, "out_dir": run})))
+    assert code == 0, err[-2000:]
+    return run
+
+
+def test_a_process_that_cannot_read_ends_the_run_on_all(folder, undisturbed_three, tmp_path):
+    run, program = tmp_path / "run", tmp_path / "program.py"
+    program.write_text(UNREADABLE)
+    process = start(folder, *options(THREE | {"dataset": folder, "out_dir": run}), processes=3, program=[program])
+    code, out, err = finish(process)
+    assert code != 0 and "maestlib.train: mels.000.f16: input/output error; saved at step 5: fix the file" in err, err
+    assert "another process could not read its batch; saved at step 5" in out and "Connection closed" not in err, err
+    assert pl.read_parquet(run / "steps.parquet")["step"].to_list() == list(range(5))
+    code, out, err = finish(start(folder, "--resume", run, processes=2))
+    assert code == 0 and "resumes at step 5" in out, err[-2000:]
+    assert_same_steps(run, undisturbed_three)
+    assert read_without_times(run, "metrics").columns == read_without_times(undisturbed_three, "metrics").columns
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_a_killed_process_loses_no_batch_whatever_their_number_is(folder, undisturbed_three, tmp_path):
+    "Three processes, one of them killed at random moments, MAESTLIB_KILLS times; then two and four go on."
+    psutil = pytest.importorskip("psutil")
+    run, rng, kills = tmp_path / "run", np.random.default_rng(0), int(os.environ.get("MAESTLIB_KILLS", "2"))
+    params = options(THREE | {"dataset": folder, "out_dir": run})
+    for _ in range(kills):
+        process = start(folder, *(["--resume", run] if (run / "config.json").exists() else params), processes=3)
+        ranks = []
+        while len(ranks) < 3 and process.poll() is None:
+            children = psutil.Process(process.pid).children()
+            ranks = [child for child in children if "maestlib.train" in child.cmdline()]
+            time.sleep(0.02)
+        deadline = time.monotonic() + rng.uniform(4, 14)  # half of it to import and to build the model
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        if process.poll() is None:
+            ranks[rng.integers(3)].kill()
+        code, out, err = finish(process)
+        print(
+            f"exit code {code}, {'state kept' if (run / 'state.pt').exists() else 'no state'}: {out.splitlines()[:1]}"
+        )
+        if (run / "last.safetensors").exists():
+            break
+    for processes in (2, 4):
+        copy = tmp_path / f"on-{processes}"
+        shutil.copytree(run, copy)
+        code, out, err = finish(start(folder, "--resume", copy, processes=processes))
+        assert code == 0, err[-2000:]
+        assert_same_steps(copy, undisturbed_three)
+        assert json.loads((copy / "config.json").read_text())["gpus"] == processes
+
+
+def test_processes_share_each_batch(folder, monkeypatch):
+    monkeypatch.setenv("MAESTLIB_CACHE", str(folder.parent / "cache"))
+    corpus = load_corpus(str(folder))
+    whole = BatchDataset(corpus, 5, 12)[3]
+    for processes in (2, 3, 4):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        parts = []
+        for rank in range(processes):
+            monkeypatch.setenv("RANK", str(rank))
+            parts.append(BatchDataset(corpus, 5, 12)[3])
+        for expected, *shares in zip(whole, *parts, strict=True):
+            assert torch.equal(torch.cat(shares), expected)
+
+
 @pytest.fixture
 def small(folder, monkeypatch):
     monkeypatch.setenv("MAESTLIB_CACHE", str(folder.parent / "cache"))
@@ -226,6 +324,73 @@ def test_out_of_memory_halves_the_micro_batch(small, tmp_path, monkeypatch, caps
     short = fit(*small(out_dir=str(tmp_path / "short"), mixup=0.3))
     assert "micro_batch_size=2 from here on, batch_size=4 as before" in capsys.readouterr().out
     np.testing.assert_allclose(short["loss"].to_numpy(), plain["loss"].to_numpy(), rtol=1e-4)
+
+
+def test_out_of_memory_in_several_processes_asks_for_a_smaller_micro_batch(small, tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("no")
+
+    trainer = trainer_module.Trainer(*small(out_dir=str(tmp_path / "x")))
+    trainer.world_size = 2
+    monkeypatch.setattr(trainer_module, "compute_loss", no_memory)
+    with pytest.raises(MemoryError, match="micro_batch_size=4: out of memory; resume with 2 or fewer"):
+        trainer.train_step(*trainer.batches[0])
+
+
+SCORES = ["step", "clips", "loss", "roc_auc", "map", "swa_updates", "swa_roc_auc", "swa_map"]
+
+
+def test_a_stop_during_validation_loses_nothing(small, tmp_path, monkeypatch):
+    settings = {"max_steps": 4, "num_validations": 2, "swa": True, "schedule": "recipe", "model": "effnet-b0"}
+    whole = fit(*small(out_dir=str(tmp_path / "whole"), **settings))
+    calls = []
+
+    def predict_then_stop(*arguments):
+        calls.append(1)
+        if len(calls) == 3:  # in the second validation
+            signal.raise_signal(signal.SIGTERM)
+        return predict(*arguments)
+
+    with monkeypatch.context() as once, pytest.raises(TrainingInterrupted, match="saved at step 4; resume with"):
+        once.setattr("maestlib.training.loop.predict", predict_then_stop)
+        fit(*small(out_dir=str(tmp_path / "stopped"), **settings))
+    assert len(pl.read_parquet(tmp_path / "stopped/metrics.parquet")) == 1
+    resumed = fit(*small_again(small, tmp_path / "stopped"))
+    assert resumed.select(SCORES).equals(whole.select(SCORES))
+
+
+def small_again(small, run):
+    config = TrainConfig.from_params({"resume": run})
+    _, corpus, _ = small(out_dir=str(run) + "-unused")
+    return config, corpus, create_model(config, corpus)
+
+
+def test_averaged_weights_are_scored_when_they_changed(small, tmp_path, monkeypatch):
+    scored = []
+
+    def count(model, corpus, indices, *_):
+        scored.append(model)
+        return np.random.default_rng(len(scored)).random((len(indices), len(corpus.labels)))
+
+    monkeypatch.setattr("maestlib.training.loop.predict", count)
+    settings = {"max_steps": 52, "num_validations": 52, "swa": True, "schedule": "recipe", "patchout_columns": 28}
+    history = fit(*small(out_dir=str(tmp_path / "run"), **settings))
+    updates = history["swa_updates"].n_unique() - 1  # without 0
+    assert updates == 17 and len(scored) == 52 + updates
+    for (before, after), (n_before, n_after) in zip(
+        pairwise(history["swa_map"]), pairwise(history["swa_updates"]), strict=True
+    ):
+        assert (before == after) == (n_before == n_after)
+
+
+def test_integer_buffers_are_averaged_as_on_a_gpu(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.optim.swa_utils._get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"])
+    run = tmp_path / "run"
+    fit(*small(out_dir=str(run), model="effnet-b0", max_steps=3, swa=True, schedule="recipe"))
+    last, averaged = (load_file(run / f"{name}.safetensors") for name in ("last", "swa"))
+    counters = [name for name in last if name.endswith("num_batches_tracked")]
+    assert counters and all(torch.equal(last[name], averaged[name]) for name in counters)
+    assert not torch.equal(last["head.weight"], averaged["head.weight"])
 
 
 def test_nan_loss_ends_the_run(small, tmp_path, monkeypatch):

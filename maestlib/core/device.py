@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['default_device', 'processor_name', 'device_name', 'cpu_count', 'default_dtype', 'resolve_dtype', 'autocast',
-           'peak_memory', 'matmul_tflops']
+           'call_in_rank_0', 'peak_memory', 'matmul_tflops']
 
 # %% ../../nbs/core/device.ipynb #ca35eff7
 import contextlib
@@ -14,7 +14,9 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,10 +97,12 @@ def _cpu_is_faster_in_bf16() -> bool:
 
 def default_dtype(
     device: torch.device | str,  # where the products are computed
-) -> torch.dtype:  # `torch.bfloat16` or `torch.float32`, or what `MAESTLIB_DTYPE` names
+    training: bool = False,  # in training, where a `GradScaler` notices an overflow, float16 will do
+) -> torch.dtype:  # or what `MAESTLIB_DTYPE` names
     """Return the precision of matrix products: bf16 where the device is faster in it, else float32.
 
-    `MAESTLIB_DTYPE` overrides it; raises `ValueError` where it names no float32, bfloat16 or float16.
+    In training it is float16 on an NVIDIA GPU of compute capability 7.0 to 7.5. `MAESTLIB_DTYPE` overrides it; raises
+    `ValueError` where it names no float32, bfloat16 or float16.
     """
     name, kind = os.environ.get("MAESTLIB_DTYPE"), torch.device(device).type
     if name and name not in _DTYPES:
@@ -107,6 +111,8 @@ def default_dtype(
         return getattr(torch, name)
     faster = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     faster = faster or (kind == "cpu" and _cpu_is_faster_in_bf16())
+    if not faster and kind == "cuda" and training and torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16
     return torch.bfloat16 if faster else torch.float32
 
 
@@ -129,6 +135,25 @@ def autocast(
     if dtype is None:
         dtype = default_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+# %% ../../nbs/core/device.ipynb #d0c1e202
+def call_in_rank_0(
+    function: Callable[[], Any],  # whatever it returns must be picklable
+) -> Any:  # in every process
+    "Call a function in rank 0 of the process group, or here if there is none. All processes raise what it raises."
+    if not torch.distributed.is_initialized():
+        return function()
+    result, error = None, None
+    if torch.distributed.get_rank() == 0:
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+    shared = [result, error]
+    torch.distributed.broadcast_object_list(shared)
+    if shared[1] is not None:
+        raise shared[1]
+    return shared[0]
 
 # %% ../../nbs/core/device.ipynb #ba91ac52
 def peak_memory(

@@ -16,9 +16,10 @@ from dataclasses import asdict
 import numpy as np
 import polars as pl
 import torch
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from tqdm.auto import tqdm
 
+from ..core.device import call_in_rank_0
 from ..core.files import atomic_write, log, write_json
 from ..datasets.batches import Corpus
 from ..models.checkpoint import save_checkpoint
@@ -35,9 +36,9 @@ STEP_COLUMNS = ["loss", "gradient_norm", "learning_rate"]
 def _mean_over_processes(trainer: Trainer, losses: np.ndarray) -> np.ndarray:
     if trainer.world_size == 1:
         return losses
-    total = torch.tensor(losses, device=trainer.device)
+    total = torch.tensor(losses)
     torch.distributed.all_reduce(total)
-    return total.cpu().numpy() / trainer.world_size
+    return total.numpy() / trainer.world_size
 
 
 def _check_finite(trainer: Trainer, losses: np.ndarray, first_step: int):
@@ -53,12 +54,13 @@ def _flush_metrics(trainer: Trainer, writer=None):  # a TensorBoard SummaryWrite
     "Move the pending metrics to `step_log`. Raises `FloatingPointError` if a loss is not finite."
     if not trainer.pending_metrics:
         return
-    *on_device, rates = zip(*trainer.pending_metrics, strict=True)
-    values = torch.stack([torch.stack(values).float() for values in on_device], 1).cpu().double()  # mps has no float64
-    values = np.column_stack([values.numpy(), rates])
-    values[:, 0] = _mean_over_processes(trainer, values[:, 0])
+    losses, norms, rates = zip(*trainer.pending_metrics, strict=True)
+    on_device = torch.stack([torch.stack(losses).float(), torch.stack(norms).float()])
+    losses, norms = on_device.cpu().double().numpy()  # not on the device: mps has no float64
+    losses = _mean_over_processes(trainer, losses)
+    values = np.stack([losses, norms, [float(rate) for rate in rates]], axis=1)
     first_step = trainer.step - len(values)
-    _check_finite(trainer, values[:, 0], first_step)
+    _check_finite(trainer, losses, first_step)
     trainer.pending_metrics = []
     table = pl.DataFrame(values, STEP_COLUMNS)
     trainer.step_log.append(table.select(pl.int_range(first_step, trainer.step).alias("step"), pl.all()))
@@ -77,10 +79,26 @@ def _summary_writer(trainer: Trainer):  # None: not rank 0, or TensorBoard is no
     return SummaryWriter(trainer.run_dir / "tensorboard")
 
 # %% ../../nbs/training/loop.ipynb #60f1df43
+_update_means = get_swa_multi_avg_fn()
+
+
+def _average_floats(averaged: list[torch.Tensor], current: list[torch.Tensor], n_averaged: torch.Tensor):
+    "Update the means of tensors of one dtype; an integer, such as BatchNorm's counter, has none and is copied."
+    if averaged[0].is_floating_point():
+        _update_means(averaged, current, n_averaged)
+        return
+    for mean, value in zip(averaged, current, strict=True):
+        mean.copy_(value)
+
+
+def _create_swa_model(trainer: Trainer) -> AveragedModel:  # a copy of the model
+    return AveragedModel(trainer.model, multi_avg_fn=_average_floats, use_buffers=True)
+
+
 def _update_swa(trainer: Trainer):
     "Add the current weights to their running mean (SWA)."
     if trainer.swa_model is None:
-        trainer.swa_model = AveragedModel(trainer.model, use_buffers=True)
+        trainer.swa_model = _create_swa_model(trainer)
     trainer.swa_model.update_parameters(trainer.model)
 
 
@@ -108,35 +126,40 @@ def _training_row(trainer: Trainer) -> dict:
     }
 
 
-def _score_validation(trainer: Trainer, model: torch.nn.Module | None) -> dict:  # roc_auc, map; None without a model
-    if model is None:
-        return {"roc_auc": None, "map": None}
+def _score_validation(trainer: Trainer, model: torch.nn.Module) -> tuple[float, float]:  # ROC-AUC, mAP
     indices = trainer.corpus.indices("validation")
     scores = predict(model, trainer.corpus, indices, trainer.config.validation_patchout, trainer.dtype)
     metrics = evaluate(trainer.corpus.targets[indices], scores, trainer.corpus.labels, n_bootstrap=0)
-    return metrics.select("roc_auc", "map").row(0, named=True)  # the first row is the macro average
+    return metrics.select("roc_auc", "map").row(0)  # the first row is the macro average
 
 
 def _best_map(rows: list[dict]) -> float:  # 0 if there is none
     return max((row.get(f"{prefix}map") or 0 for row in rows for prefix in ("", "swa_")), default=0)
 
 
+def _save_best(trainer: Trainer, model: torch.nn.Module, weights: str, score: float):
+    notes = {"step": str(trainer.step), "weights": weights, "validation_map": str(score)}
+    with _warn_on_oserror(trainer):
+        save_checkpoint(model, trainer.run_dir / "best.safetensors", **notes)
+
+
 def _validate(trainer: Trainer, writer=None) -> dict:  # the new row of `history`
-    "Score the validation split with the current and the averaged weights, and save the better ones as the best."
-    row = _training_row(trainer)
-    swa_model = trainer.swa_model.module if trainer.swa_model else None
-    for prefix, model in (("", trainer.model), ("swa_", swa_model)):
-        score = _score_validation(trainer, model)
-        is_best = model is not None and (score["map"] or 0) >= _best_map([*trainer.history, row])
-        if is_best and trainer.rank == 0:
-            notes = {
-                "step": str(trainer.step),
-                "weights": prefix.rstrip("_") or "plain",
-                "validation_map": str(score["map"]),
-            }
-            with _warn_on_oserror(trainer):
-                save_checkpoint(model, trainer.run_dir / "best.safetensors", **notes)
-        row |= {f"{prefix}roc_auc": score["roc_auc"], f"{prefix}map": score["map"]}
+    "Score the validation split, with the averaged weights only if they have changed, and save the best weights."
+    n_averaged = int(trainer.swa_model.n_averaged) if trainer.swa_model else 0
+    row = _training_row(trainer) | {"swa_updates": n_averaged}
+    last = trainer.history[-1] if trainer.history else {}
+    models = {"": trainer.model}
+    if n_averaged != last.get("swa_updates", 0):
+        models["swa_"] = trainer.swa_model.module
+    for prefix in ("", "swa_"):
+        names = (f"{prefix}roc_auc", f"{prefix}map")
+        if prefix not in models:
+            row |= {name: last.get(name) for name in names}
+            continue
+        scores = _score_validation(trainer, models[prefix])
+        if trainer.rank == 0 and (scores[1] or 0) >= _best_map([*trainer.history, row]):
+            _save_best(trainer, models[prefix], prefix.rstrip("_") or "plain", scores[1])
+        row |= dict(zip(names, scores, strict=True))
     if writer:
         for name in ("roc_auc", "map", "swa_roc_auc", "swa_map", "clips_per_s"):
             if row[name] is not None:
@@ -155,6 +178,9 @@ def _history_table(trainer: Trainer) -> pl.DataFrame:
     return pl.DataFrame(trainer.history, infer_schema_length=None)
 
 
+_NO_STEPS = pl.DataFrame(schema={"step": pl.Int64} | dict.fromkeys(STEP_COLUMNS, pl.Float64))
+
+
 def _save_checkpoint(trainer: Trainer):
     "Write what the run needs to resume: `state.pt`, `steps.parquet` and `metrics.parquet`."
     if trainer.rank > 0:
@@ -166,10 +192,9 @@ def _save_checkpoint(trainer: Trainer):
         "swa_model": trainer.swa_model.state_dict() if trainer.swa_model else None,
         "step": trainer.step,
         "elapsed_s": trainer.elapsed_s,
-        "micro_batch_size": trainer.micro_batch_size,
         "history": trainer.history,
     }
-    trainer.step_log = [pl.concat(trainer.step_log)]
+    trainer.step_log = [pl.concat([_NO_STEPS, *trainer.step_log])]
     with _warn_on_oserror(trainer):
         _write_table(trainer.step_log[0], trainer.run_dir / "steps.parquet")
         if trainer.history:
@@ -178,22 +203,30 @@ def _save_checkpoint(trainer: Trainer):
             torch.save(state, temporary)
 
 
-def _load_checkpoint(trainer: Trainer):
-    "Restore the state of the last checkpoint, if there is one."
+def _read_checkpoint(trainer: Trainer) -> dict | None:  # None: there is none yet
     path = trainer.run_dir / "state.pt"
     if not path.exists():
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    steps = pl.read_parquet(trainer.run_dir / "steps.parquet").filter(pl.col("step") < state["step"])
+    return state | {"step_log": [steps]}
+
+
+def _load_checkpoint(trainer: Trainer):
+    "Restore the last checkpoint, if there is one. Rank 0 reads it for all processes, so that none starts elsewhere."
+    state = call_in_rank_0(lambda: _read_checkpoint(trainer))
+    if state is None:
         return
-    state = torch.load(path, map_location=trainer.device, weights_only=True)
     trainer.model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
     if state["swa_model"]:
-        trainer.swa_model = AveragedModel(trainer.model, use_buffers=True)
+        trainer.swa_model = _create_swa_model(trainer)
         trainer.swa_model.load_state_dict(state["swa_model"])
-    for name in ("step", "elapsed_s", "micro_batch_size", "history"):
+    for name in ("step", "elapsed_s", "history", "step_log"):
         setattr(trainer, name, state[name])
-    trainer.step_log = [pl.read_parquet(trainer.run_dir / "steps.parquet").filter(pl.col("step") < trainer.step)]
-    log.info(f"{trainer.config.out_dir}: resumes at step {trainer.step:,}, {trainer.progress:.0%} of the run")
+    if trainer.rank == 0:
+        log.info(f"{trainer.config.out_dir}: resumes at step {trainer.step:,}, {trainer.progress:.0%} of the run")
 
 # %% ../../nbs/training/loop.ipynb #d164a8f5
 def _save_final(trainer: Trainer):
@@ -204,17 +237,6 @@ def _save_final(trainer: Trainer):
     _save_checkpoint(trainer)
     save_checkpoint(trainer.model, trainer.run_dir / "last.safetensors", **notes)
     (trainer.run_dir / "state.pt").unlink(missing_ok=True)
-
-
-def _save_on_oserror(trainer: Trainer, batches):  # yields the batches
-    "Save a checkpoint if a batch cannot be read, and raise the `OSError` with a hint."
-    try:
-        yield from batches
-    except OSError as error:
-        _flush_metrics(trainer)
-        _save_checkpoint(trainer)
-        hint = f"saved at step {trainer.step:,}: fix the file, then resume with resume={trainer.config.out_dir}"
-        raise OSError(f"{error}; {hint}") from None
 
 # %% ../../nbs/training/loop.ipynb #676acf85
 class TrainingInterrupted(KeyboardInterrupt):
@@ -235,16 +257,55 @@ def _stop_on_signal():  # yields a threading.Event
             signal.signal(number, handler)
 
 
-def _sync_clock(trainer: Trainer, elapsed_s: float, stop: bool) -> tuple[float, bool]:
-    "The longest training time of all processes, and whether any of them was asked to stop."
+@contextlib.contextmanager
+def _stop_validation(trainer: Trainer, stop_requested: threading.Event):
+    "Raise `TrainingInterrupted` at the next batch of a validation if a stop is requested."
+
+    def check(*_):
+        if stop_requested.is_set():
+            _end_run(trainer)
+
+    models = [trainer.model, *([trainer.swa_model.module] if trainer.swa_model else [])]
+    hooks = [model.register_forward_pre_hook(check) for model in models]
+    try:
+        yield
+    except RuntimeError:  # another process has stopped first and closed the connection
+        check()
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _read_batch(batches) -> tuple[tuple | None, Exception | None]:  # the batch, None after the last; the error
+    try:
+        return next(batches, None), None
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loader process was killed
+        return None, error
+
+
+def _agree(trainer: Trainer, elapsed_s: float, stop: bool, failed: bool) -> tuple[float, bool, bool]:
+    "The longest training time of all processes, whether any was asked to stop, and whether any has no batch."
     if trainer.world_size == 1:
-        return elapsed_s, stop
-    both = torch.tensor([elapsed_s, float(stop)], dtype=torch.float64, device=trainer.device)
-    torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
-    return float(both[0]), bool(both[1])
+        return elapsed_s, stop, failed
+    values = torch.tensor([elapsed_s, stop, failed], dtype=torch.float64)
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    return float(values[0]), bool(values[1]), bool(values[2])
+
+
+def _end_run(trainer: Trainer, failed: bool = False, error: Exception | None = None):
+    "Raise `OSError` in the process that could not read its batch, `TrainingInterrupted` in the others."
+    if error is None:
+        reason = "another process could not read its batch; " if failed else ""
+        raise TrainingInterrupted(
+            f"{reason}saved at step {trainer.step:,}; resume with -p resume {trainer.config.out_dir}"
+        )
+    reason = str(error).strip().splitlines()[-1]  # of a loader process: a whole traceback
+    hint = f"saved at step {trainer.step:,}: fix the file, then resume with resume={trainer.config.out_dir}"
+    raise OSError(f"{reason}; {hint}") from error
 
 # %% ../../nbs/training/loop.ipynb #c1101c8f
-LOG_EVERY_STEPS = 20  # also how often the processes agree on the time and on stopping
+LOG_EVERY_STEPS = 20
 CHECKPOINT_EVERY_S = 300.0  # at most so much work is lost in a crash
 
 
@@ -258,44 +319,58 @@ def _progress_bar(trainer: Trainer) -> tqdm:
     )
 
 
+def _validation_is_due(trainer: Trainer) -> bool:
+    return int(trainer.progress * trainer.config.num_validations + 1e-9) > len(trainer.history)
+
+
 def _train(trainer: Trainer, stop_requested: threading.Event, bar: tqdm, on_validation=None):
-    "Train until the run is done. Raises `TrainingInterrupted` after saving if a stop was requested."
+    "Train until the run is done. Raises `TrainingInterrupted` or `OSError`, after saving."
     config, writer = trainer.config, _summary_writer(trainer)
-    stop = False
+    batches = trainer.load_batches()
+    swa_updates = max(trainer.swa_updates_due, 0)
     last_save = last_time = time.perf_counter()
-    for batch in _save_on_oserror(trainer, trainer.load_batches()):
-        swa_updates = max(trainer.swa_updates_due, 0)
-        should_log = (trainer.step + 1) % LOG_EVERY_STEPS == 0
-        trainer.train_step(*batch)
-        if trainer.world_size == 1 or should_log:
-            now = time.perf_counter()
-            elapsed_s = trainer.elapsed_s + now - last_time
-            trainer.elapsed_s, stop = _sync_clock(trainer, elapsed_s, stop_requested.is_set())
-            last_time = now
+    while True:
+        batch, error = _read_batch(batches)
+        now = time.perf_counter()
+        elapsed_s = trainer.elapsed_s + now - last_time
+        trainer.elapsed_s, stop, failed = _agree(trainer, elapsed_s, stop_requested.is_set(), error is not None)
+        last_time = now
         if config.swa and trainer.swa_updates_due > swa_updates:
+            swa_updates = trainer.swa_updates_due
             _update_swa(trainer)
-        is_done = trainer.progress == 1
-        should_validate = int(trainer.progress * config.num_validations + 1e-9) > len(trainer.history) or is_done
-        if should_log or stop or should_validate:
+        is_done, should_validate = trainer.progress == 1, _validation_is_due(trainer)
+        ends = stop or (failed and not is_done)
+        should_log = trainer.step % LOG_EVERY_STEPS == 0 or ends or should_validate
+        if should_log:
             _flush_metrics(trainer, writer)
             bar.update(100 * trainer.progress - bar.n)
+        save_is_due = should_log and time.perf_counter() - last_save > CHECKPOINT_EVERY_S
+        if ends or should_validate or save_is_due:
+            _save_checkpoint(trainer)
+            last_save = time.perf_counter()
+        if ends:
+            call_in_rank_0(lambda: None)  # the others wait until rank 0 has saved
+            _end_run(trainer, failed, error)
         if should_validate:
-            row = _validate(trainer, writer)
+            with _stop_validation(trainer, stop_requested):
+                row = _validate(trainer, writer)
             bar.set_postfix_str(f"{row['clips_per_s']:.0f} clips/s, mAP {row['map']:.3f}")
             if on_validation and trainer.rank == 0:
                 on_validation(_history_table(trainer))
-        save_is_due = should_log and time.perf_counter() - last_save > CHECKPOINT_EVERY_S
-        if not is_done and (stop or should_validate or save_is_due):
             _save_checkpoint(trainer)
-            last_save = time.perf_counter()
+            last_save = last_time = time.perf_counter()  # validation is not training time
         if is_done:
-            break
-        if stop:
-            raise TrainingInterrupted(f"saved at step {trainer.step:,}; resume with -p resume {config.out_dir}")
-        if should_validate:
-            last_time = time.perf_counter()  # validation is not training time
+            return
+        trainer.train_step(*batch)
 
 # %% ../../nbs/training/loop.ipynb #5c0b881e
+def _finished_metrics(trainer: Trainer) -> pl.DataFrame | None:  # None: the run is not finished
+    if not (trainer.run_dir / "last.safetensors").exists():
+        return None
+    log.info(f"{trainer.config.out_dir}: finished already")
+    return pl.read_parquet(trainer.run_dir / "metrics.parquet")
+
+
 def fit(
     config: TrainConfig,  # resolved
     corpus: Corpus,  # whose training split is learned
@@ -307,13 +382,13 @@ def fit(
 
     Writes `best.safetensors`, `last.safetensors`, `swa.safetensors` if weights are averaged, `metrics.parquet`,
     `steps.parquet` and `config.json` to the run folder. Raises `TrainingInterrupted` if the run is asked to stop,
-    after saving; `FloatingPointError` if the loss is not finite; `MemoryError` if two clips do not fit the memory;
-    `OSError` if a mel cannot be read, after saving.
+    after saving; `FloatingPointError` if the loss is not finite; `MemoryError` if two clips do not fit the memory, or
+    one of several processes has too little; `OSError` if a mel cannot be read, after saving.
     """
     trainer = Trainer(config, corpus, model, teacher)
-    if (trainer.run_dir / "last.safetensors").exists():
-        log.info(f"{config.out_dir}: finished already")
-        return pl.read_parquet(trainer.run_dir / "metrics.parquet")
+    finished = call_in_rank_0(lambda: _finished_metrics(trainer))
+    if finished is not None:
+        return finished
     if trainer.rank == 0:
         write_json(trainer.run_dir / "config.json", asdict(config))
     _load_checkpoint(trainer)

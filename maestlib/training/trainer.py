@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ..audio.mel import MelConfig, normalize
 from ..core.device import autocast, default_device
@@ -186,13 +187,16 @@ def _compile(model: torch.nn.Module, compile: bool | str):  # True; or cuda-grap
             block.compile(dynamic=False)
 
 
-def _distribute(model: torch.nn.Module, world_size: int) -> torch.nn.Module:
+def _distribute(model: torch.nn.Module, config: TrainConfig, world_size: int) -> torch.nn.Module:
     "With several processes, wrap the model in DistributedDataParallel."
     if world_size == 1:
         return model
     device = next(model.parameters()).device
     device_ids = [device.index] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+    ddp_model = torch.nn.parallel.DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
+    if config.gradient_compression:
+        ddp_model.register_comm_hook(None, bf16_compress_hook)
+    return ddp_model
 
 # %% ../../nbs/training/trainer.ipynb #2407c61e
 class Trainer:
@@ -216,7 +220,7 @@ class Trainer:
         self.optimizer = create_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         _compile(self.model, config.compile)
-        self.ddp_model = _distribute(self.model, self.world_size)
+        self.ddp_model = _distribute(self.model, config, self.world_size)
         sampling = config.balanced_sampling, config.tracks_per_epoch
         self.batches = BatchDataset(corpus, config.seconds, config.batch_size, config.seed, *sampling)
         self.total_steps = min(round(config.epochs * self.batches.steps_per_epoch), config.max_steps or 10**12)
@@ -322,7 +326,10 @@ def forward_backward(
 
 
 def _halve_micro_batch(trainer: Trainer, clips: int):
-    "Halve the micro-batch after an out-of-memory error. Raises `MemoryError` if it is two clips already."
+    "Halve the micro-batch after an out-of-memory error. Raises `MemoryError` if it is two clips already, or under DDP."
+    if trainer.world_size > 1:  # the others exchange gradients already
+        half = max(1, trainer.micro_batch_size // 2)
+        raise MemoryError(f"micro_batch_size={trainer.micro_batch_size}: out of memory; resume with {half} or fewer")
     trainer.optimizer.zero_grad()
     torch.cuda.empty_cache()
     if trainer.config.compile == "cuda-graphs":
@@ -340,7 +347,7 @@ def accumulate_gradients(
     targets: torch.Tensor,  # (clips, labels)
     randomness: StepRandomness,  # on the device
 ) -> torch.Tensor:  # scalar: the loss of this process's clips
-    "Run all micro-batches, smaller ones if memory runs out. Raises `MemoryError` if two clips do not fit."
+    "Run all micro-batches, smaller ones if memory runs out. Raises `MemoryError` for two clips, or under DDP."
     while True:
         try:
             starts = range(0, len(crops), trainer.micro_batch_size)
