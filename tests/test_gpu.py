@@ -175,14 +175,16 @@ import torch
 os.environ["LOCAL_RANK"] = "0"  # both on the first GPU, which NCCL refuses and gloo does not
 from maestlib.datasets.batches import load_corpus
 from maestlib.training.config import TrainConfig
-from maestlib.training.trainer import Trainer, create_model
+from maestlib.training.trainer import Trainer, _distribute, create_model
 store, out, compile = sys.argv[1:]
-torch.distributed.init_process_group(os.environ.get("BACKEND", "gloo"))
+torch.distributed.init_process_group(os.environ["BACKEND"])
 config = TrainConfig(dataset=store, preset="maest-5s", seconds=5, size="tiny", batch_size=16, max_steps=4,
                      num_workers=0, compile={"True": True, "False": False}.get(compile, compile), dtype="float32",
                      out_dir=out, tracks_per_epoch=160).resolve_auto()
 corpus = load_corpus(store, quiet=True)
 trainer = Trainer(config, corpus, create_model(config, corpus))
+if trainer.world_size == 1:
+    trainer.ddp_model = _distribute(trainer.model, config, 2)  # gradients go through NCCL all the same
 trainer.model.train()
 losses = []
 for batch in trainer.load_batches():
@@ -197,7 +199,7 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    "processes, backend, compile", [(1, "nccl", "True"), (2, "gloo", "True"), (2, "gloo", "cuda-graphs")]
+    "processes, backend, compile", [(1, "nccl", True), (2, "gloo", True), (2, "gloo", "cuda-graphs")]
 )
 def test_several_processes(processes, backend, compile, store, corpus, tmp_path):
     script = tmp_path / "train.py"
