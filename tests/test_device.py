@@ -1,5 +1,7 @@
 """Nothing in a training step or in a batch of `predict` waits for a GPU: run on fake CUDA tensors, on any machine."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -15,7 +17,8 @@ from maestlib.training import recipe
 from maestlib.training import trainer as trainer_module
 from maestlib.training.config import TrainConfig
 from maestlib.training.evaluation import predict
-from maestlib.training.trainer import Trainer
+from maestlib.training.loop import fit
+from maestlib.training.trainer import Trainer, create_model
 
 CUDA = torch.device("cuda:0")
 pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")
@@ -166,3 +169,20 @@ def test_predict_waits_once_at_the_end(model, fake, corpus, monkeypatch):
     with fake, CountWaits() as counter, pytest.raises(RuntimeError, match="numpy"):  # a fake tensor has no values
         predict(model, corpus, indices, Patchout(keep_every=2), torch.bfloat16, batch_size=4)
     assert counter.waits == ["copy cuda → cpu"]
+
+
+def test_blocks_are_compiled_four_times_in_a_run(corpus, tmp_path, monkeypatch):
+    "All but the last block share a program, in training and in validation, however many steps there are."
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compile_(block, backend="eager", **how))
+    settings = dict(preset="maest-5s", size="tiny", depth=4, seconds=5, batch_size=4, micro_batch_size=2, max_steps=6)
+    settings |= dict(num_validations=3, validation_keep_every=10, compile=True, num_workers=0, swa=False)
+    config = TrainConfig(**settings, balanced_sampling=False, out_dir=str(tmp_path / "run")).resolve_auto()
+    few = [i for split, n in (("train", 40), ("validation", 16), ("test", 1)) for i in corpus.indices(split)[:n]]
+    part = replace(corpus, table=corpus.table[few], store_rows=corpus.store_rows[few], targets=corpus.targets[few])
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    history = fit(config, part, create_model(config, part))
+    assert len(history) == 3 and counters["stats"]["unique_graphs"] == 4, counters["stats"]
+    assert not counters["recompile_limit"]

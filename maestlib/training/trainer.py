@@ -176,10 +176,12 @@ def create_optimizer(
 
 
 def _compile(model: torch.nn.Module, compile: bool | str):  # True; or cuda-graphs
-    """Compile a MAEST in place, for batches of one size.
+    """Compile a MAEST in place, for batches of few sizes.
 
-    Its blocks, which share one program; or with CUDA graphs the whole model, whose kernels are then started at once.
+    Its blocks, which share one program for each size; or with CUDA graphs the whole model, whose kernels are then
+    started at once.
     """
+    torch._dynamo.config.recompile_limit = 32  # sizes of micro-batches included; beyond, blocks run as they are
     if compile == "cuda-graphs":
         model.compile(dynamic=False, mode="reduce-overhead")
     elif compile:
