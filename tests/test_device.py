@@ -178,7 +178,7 @@ def test_blocks_are_compiled_four_times_in_a_run(corpus, tmp_path, monkeypatch):
     settings = dict(preset="maest-5s", size="tiny", depth=4, seconds=5, batch_size=4, micro_batch_size=2, max_steps=6)
     settings |= dict(num_validations=3, validation_keep_every=10, compile=True, num_workers=0, swa=False)
     config = TrainConfig(**settings, balanced_sampling=False, out_dir=str(tmp_path / "run")).resolve_auto()
-    few = [i for split, n in (("train", 40), ("validation", 16), ("test", 1)) for i in corpus.indices(split)[:n]]
+    few = [i for split, n in (("train", 40), ("validation", 4), ("test", 1)) for i in corpus.indices(split)[:n]]
     part = replace(corpus, table=corpus.table[few], store_rows=corpus.store_rows[few], targets=corpus.targets[few])
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
