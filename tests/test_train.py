@@ -531,7 +531,7 @@ def test_fields_and_parameters_have_the_same_comments():
 
 def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
     monkeypatch.setattr("maestlib.training.config.default_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr("maestlib.training.config.default_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("maestlib.training.config.default_dtype", lambda device, training: torch.bfloat16)
     for seconds, columns in {5: 15, 10: 30, 20: 60, 30: 90}.items():
         config = TrainConfig(seconds=seconds).resolve_auto()
         assert (config.size, config.patchout_rows, config.patchout_columns) == ("base", 3, columns)
