@@ -119,9 +119,7 @@ class TrainConfig:
     model: str = "maest"  # or effnet-b0, the CNN baseline
     size: str = "auto"  # tiny, small or base
     depth: int | str = "auto"  # number of blocks of a model with random weights; 12 in the paper
-    init: str = (
-        "random"  # initial weights: random, deit, passt (the paper's best), a released name, a file or run folder
-    )
+    init: str = "random"  # weights at first: random, deit, passt (the paper's), a released name, a file or run folder
     teacher: str = ""  # model whose pseudo-labels train the dist token: a released name, or a file or run folder
     patchout_rows: int | str = "auto"  # patch rows removed at random in training
     patchout_columns: int | str = "auto"  # patch columns removed at random in training

@@ -148,17 +148,15 @@ def _validate(trainer: Trainer, writer=None) -> dict:  # the new row of `history
     n_averaged = int(trainer.swa_model.n_averaged) if trainer.swa_model else 0
     row = _training_row(trainer) | {"swa_updates": n_averaged}
     last = trainer.history[-1] if trainer.history else {}
-    models = {"": trainer.model}
-    if n_averaged != last.get("swa_updates", 0):
-        models["swa_"] = trainer.swa_model.module
-    for prefix in ("", "swa_"):
+    swa_model = trainer.swa_model.module if trainer.swa_model else None
+    for prefix, model in (("", trainer.model), ("swa_", swa_model)):
         names = (f"{prefix}roc_auc", f"{prefix}map")
-        if prefix not in models:
-            row |= {name: last.get(name) for name in names}
-            continue
-        scores = _score_validation(trainer, models[prefix])
-        if trainer.rank == 0 and (scores[1] or 0) >= _best_map([*trainer.history, row]):
-            _save_best(trainer, models[prefix], prefix.rstrip("_") or "plain", scores[1])
+        if prefix and n_averaged == last.get("swa_updates", 0):
+            scores = [last.get(name) for name in names]
+        else:
+            scores = _score_validation(trainer, model)
+            if trainer.rank == 0 and (scores[1] or 0) >= _best_map([*trainer.history, row]):
+                _save_best(trainer, model, prefix.rstrip("_") or "plain", scores[1])
         row |= dict(zip(names, scores, strict=True))
     if writer:
         for name in ("roc_auc", "map", "swa_roc_auc", "swa_map", "clips_per_s"):
@@ -259,7 +257,7 @@ def _stop_on_signal():  # yields a threading.Event
 
 @contextlib.contextmanager
 def _stop_validation(trainer: Trainer, stop_requested: threading.Event):
-    "Raise `TrainingInterrupted` at the next batch of a validation if a stop is requested."
+    "Raise `TrainingInterrupted` at the next batch of a validation if a stop is requested, `OSError` with a hint."
 
     def check(*_):
         if stop_requested.is_set():
@@ -269,6 +267,8 @@ def _stop_validation(trainer: Trainer, stop_requested: threading.Event):
     hooks = [model.register_forward_pre_hook(check) for model in models]
     try:
         yield
+    except OSError as error:
+        _end_run(trainer, error=error)
     except RuntimeError:  # another process has stopped first and closed the connection
         check()
         raise
