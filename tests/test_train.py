@@ -206,17 +206,17 @@ def test_two_processes_give_the_losses_of_one(folder, undisturbed, tmp_path):
 
 UNREADABLE = """
 import os, sys
-from maestlib.datasets.batches import BatchDataset
+from maestlib.datasets.batches import _CropReader
 from maestlib.train import train_from_command_line
 
-read = BatchDataset.__getitem__
+read = _CropReader.__getitem__
 
-def fail(self, step):
-    if os.environ["RANK"] == "1" and step == 5:
+def fail(self, item):
+    if os.environ["RANK"] == "1" and item[0] == 5:
         raise OSError("mels.000.f16: input/output error")
-    return read(self, step)
+    return read(self, item)
 
-BatchDataset.__getitem__ = fail
+_CropReader.__getitem__ = fail
 sys.exit(train_from_command_line())
 """
 KILLS = int(os.environ.get("MAESTLIB_KILLS", "2"))
@@ -345,7 +345,7 @@ def test_out_of_memory_in_several_processes_asks_for_a_smaller_micro_batch(small
 def test_gradients_can_be_sent_in_bf16(small, tmp_path, monkeypatch):
     sent = {}
 
-    def keep_gradients(trainer):
+    def keep_gradients(trainer, lr):
         is_bf16 = [
             torch.equal(p.grad, p.grad.bfloat16().float()) for p in trainer.model.parameters() if p.requires_grad
         ]
@@ -373,11 +373,11 @@ def test_a_stop_during_validation_loses_nothing(small, tmp_path, monkeypatch):
     whole = fit(*small(out_dir=str(tmp_path / "whole"), **settings))
     calls = []
 
-    def predict_then_stop(*arguments):
+    def predict_then_stop(*arguments, **options):
         calls.append(1)
         if len(calls) == 3:  # in the second validation
             signal.raise_signal(signal.SIGTERM)
-        return predict(*arguments)
+        return predict(*arguments, **options)
 
     with monkeypatch.context() as once, pytest.raises(TrainingInterrupted, match="saved at step 4; resume with"):
         once.setattr("maestlib.training.loop.predict", predict_then_stop)
@@ -396,7 +396,7 @@ def small_again(small, run):
 def test_averaged_weights_are_scored_when_they_changed(small, tmp_path, monkeypatch):
     scored = []
 
-    def count(model, corpus, indices, *_):
+    def count(model, corpus, indices, *_, **options):
         scored.append(model)
         return np.random.default_rng(len(scored)).random((len(indices), len(corpus.labels)))
 

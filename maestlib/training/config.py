@@ -61,7 +61,7 @@ CHOICES = {
 }
 POSITIVE = (
     "depth", "epochs", "batch_size", "learning_rate", "head_lr_scale", "layer_decay", "num_validations",
-    "validation_keep_every", "test_keep_every", "gpus", "nodes",
+    "validation_keep_every", "test_keep_every", "teacher_keep_every", "gpus", "nodes",
 )  # fmt: skip
 NON_NEGATIVE = (
     "patchout_rows", "patchout_columns", "mixup", "time_masks", "frequency_masks", "equalizer", "weight_decay",
@@ -121,6 +121,7 @@ class TrainConfig:
     depth: int | str = "auto"  # number of blocks of a model with random weights; 12 in the paper
     init: str = "random"  # weights at first: random, deit, passt (the paper's), a released name, a file or run folder
     teacher: str = ""  # model whose pseudo-labels train the dist token: a released name, or a file or run folder
+    teacher_keep_every: int = 1  # the teacher reads one patch column of so many; 1: all, more work than a training step
     patchout_rows: int | str = "auto"  # patch rows removed at random in training
     patchout_columns: int | str = "auto"  # patch columns removed at random in training
     patchout_scope: str = "batch"  # draw patchout for each batch, as in the paper, or for each clip

@@ -8,6 +8,7 @@ __all__ = ['RIDGE_STRENGTHS', 'window_starts', 'predict', 'plot_learning_curves'
 
 # %% ../../nbs/training/evaluation.ipynb #b0aba457
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ def predict(
     dtype: torch.dtype | None = None,  # of the matrix products; None: `default_dtype` of the device
     batch_size: int | None = None,  # windows at once; None: see `auto_batch_size`
     num_workers: int = 0,  # processes that read mels; 0: this one
+    on_batch: Callable[[], None] | None = None,  # called before each batch; may raise
     desc: str | None = None,  # label of the progress bar; None: no bar
 ) -> np.ndarray:  # (tracks, labels) float64 probabilities, each the mean over a track's windows
     """Predict the tags of whole tracks.
@@ -71,6 +73,8 @@ def predict(
     model.eval()
     probabilities = []  # of each batch, on the device: fetching them would wait for it
     for mel in tqdm(batches, desc, disable=desc is None, leave=False):
+        if on_batch:
+            on_batch()
         mel = normalize(mel.to(device, non_blocking=True).float(), model.config.mel, validate=False)
         with autocast(device, dtype):
             probabilities.append(model(mel, patchout).float().sigmoid())

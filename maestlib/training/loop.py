@@ -126,9 +126,10 @@ def _training_row(trainer: Trainer) -> dict:
     }
 
 
-def _score_validation(trainer: Trainer, model: torch.nn.Module) -> tuple[float, float]:  # ROC-AUC, mAP
+def _score_validation(trainer: Trainer, model: torch.nn.Module, on_batch=None) -> tuple[float, float]:  # ROC-AUC, mAP
     indices = trainer.corpus.indices("validation")
-    scores = predict(model, trainer.corpus, indices, trainer.config.validation_patchout, trainer.dtype)
+    options = dict(num_workers=trainer.config.num_workers, on_batch=on_batch)
+    scores = predict(model, trainer.corpus, indices, trainer.config.validation_patchout, trainer.dtype, **options)
     metrics = evaluate(trainer.corpus.targets[indices], scores, trainer.corpus.labels, n_bootstrap=0)
     return metrics.select("roc_auc", "map").row(0)  # the first row is the macro average
 
@@ -143,7 +144,7 @@ def _save_best(trainer: Trainer, model: torch.nn.Module, weights: str, score: fl
         save_checkpoint(model, trainer.run_dir / "best.safetensors", **notes)
 
 
-def _validate(trainer: Trainer, writer=None) -> dict:  # the new row of `history`
+def _validate(trainer: Trainer, writer=None, on_batch=None) -> dict:  # the new row of `history`
     "Score the validation split, with the averaged weights only if they have changed, and save the best weights."
     n_averaged = int(trainer.swa_model.n_averaged) if trainer.swa_model else 0
     row = _training_row(trainer) | {"swa_updates": n_averaged}
@@ -154,7 +155,7 @@ def _validate(trainer: Trainer, writer=None) -> dict:  # the new row of `history
         if prefix and n_averaged == last.get("swa_updates", 0):
             scores = [last.get(name) for name in names]
         else:
-            scores = _score_validation(trainer, model)
+            scores = _score_validation(trainer, model, on_batch)
             if trainer.rank == 0 and (scores[1] or 0) >= _best_map([*trainer.history, row]):
                 _save_best(trainer, model, prefix.rstrip("_") or "plain", scores[1])
         row |= dict(zip(names, scores, strict=True))
@@ -257,24 +258,19 @@ def _stop_on_signal():  # yields a threading.Event
 
 @contextlib.contextmanager
 def _stop_validation(trainer: Trainer, stop_requested: threading.Event):
-    "Raise `TrainingInterrupted` at the next batch of a validation if a stop is requested, `OSError` with a hint."
+    "Yield a check for each batch that raises `TrainingInterrupted` if a stop is requested; give an `OSError` a hint."
 
-    def check(*_):
+    def check():
         if stop_requested.is_set():
             _end_run(trainer)
 
-    models = [trainer.model, *([trainer.swa_model.module] if trainer.swa_model else [])]
-    hooks = [model.register_forward_pre_hook(check) for model in models]
     try:
-        yield
+        yield check
     except OSError as error:
         _end_run(trainer, error=error)
     except RuntimeError:  # another process has stopped first and closed the connection
         check()
         raise
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _read_batch(batches) -> tuple[tuple | None, Exception | None]:  # the batch, None after the last; the error
@@ -352,8 +348,8 @@ def _train(trainer: Trainer, stop_requested: threading.Event, bar: tqdm, on_vali
             call_in_rank_0(lambda: None)  # the others wait until rank 0 has saved
             _end_run(trainer, failed, error)
         if should_validate:
-            with _stop_validation(trainer, stop_requested):
-                row = _validate(trainer, writer)
+            with _stop_validation(trainer, stop_requested) as check:
+                row = _validate(trainer, writer, check)
             bar.set_postfix_str(f"{row['clips_per_s']:.0f} clips/s, mAP {row['map']:.3f}")
             if on_validation and trainer.rank == 0:
                 on_validation(_history_table(trainer))

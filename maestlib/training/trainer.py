@@ -24,7 +24,7 @@ from ..datasets.batches import BatchDataset, Corpus
 from ..models.checkpoint import load_model
 from ..models.effnet import EffNet, EffNetConfig
 from ..models.maest import MAEST, SIZES, MAESTConfig
-from ..models.patchout import STRIDE, PatchSelection, draw_patches, patch_grid
+from ..models.patchout import STRIDE, Patchout, PatchSelection, draw_patches, patch_grid
 from . import recipe
 from .config import INIT_CHECKPOINTS, TrainConfig
 
@@ -299,7 +299,8 @@ def compute_loss(
         return bce(trainer.ddp_model(mel, patches).float(), targets)
     with torch.no_grad():
         teacher_mel = renormalize(mel, trainer.corpus.mel, trainer.teacher.config.mel)
-        teacher_targets = recipe.pseudo_labels(trainer.teacher(teacher_mel).float())
+        teacher_patchout = Patchout(keep_every=trainer.config.teacher_keep_every)
+        teacher_targets = recipe.pseudo_labels(trainer.teacher(teacher_mel, teacher_patchout).float())
     cls, dist = trainer.ddp_model(mel, patches, separate=True)
     return (bce(cls.float(), targets) + bce(dist.float(), teacher_targets)) / 2
 
