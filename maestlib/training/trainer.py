@@ -228,6 +228,9 @@ class Trainer:
         self.total_steps = min(round(config.epochs * self.batches.steps_per_epoch), config.max_steps or 10**12)
         clips = self.batches.batch_size // self.world_size
         self.micro_batch_size = min(config.micro_batch_size or clips, clips)
+        for name, size in (("batch_size", clips), ("micro_batch_size", self.micro_batch_size)):
+            if config.mixup and size % 2 and size < self.batches.batch_size:
+                raise ValueError(f"{name}: {size} clips at a time part the pairs of mixup; give an even number of them")
         if config.compile == "cuda-graphs" and self.micro_batch_size < clips:
             raise ValueError(f"micro_batch_size={self.micro_batch_size}: not with compile=cuda-graphs; give True, or 0")
         mel_shape = corpus.mel.n_mels, self.batches.num_frames
