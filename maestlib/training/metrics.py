@@ -92,8 +92,10 @@ def bootstrap_weights(
     """Draw bootstrap resamples, with replacement, as weights (Efron and Tibshirani 1993).
 
     The unit of resampling is the track, or the cluster: tracks of one artist resemble each other, so that they are
-    drawn together.
+    drawn together. Raises `ValueError` without tracks.
     """
+    if not n_tracks:
+        raise ValueError("n_tracks=0: there is nothing to resample; give at least one track")
     unit = np.unique(clusters if clusters is not None else np.arange(n_tracks), return_inverse=True)[1]
     n_units = unit.max() + 1
     rng = named_rng(seed, "bootstrap", n_units)
@@ -113,6 +115,11 @@ def confidence_interval(
     return low, high
 
 # %% ../../nbs/training/metrics.ipynb #374346be
+def _all_and_resampled(n_tracks, n_bootstrap, seed, clusters):  # → (1 + n_bootstrap, n_tracks): all tracks once, first
+    all_once = np.ones((1, n_tracks), np.int32)
+    return np.concatenate([all_once, bootstrap_weights(n_tracks, n_bootstrap, seed, clusters)])
+
+
 def _score_labels(targets, scores, labels, weights):  # → (labels, metrics, resamples)
     targets, scores = np.asarray(targets), np.asarray(scores)
     if not (targets.shape == scores.shape == (len(targets), len(labels)) and len(targets) > 0):
@@ -122,20 +129,17 @@ def _score_labels(targets, scores, labels, weights):  # → (labels, metrics, re
         )
     if not np.isfinite(scores).all():
         raise ValueError("scores: NaN or infinite; the model has diverged")
-    weights = np.ones((1, len(targets)), np.int32) if weights is None else weights
     return _score_ranked([_rank_tracks(*columns) for columns in zip(targets.T, scores.T, strict=True)], weights)
 
 
 def _score_runs(targets, scores, labels, weights, seed):  # → (labels, metrics, resamples): the mean over runs
-    "Scores of one model, or of several training runs, which are resampled as the tracks are."
+    "Scores of one model, or of several training runs, which are resampled as the tracks are, except in the first row."
     if np.ndim(scores) == 2:
         return _score_labels(targets, scores, labels, weights)
     values = np.stack([_score_labels(targets, run, labels, weights) for run in scores])
-    if weights is None:
-        return values.mean(0)
     n_runs = len(scores)
-    drawn = named_rng(seed, "runs", n_runs).multinomial(n_runs, np.full(n_runs, 1 / n_runs), len(weights))
-    return np.einsum("rlmb,br->lmb", values, drawn / n_runs)
+    drawn = named_rng(seed, "runs", n_runs).multinomial(n_runs, np.full(n_runs, 1 / n_runs), len(weights) - 1)
+    return np.einsum("rlmb,br->lmb", values, np.concatenate([np.ones((1, n_runs)), drawn]) / n_runs)
 
 
 def _average_levels(labels, values):  # (labels, metrics, resamples) → [(level, name, (metrics, resamples))]
@@ -169,19 +173,16 @@ def evaluate(
     then about the recipe rather than about one model. Scores of a label without positive tracks are null and in no
     average. Raises `ValueError` where the shapes differ, there are no tracks, or a score is NaN or infinite.
     """
-    averages = _average_levels(labels, _score_runs(targets, scores, labels, None, seed))
-    resampled = None
-    if n_bootstrap:
-        weights = bootstrap_weights(len(targets), n_bootstrap, seed, clusters)
-        resampled = _average_levels(labels, _score_runs(targets, scores, labels, weights, seed))
+    weights = _all_and_resampled(len(targets), n_bootstrap, seed, clusters)
+    averages = _average_levels(labels, _score_runs(targets, scores, labels, weights, seed))
     positives = dict(zip(labels, np.asarray(targets).sum(0).astype(int).tolist(), strict=True))
     rows = []
-    for i, (level, name, average) in enumerate(averages):
+    for level, name, values in averages:
         row = {"level": level, "name": name, "positives": positives[name] if level == "label" else None}
-        row |= dict(zip(METRICS, average[:, 0], strict=True))
-        if resampled:
-            for metric, values in zip(METRICS, resampled[i][2], strict=True):
-                row[f"{metric}_low"], row[f"{metric}_high"] = confidence_interval(values)
+        row |= dict(zip(METRICS, values[:, 0], strict=True))
+        if n_bootstrap:
+            for metric, resampled in zip(METRICS, values[:, 1:], strict=True):
+                row[f"{metric}_low"], row[f"{metric}_high"] = confidence_interval(resampled)
         rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None).fill_nan(None)
 
@@ -201,16 +202,14 @@ def paired_bootstrap(
     resampling is the track or the cluster, and both models are scored on the same resamples. `*_significant` says
     whether the interval excludes zero. Raises `ValueError` as `evaluate` does.
     """
-    weights = bootstrap_weights(len(targets), n_bootstrap, seed, clusters)
-    averages_a = _average_levels(labels, _score_runs(targets, scores_a, labels, None, seed))
-    averages_b = _average_levels(labels, _score_runs(targets, scores_b, labels, None, seed))
-    resampled_a, resampled_b = (_score_runs(targets, s, labels, weights, seed) for s in (scores_a, scores_b))
-    differences = _average_levels(labels, resampled_a - resampled_b)
+    weights = _all_and_resampled(len(targets), n_bootstrap, seed, clusters)
+    values_a, values_b = (_score_runs(targets, s, labels, weights, seed) for s in (scores_a, scores_b))
+    averages = [_average_levels(labels, values) for values in (values_a, values_b, values_a - values_b)]
     rows = []
-    for (level, name, a), (_, _, b), (_, _, difference) in zip(averages_a, averages_b, differences, strict=True):
+    for (level, name, a), (_, _, b), (_, _, difference) in zip(*averages, strict=True):
         row = {"level": level, "name": name}
         for i, metric in enumerate(METRICS):
-            low, high = confidence_interval(difference[i])
+            low, high = confidence_interval(difference[i, 1:])
             row[f"{metric}_a"], row[f"{metric}_b"] = a[i, 0], b[i, 0]
             row[f"{metric}_difference"] = a[i, 0] - b[i, 0]
             row[f"{metric}_low"], row[f"{metric}_high"] = low, high
