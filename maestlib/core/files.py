@@ -103,7 +103,7 @@ def atomic_write(
     path = Path(path)
     with explain_read_only(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # also between machines
     try:
         with explain_read_only(path):
             temporary.touch()
