@@ -96,6 +96,7 @@ class ChunkClaims:
                     with contextlib.suppress(OSError):  # another worker has finished the chunk and removed the claim
                         with open(claim, "r+", encoding="ascii") as file:
                             file.write(_this_owner())
+                            file.truncate()
 
     def _is_abandoned(self, claim: Path) -> bool:
         try:
