@@ -145,7 +145,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'maestlib.core.chunks._filesystem_time': ( 'core/chunks.html#_filesystem_time',
                                                                                  'maestlib/core/chunks.py'),
                                       'maestlib.core.chunks._has_ended': ('core/chunks.html#_has_ended', 'maestlib/core/chunks.py'),
-                                      'maestlib.core.chunks._this_owner': ('core/chunks.html#_this_owner', 'maestlib/core/chunks.py'),
                                       'maestlib.core.chunks.discard_folder': ( 'core/chunks.html#discard_folder',
                                                                                'maestlib/core/chunks.py')},
             'maestlib.core.device': { 'maestlib.core.device._cpu_is_faster_in_bf16': ( 'core/device.html#_cpu_is_faster_in_bf16',

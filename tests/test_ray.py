@@ -53,7 +53,9 @@ def test_a_node_is_lost(cluster, tmp_path):
     table = embed_with_ray(paths, model, tmp_path / "emb.parquet", readers=2, **options).collect()
     thread.join()
     assert 5 <= done_at_loss[0] < FILES and len(ray.nodes()) == 2 and sum(node["Alive"] for node in ray.nodes()) == 1
-    assert table.drop("embedding").equals(expected.drop("embedding")), "every file exactly once, in the order of the list"
+    assert table.drop("embedding").equals(expected.drop("embedding")), (
+        "every file exactly once, in the order of the list"
+    )
     np.testing.assert_allclose(table["embedding"].to_numpy(), expected["embedding"].to_numpy(), atol=1e-3)
     reports = [pl.read_parquet(tmp_path / f"{name}.report.parquet")["path"].to_list() for name in ("emb", "expected")]
     assert reports[0] == reports[1] == [str(paths[7])]

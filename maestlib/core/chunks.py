@@ -25,14 +25,7 @@ CLAIM_TIMEOUT_S = 180.0  # a claim that was not renewed for so long is taken ove
 _PROCESS = os.urandom(4).hex()  # tells this process from an earlier one of the same number, as in a restarted container
 
 
-def _this_owner() -> str:
-    "Machine and process, as a claim names its owner."
-    return f"{socket.gethostname()} {os.getpid()} {_PROCESS}"
-
-
-def _has_ended(
-    owner: str,  # the contents of a claim; may be empty for a moment
-) -> bool:
+def _has_ended(owner: str) -> bool:  # the contents of a claim: machine, process, token; empty for a moment
     "Whether the owner was a process of this machine that no longer runs."
     host, _, process = owner.partition(" ")
     pid, _, token = process.partition(" ")
@@ -44,11 +37,10 @@ def _has_ended(
         import psutil
 
         return not psutil.pid_exists(int(pid))
-    with contextlib.suppress(PermissionError):  # it runs, for another user
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
+    try:
+        os.kill(int(pid), 0)
+    except OSError as error:  # PermissionError: it runs, for another user
+        return isinstance(error, ProcessLookupError)
     return False
 
 
@@ -70,12 +62,10 @@ class ChunkClaims:
         timeout_s: float | None = None,  # None: `CLAIM_TIMEOUT_S`; the same for all workers
     ):
         self.folder, self.timeout_s = folder, CLAIM_TIMEOUT_S if timeout_s is None else timeout_s
-        self._held, self._lock, self._ended = (
-            {},
-            threading.Lock(),
-            threading.Event(),
-        )  # {chunk: its claims, oldest first}
+        self._held = {}  # {chunk: its claims, oldest first}
+        self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._owner = f"{socket.gethostname()} {os.getpid()} {_PROCESS}"
         self._clock = None  # of the file system, minus that of this process
 
     def __enter__(self) -> "ChunkClaims":
@@ -95,7 +85,7 @@ class ChunkClaims:
                 for *_, claim in self._held.values():
                     with contextlib.suppress(OSError):  # another worker has finished the chunk and removed the claim
                         with open(claim, "r+", encoding="ascii") as file:
-                            file.write(_this_owner())
+                            file.write(self._owner)
                             file.truncate()
 
     def _is_abandoned(self, claim: Path) -> bool:
@@ -107,17 +97,14 @@ class ChunkClaims:
         except FileNotFoundError:  # released this moment
             return False
 
-    def acquire(
-        self,
-        name: str,  # of a chunk, or of another step that one worker should do
-    ) -> bool:  # False: it is done, another worker has it, or the folder is gone
-        "Claim a chunk. Raises `OSError` if the folder cannot be written."
+    def acquire(self, name: str) -> bool:  # False: it is done, another worker has it, or the folder is gone
+        "Claim a chunk, or another step that one worker should do. Raises `OSError` if the folder cannot be written."
         claims = []
         for number in itertools.count():
             claims.append(self.folder / f".{name}.{number}.claim")
             try:
                 with explain_read_only(claims[-1]), open(claims[-1], "x", encoding="ascii") as file:
-                    file.write(_this_owner())
+                    file.write(self._owner)
             except FileExistsError:
                 if not self._is_abandoned(claims[-1]):
                     return False
@@ -130,39 +117,27 @@ class ChunkClaims:
             self.release(name)
         return name in self._held
 
-    def is_needed(
-        self,
-        name: str,  # of a chunk that this worker has claimed
-    ) -> bool:
-        "Whether no other worker has finished the chunk in the meantime."
+    def is_needed(self, name: str) -> bool:
+        "Whether no other worker has finished a claimed chunk in the meantime."
         return self._held[name][-1].exists() and not (self.folder / name).exists()
 
-    def release(
-        self,
-        name: str,  # of a chunk that this worker has claimed
-    ) -> None:
+    def release(self, name: str) -> None:
         "End a claim and those that it took over."
         with self._lock:
             for claim in self._held.pop(name):
                 with contextlib.suppress(PermissionError):  # on Windows: somebody is reading it
                     claim.unlink(missing_ok=True)
 
-    def missing(
-        self,
-        names: Iterable[str],  # of chunks
-    ) -> list[str]:  # in the same order
-        "List the chunks that are not done; none if the folder is gone."
+    def missing(self, names: Iterable[str]) -> list[str]:
+        "List the chunks that are not done, in the order given; none if the folder is gone."
         try:
             done = set(os.listdir(self.folder))
         except FileNotFoundError:
             return []
         return [name for name in names if name not in done]
 
-    def take(
-        self,
-        names: Iterable[str],  # of all chunks of the job
-    ) -> Iterator[str]:
-        "Claim the chunks that are to do, one after the other, until all are done or claimed by other workers."
+    def take(self, names: Iterable[str]) -> Iterator[str]:
+        "Claim those of the job's chunks that are to do, one by one, until all are done or claimed by other workers."
         taken, names = True, [*names]
         while taken:
             taken, names = False, self.missing(names)
@@ -172,9 +147,7 @@ class ChunkClaims:
                     yield name
 
 # %% ../../nbs/core/chunks.ipynb #c1a0e014
-def discard_folder(
-    folder: Path,  # may be gone
-) -> None:
+def discard_folder(folder: Path) -> None:  # may be gone
     "Remove a folder, in one step as other workers see it."
     aside = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.tmp")
     with contextlib.suppress(FileNotFoundError, PermissionError):  # gone; on Windows: a late worker has a file open
