@@ -1,5 +1,6 @@
 """Embedding on a Ray cluster of two nodes, one of which is lost. Skipped without the extra `ray`."""
 
+import logging
 import os
 import threading
 import time
@@ -40,7 +41,10 @@ def test_a_node_is_lost(cluster, tmp_path):
     model = load_model("random", size="tiny", seconds=5, labels=["Dance---Jig"])
     options = dict(dtype="float32", batch_size=2)
     expected = embed(paths, model, out=tmp_path / "expected.parquet", **options).collect()
-    done_at_loss = []
+    done_at_loss, logged = [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logging.getLogger("ray.data").addHandler(handler)
 
     def lose_a_node():
         while len(done := list(tmp_path.glob("emb.parquet.parts/*.parquet"))) < 5:
@@ -52,6 +56,8 @@ def test_a_node_is_lost(cluster, tmp_path):
     thread.start()
     table = embed_with_ray(paths, model, tmp_path / "emb.parquet", readers=2, **options).collect()
     thread.join()
+    logging.getLogger("ray.data").removeHandler(handler)
+    assert any("[Map(ChunkReader)]" in line for line in logged), "decoding is not a part of the actor's task"
     assert 5 <= done_at_loss[0] < FILES and len(ray.nodes()) == 2 and sum(node["Alive"] for node in ray.nodes()) == 1
     assert table.drop("embedding").equals(expected.drop("embedding")), (
         "every file exactly once, in the order of the list"
