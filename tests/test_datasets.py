@@ -270,7 +270,7 @@ def test_one_core_and_little_memory(tmp_path):
         os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
         from maestlib.audio import extract
         from maestlib.datasets import registry
-        assert extract._default_num_workers(shared=False) == 1
+        assert extract._default_num_workers() == 1
         registry.load_dataset("tunes", first=20, workers=0)  # this process does what a worker does
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"""
     environment = os.environ | {"MAESTLIB_CACHE": str(tmp_path)}

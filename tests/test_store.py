@@ -1,4 +1,4 @@
-"""What a notebook cannot show of the mel store: kills, full disks, crashes, ranks, and damage of every kind."""
+"""What a notebook cannot show of the mel store: kills, full disks, crashes, many workers, damage of every kind."""
 
 import errno
 import os
@@ -19,8 +19,11 @@ import torch
 
 from maestlib.audio import extract, workers
 from maestlib.audio.extract import extract_mels
-from maestlib.audio.mel import MelConfig
+from maestlib.audio.mel import MEL, MelConfig
 from maestlib.audio.store import MelStore, verify_store
+from maestlib.core import chunks
+from maestlib.core.chunks import ChunkClaims
+from maestlib.core.files import read_json, write_json
 
 CONTEXT = workers.worker_context(["maestlib.audio.extract"])
 quick = partial(extract_mels, seconds=1.5, min_seconds=0.2, num_workers=0, chunk_size=3)
@@ -93,7 +96,7 @@ def test_every_state_that_a_kill_can_leave(table, tmp_path, monkeypatch):
             return real[name](*arguments, **options)
 
         with monkeypatch.context() as patch:
-            for owner, name in ((os, "replace"), (os, "fsync"), (Path, "unlink"), (shutil, "rmtree")):
+            for owner, name in ((os, "replace"), (os, "rename"), (os, "fsync"), (Path, "unlink"), (shutil, "rmtree")):
                 real[name] = getattr(owner, name)
                 patch.setattr(owner, name, lambda *a, _n=name, **o: stopping(_n, *a, **o))
             try:
@@ -101,6 +104,7 @@ def test_every_state_that_a_kill_can_leave(table, tmp_path, monkeypatch):
                 break
             except KeyboardInterrupt:
                 states += 1
+        monkeypatch.setattr(chunks, "_PROCESS", f"{stop_at}")  # claims that are left are those of a dead process
         quick(small, tmp_path / f"{stop_at}", chunk_size=6)
         assert content(tmp_path / f"{stop_at}") == content(tmp_path / "complete"), f"stopped at step {stop_at}"
     assert states > 20
@@ -142,7 +146,7 @@ def test_workers_give_the_same_and_do_not_outlive_a_kill(table, complete, tmp_pa
             break
         time.sleep(0.1)
     assert not group, "processes were left behind"
-    extract_mels(table, tmp_path / "store", 1.5, 0.2, num_workers=2, chunk_size=5)
+    extract_mels(table, tmp_path / "store", 1.5, 0.2, num_workers=2)
     assert content(tmp_path / "store") == content(complete)
 
 
@@ -169,73 +173,94 @@ def test_a_crash_or_a_stall_costs_one_file():
     assert "abort 3: decoding it crashed" in results[3][1]
 
 
-def _with_small_files(table, store):
+def _with_small_files(table, store, limit):
     import resource
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
         quick(table, store)
     except OSError as e:
         (store / "error.txt").write_text(str(e))
 
 
-def test_full_disk(table, complete, tmp_path, monkeypatch):
+def test_full_disk(table, tmp_path, monkeypatch):
     pytest.importorskip("resource", reason="limits the size of files as only Unix can")
+    table = table[6:]  # the first chunk has the broken file, and so the smallest shard
+    quick(table, tmp_path / "complete")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(OSError, match="40 tracks need about 0.0 GB and 0.0 GB are free"):
+        with pytest.raises(OSError, match="34 tracks need about 0.0 GB and 0.0 GB are free"):
             quick(table, tmp_path / "a")
-    process = CONTEXT.Process(target=_with_small_files, args=(table, tmp_path / "a"))
+    limit = (tmp_path / "complete/mels.000.f16").stat().st_size
+    process = CONTEXT.Process(target=_with_small_files, args=(table, tmp_path / "a", limit))
     process.start()
     process.join()
     message = (tmp_path / "a/error.txt").read_text()
     assert re.search(r"cannot write \(.*\); the \d+ tracks before are kept; make room", message), message
     (tmp_path / "a/error.txt").unlink()
-    assert 0 < len(list((tmp_path / "a/parts").glob("0*"))) < 14
+    assert 0 < len(list((tmp_path / "a/parts").glob("0*"))) < 12
     with pytest.raises(FileNotFoundError, match="no finished mel store"):
         MelStore(tmp_path / "a")
     quick(table, tmp_path / "a")
-    assert content(tmp_path / "a") == content(complete)
+    assert content(tmp_path / "a") == content(tmp_path / "complete")
 
 
 def test_no_space_reaches_the_caller(table, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    plan = dict(index=0, report=0, first_shard=0, chunk_size=3)
+    (tmp_path / "a/parts").mkdir(parents=True)
     monkeypatch.setattr(os, "fsync", full)
-    (tmp_path / "a").mkdir()
-    monkeypatch.setattr(extract, "_resume_plan", lambda *_: dict(index=0, report=0))
+    monkeypatch.setattr(extract, "_find_plan", lambda *_: plan)
     with pytest.raises(OSError, match="No space left on device.*0 tracks before are kept") as caught:
         quick(table, tmp_path / "a")
     assert caught.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "a/parts").iterdir()), "neither a claim nor half a shard is left"
 
 
-def _extract_as_rank(table, store, rank):
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2")
-    quick(table, store)
+def test_a_worker_leaves_what_another_has_claimed(table, complete, tmp_path):
+    "It ends without waiting; whoever is last completes the store."
+    store = tmp_path / "store"
+    store.mkdir()
+    meta = dict(seconds=1.5, min_seconds=0.2, fingerprint=MEL.fingerprint(), config=MEL.to_dict())
+    extract._find_plan(store, table, meta, chunk_size=3)
+    with ChunkClaims(store / "parts") as other:
+        assert other.acquire("00002.parquet") and other.acquire("00013.parquet")
+        report = quick(table, store)
+        assert report["track_id"].to_list() == ["t20"], "t7 is in the chunk of the other"
+        assert other.missing(["00002.parquet", "00013.parquet", "00000.parquet"]) == ["00002.parquet", "00013.parquet"]
+        assert not (store / "SHA256SUMS").exists() and not verify_store(store).is_empty()
+    report = quick(table, store)
+    assert report["track_id"].to_list() == ["t7", "t20"] and content(store) == content(complete)
 
 
-def test_two_ranks(table, complete, tmp_path):
-    ranks = [CONTEXT.Process(target=_extract_as_rank, args=(table, tmp_path / "two", r)) for r in (1, 0)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-        assert process.exitcode == 0
-    two, one = MelStore(tmp_path / "two"), MelStore(complete)
-    assert verify_store(tmp_path / "two").is_empty()
-    assert two.tracks.equals(one.tracks) and two.report.equals(one.report)
-    assert two.index["shard"].unique().to_list() == [0, 1]
-    assert all(np.array_equal(two.read(i), one.read(i)) for i in range(len(one)))
+def test_many_workers_that_are_killed(table, complete, tmp_path):
+    "Four at a time, one of which is killed again and again: the bytes of a single undisturbed worker."
+    rng, workers = np.random.default_rng(), []
+    for _ in range(12):
+        while sum(worker.exitcode is None for worker in workers) < 4:
+            workers.append(CONTEXT.Process(target=quick, args=(table, tmp_path / "store")))
+            workers[-1].start()
+        time.sleep(rng.uniform(0, 0.5))
+        rng.choice([worker for worker in workers if worker.exitcode is None] or workers).kill()
+    for worker in workers:
+        worker.join()
+    assert {worker.exitcode for worker in workers} <= {0, -signal.SIGKILL}, "nobody else's death disturbs a worker"
+    quick(table, tmp_path / "store")
+    assert content(tmp_path / "store") == content(complete)
 
 
 def test_growing_and_new_labels(table, complete, tmp_path):
     for rows in (10, 25, 40):
         quick(table.head(rows), tmp_path / "grown")
         assert verify_store(tmp_path / "grown").is_empty()
-    assert content(tmp_path / "grown") == content(complete)
+    grown, whole = MelStore(tmp_path / "grown"), MelStore(complete)
+    assert grown.tracks.equals(whole.tracks) and grown.report.equals(whole.report)
+    assert all(np.array_equal(grown.read(i), whole.read(i)) for i in range(len(whole)))
+    assert grown.index["shard"].max() == 4 + 5 + 5 - 1, "each time new shards, of three tracks"
     before = (tmp_path / "grown/mels.000.f16").stat().st_mtime_ns
     relabelled = table.with_columns(labels=pl.lit(["New---Label"]))
     quick(relabelled, tmp_path / "grown")
@@ -274,9 +299,20 @@ def test_refuses_another_table_while_unfinished(table, tmp_path, monkeypatch):
         quick(table, tmp_path / "a")
     with pytest.raises(ValueError, match="begun with another table"):
         quick(table.head(30), tmp_path / "a")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="begun by 1 ranks, WORLD_SIZE is 2"):
+    plan = read_json(tmp_path / "a/parts/plan.json")
+    write_json(tmp_path / "a/parts/plan.json", {"table": plan["table"], "world_size": 1, "index": 0, "report": 0})
+    with pytest.raises(ValueError, match="earlier version of maestlib; delete it"):
         quick(table, tmp_path / "a")
+
+
+def test_a_store_of_one_shard_is_opened_and_extended(table, complete, tmp_path):
+    "As stores were until the extraction was divided into chunks."
+    whole, old = MelStore(complete), tmp_path / "old"
+    quick(table.head(10), old, chunk_size=10)
+    assert {path.name for path in old.glob("mels.*")} == {"mels.000.f16"}
+    quick(table, old)
+    assert all(np.array_equal(MelStore(old).read(i), whole.read(i)) for i in range(len(whole)))
+    assert verify_store(old).is_empty() and (old / "mels.010.f16").exists()
 
 
 def test_verify_finds_any_flipped_byte(complete, tmp_path):

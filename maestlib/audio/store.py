@@ -34,7 +34,7 @@ INDEX_SCHEMA = {
 
 def shard_path(
     store: Path,  # the folder of a store
-    shard: int,  # its number, the rank of the process that writes it
+    shard: int,  # its number, that of the chunk of the extraction
 ) -> Path:
     "Return the path of a file of frames."
     return store / f"mels.{shard:03}.f16"

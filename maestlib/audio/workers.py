@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -106,7 +106,7 @@ def _run_one_by_one(job: Job, paths: list[str], preload: Sequence[str]) -> Itera
                 yield result
 
 # %% ../../nbs/audio/workers.ipynb #1bef1421
-def _map_in_process(job: Job, paths: list[str]) -> Iterator[tuple[bytes, str]]:
+def _map_in_process(job: Job, paths: Iterable[str]) -> Iterator[tuple[bytes, str]]:
     "`map(job, paths)` in this process, in one thread like a worker, so that the results are identical."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -118,7 +118,7 @@ def _map_in_process(job: Job, paths: list[str]) -> Iterator[tuple[bytes, str]]:
 
 def imap_ordered(
     job: Job,  # picklable, and defined in a module
-    paths: list[str],
+    paths: Iterable[str],  # read as needed: two per worker are in flight
     num_workers: int,  # processes; 0: run in this process, without protection from crashes
     preload: Sequence[str] = (),  # modules that the workers need, imported once
 ) -> Iterator[tuple[bytes, str]]:  # the results, in the order of `paths`
@@ -129,18 +129,18 @@ def imap_ordered(
     if num_workers == 0:
         yield from _map_in_process(job, paths)
         return
-    done, in_flight = 0, 2 * num_workers
-    while done < len(paths):
+    paths, in_flight = iter(paths), deque()  # (path, future)
+    while True:
         with process_pool(num_workers, preload) as pool, contextlib.suppress(BrokenProcessPool):
-            remaining, futures = iter(paths[done:]), deque()
             while True:
-                for path in islice(remaining, in_flight - len(futures)):
-                    futures.append(pool.submit(_with_timeout, job, path))
-                if not futures:
+                for path in islice(paths, 2 * num_workers - len(in_flight)):
+                    in_flight.append((path, None))  # before it is submitted, which fails where the pool is broken
+                    in_flight[-1] = (path, pool.submit(_with_timeout, job, path))
+                if not in_flight:
                     return
-                result = futures.popleft().result()
-                done += 1
+                result = in_flight[0][1].result()
+                in_flight.popleft()
                 yield result
-        suspects = paths[done : done + in_flight]  # the pool broke; the cause is one of these
+        suspects = [path for path, _ in in_flight]  # the pool broke; the cause is one of these
+        in_flight.clear()
         yield from _run_one_by_one(job, suspects, preload)
-        done += len(suspects)

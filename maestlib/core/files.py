@@ -103,7 +103,7 @@ def atomic_write(
     path = Path(path)
     with explain_read_only(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # also between machines
     try:
         with explain_read_only(path):
             temporary.touch()
@@ -151,16 +151,12 @@ def file_lock(
 ) -> Iterator[None]:
     """Lock `path` between processes, for the time it takes to make it. Waits until the lock is free.
 
-    Does nothing under `torchrun` (world size above 1). Raises `RuntimeError` in a worker process that is being spawned,
-    and `OSError` as `explain_read_only` does.
+    Raises `RuntimeError` in a worker process that is being spawned, and `OSError` as `explain_read_only` does.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             f'{path}: a worker process imports the script that started it; call this under `if __name__ == "__main__":`'
         )
-    if rank_and_world_size()[1] > 1:
-        yield
-        return
     path = Path(path)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     with explain_read_only(path):

@@ -23,6 +23,7 @@ import torch
 from ..audio.extract import extract_mels
 from ..audio.mel import MelConfig, normalize
 from ..audio.store import MelStore
+from ..core.device import cpu_count
 from ..core.files import cache_path, file_lock, log, named_rng, rank_and_world_size
 from . import registry
 from .splits import balanced_weights, sample_balanced
@@ -73,7 +74,7 @@ def _cached_store(table: pl.DataFrame, dataset: str) -> MelStore:
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     name = f"{Path(dataset).stem}-{hashlib.sha256(repr(files).encode()).hexdigest()[:8]}"
     with file_lock(cache_path("mels", name)):
-        extract_mels(table, cache_path("mels", name))
+        extract_mels(table, cache_path("mels", name), num_workers=cpu_count())
     return MelStore(cache_path("mels", name))
 
 

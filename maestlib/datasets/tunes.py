@@ -23,6 +23,7 @@ from ..audio.extract import extract_mels
 from ..audio.mel import load_audio
 from ..audio.store import MelStore
 from ..audio.workers import time_limit, worker_context
+from ..core.device import cpu_count
 from ..core.files import atomic_write, cache_path, file_lock, log, named_rng
 from .abc import package_dir, tune_catalogue
 from .synth import SAMPLE_RATE, find_sound_font, plan_clip, render, sampling_order
@@ -128,7 +129,9 @@ def _fill_store(store: Path, plans: list[dict], workers: int | None):
     _write_plans(plans, plans_file)
     folder.mkdir(exist_ok=True)
     load = functools.partial(load_or_render, plans=str(plans_file))
-    failed = extract_mels(_to_table(plans, folder), store, num_workers=workers, load=load, shared=False)
+    if workers is None:
+        workers = cpu_count()  # also under torchrun: the lock keeps the other processes waiting
+    failed = extract_mels(_to_table(plans, folder), store, num_workers=workers, load=load)
     for error in failed["error"].head(5):
         log.info(f"left out: {error}")
     if len(failed) > len(plans) / 20:

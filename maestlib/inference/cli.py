@@ -42,7 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
     about = "Embed audio of any length into a parquet table. A killed run is resumed by the same command."
     add = _add_command(commands, "embed", about)
     add("paths", nargs="+", help="audio files, or one folder")
-    add("--out", required=True, help="the parquet file; files that failed are listed in OUT.report.parquet beside it")
+    add(
+        "--out",
+        required=True,
+        help="a parquet file, or a folder of them; files that failed are listed in OUT.report.parquet",
+    )
     add("--block", type=int, nargs="+", help="after which block or blocks, numbered from 0 (default: the middle one)")
     add("--tokens", default="cdt", help="cls (c), dist (d), mean of the patches (t): any of them, in this order")
     add("--average", action="store_true", help="one row per file instead of one per window")
@@ -103,7 +107,10 @@ def _run_embed(args: argparse.Namespace) -> int:
     paths, out = [_from_shell(path) for path in args.paths], _from_shell(args.out)
     paths = list_sources(paths[0] if len(paths) == 1 else paths)
     embed(paths, block=args.block, tokens=args.tokens, average=args.average, out=out, **_model_options(args))
-    report = pl.read_parquet(Path(out).with_suffix(".report.parquet"))
+    report = Path(out).with_suffix(".report.parquet")
+    if not report.exists():  # other workers have yet to finish
+        return 0
+    report = pl.read_parquet(report)
     failed = report.filter(pl.col("path").is_in(paths))  # not those of earlier calls
     for path, error in failed.iter_rows():
         message = error if path in error else f"{path}: {error}"

@@ -25,7 +25,7 @@ from ..models.patchout import pad_to_patch
 
 # %% ../../nbs/inference/windows.ipynb #6d8ca837
 def stream_mel(
-    source: str | Path | torch.Tensor | np.ndarray,  # an audio file, or a waveform (samples,) at `config.sample_rate`
+    source: str | Path | torch.Tensor | np.ndarray,  # an audio file, a waveform (samples,), or its mel already
     config: MelConfig,
     part_s: float = 120.0,  # seconds decoded at a time
 ) -> Iterator[torch.Tensor]:  # (n_mels, frames) float32, not normalized; concatenated, `logmel` of the whole
@@ -36,6 +36,9 @@ def stream_mel(
     rate, hop, context = config.sample_rate, config.hop_length, 4
     if not isinstance(source, str | Path):
         wave = torch.as_tensor(source)
+        if wave.ndim == 2 and len(wave) == config.n_mels:
+            yield wave
+            return
         if wave.ndim != 1:
             raise ValueError(f"waveform of shape {tuple(wave.shape)}: give (samples,), mono, at {rate} Hz")
         yield logmel(wave, config)[:, : math.ceil(len(wave) / hop)]
@@ -142,7 +145,7 @@ def _hop_frames(hop_s: float | None, config: MAESTConfig) -> int:
 
 # %% ../../nbs/inference/windows.ipynb #ae0d0338
 def iter_results(
-    sources: list,  # files, or waveforms (samples,) at the model's sample rate
+    groups: Iterable[list],  # of files, waveforms (samples,) or mels, read as needed; a batch is of one group
     model: MAEST,
     forward: Callable[[torch.Tensor], np.ndarray],  # (batch, n_mels, frames) -> (batch, …), of `make_forward`
     hop_s: float | None,  # seconds from window to window; None: half a window
@@ -153,16 +156,25 @@ def iter_results(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give 1 or more")
     hop_frames = _hop_frames(hop_s, model.config)
-    jobs = (iter_windows(source, model.config.mel, model.config.num_frames, hop_frames) for source in sources)
+    last = set()  # source of each group
+
+    def jobs():
+        count = 0
+        for group in groups:
+            count += len(group)
+            last.add(count - 1)
+            for source in group:
+                yield iter_windows(source, model.config.mel, model.config.num_frames, hop_frames)
+
     pending, ended, results = [], [], defaultdict(list)
     bar = tqdm(unit="window", delay=2, disable=rank_and_world_size()[0] > 0)
-    for i, windows in _prefetch(jobs, batch_size, num_workers or cpu_count()):
+    for i, windows in _prefetch(jobs(), batch_size, num_workers or cpu_count()):
         is_last = False
         if isinstance(windows, list):
             pending += [(i, *window) for window in windows]
         else:
             ended.append((i, windows))  # None, or the error
-            is_last = i + 1 == len(sources)
+            is_last = i in last
         if len(pending) < 4 * batch_size and not is_last:
             continue
         for batch in _equal_length_batches(pending, batch_size):
@@ -173,6 +185,6 @@ def iter_results(
         for j, error in ended:
             in_order = sorted(results.pop(j, []), key=lambda window: window[0])
             yield j, error or in_order
-        bar.set_postfix_str(f"file {i + 1:,} of {len(sources):,}")
+        bar.set_postfix_str(f"file {i + 1:,}")
         pending, ended = [], []
     bar.close()
