@@ -268,9 +268,9 @@ def test_one_core_and_little_memory(tmp_path):
     code = """if True:
         import os, resource
         os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-        from maestlib.audio import extract
+        from maestlib.core.device import worker_count
         from maestlib.datasets import registry
-        assert extract._default_num_workers() == 1
+        assert worker_count() == 1
         registry.load_dataset("tunes", first=20, workers=0)  # this process does what a worker does
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"""
     environment = os.environ | {"MAESTLIB_CACHE": str(tmp_path)}

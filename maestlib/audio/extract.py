@@ -28,7 +28,7 @@ from .mel import MEL, MelConfig, audio_duration, load_audio, logmel, validate_me
 from .store import INDEX_SCHEMA, TABLES, shard_path, table_checksums
 from .workers import Job, imap_ordered
 from ..core.chunks import ChunkClaims, discard_folder
-from ..core.device import cpu_count
+from ..core.device import worker_count
 from ..core.files import atomic_write, log, rank_and_world_size, read_json, resolve_path, write_json
 
 # %% ../../nbs/audio/extract.ipynb #5ed5563b
@@ -325,11 +325,6 @@ def _check_arguments(
     if chunk_size is not None and chunk_size < len(table) / 60_000:  # shards have numbers of 16 bits
         raise ValueError(f"chunk_size={chunk_size}: give at least {len(table) // 60_000 + 1}, or None")
 
-
-def _default_num_workers() -> int:
-    "One process per core that this process may use, divided by the processes that `torchrun` started here."
-    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
 # %% ../../nbs/audio/extract.ipynb #fe258d1d
 def extract_mels(
     table: pl.DataFrame,  # columns `track_id` (unique) and `path`; all others are kept in the store
@@ -367,7 +362,7 @@ def extract_mels(
     job = partial(_mel_bytes, seconds=seconds, min_seconds=min_seconds, config=config, load=load)
     with ChunkClaims(store / "parts") as claims:
         if num_workers is None:
-            num_workers = _default_num_workers()
+            num_workers = worker_count()
         parts = _extract_chunks(store, table, chunks, claims, job, num_workers, config)
         missing = claims.missing(chunks)
         if not missing and claims.acquire("index"):

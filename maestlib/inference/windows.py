@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..audio.mel import MelConfig, audio_duration, load_audio, logmel, normalize
-from ..core.device import autocast, cpu_count, resolve_dtype
+from ..core.device import autocast, resolve_dtype, worker_count
 from ..core.files import rank_and_world_size
 from ..models.maest import MAEST, MAESTConfig
 from ..models.patchout import pad_to_patch
@@ -168,7 +168,7 @@ def iter_results(
 
     pending, ended, results = [], [], defaultdict(list)
     bar = tqdm(unit="window", delay=2, disable=rank_and_world_size()[0] > 0)
-    for i, windows in _prefetch(jobs(), batch_size, num_workers or cpu_count()):
+    for i, windows in _prefetch(jobs(), batch_size, num_workers or worker_count()):
         is_last = False
         if isinstance(windows, list):
             pending += [(i, *window) for window in windows]
