@@ -130,7 +130,8 @@ class ParquetJob:
             self._key = _hash(self.settings, remaining)
             others = [f for f in sorted(self.folder.glob("*.parquet")) if not f.name.startswith(self._key)]
             for file in others:
-                _metadata(file, self.settings)
+                if FAILED_KEY not in _metadata(file, self.settings):
+                    raise ValueError(f"{file}: of an earlier version of maestlib; delete {self.folder}")
             self.todo, self._others = _without(remaining, _paths_in(others)), others
             if remaining:
                 with explain_read_only(self.folder):

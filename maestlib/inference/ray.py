@@ -6,6 +6,7 @@
 __all__ = ['decode_chunk', 'ChunkReader', 'embed_with_ray']
 
 # %% ../../nbs/inference/ray.ipynb #7a91c003
+import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -96,6 +97,7 @@ def embed_with_ray(
     """
     with optional_import("ray"):
         import ray.data
+    model = copy.deepcopy(model).cpu() if isinstance(model, MAEST) else model
     loaded = model if isinstance(model, MAEST) else load_model(model)
     _, to_table, schema, choices = prepare_embedding(loaded, **options)
     settings = json.dumps(choices | {"model": model_fingerprint(loaded)})
@@ -104,11 +106,13 @@ def embed_with_ray(
     with ChunkClaims(job.folder) as claims:
         rows = [{"chunk": name, "paths": job.chunk_paths(name)} for name in claims.missing(job.chunks)]
         if rows:
-            reader = dict(fn_constructor_args=(loaded.cpu(), job.folder, rows_of, options), num_gpus=gpus_per_reader)
+            # a tenth of a processor: readers leave the others to the decoders, and Ray does not fuse the two steps
+            reader = dict(num_cpus=0.1, num_gpus=gpus_per_reader)
+            reader["fn_constructor_args"] = (model, job.folder, rows_of, options)
             chunks = (
                 ray.data.from_items(rows, override_num_blocks=len(rows))
                 .map(decode_chunk, fn_args=(job.folder, loaded.config.mel), num_cpus=cpus_per_decoder)
-                .map(ChunkReader, concurrency=readers, **reader)
+                .map(ChunkReader, compute=ray.data.ActorPoolStrategy(size=readers), **reader)
             )
             failed = sum(row["failed"] for row in chunks.iter_rows())
             log.info(f"{job.out.name}: {sum(len(row['paths']) for row in rows):,} files, {failed:,} failed")
