@@ -32,10 +32,11 @@ def decode_chunk(
     row: dict[str, Any],  # chunk, paths
     folder: Path,  # of the chunks that are done
     config: MelConfig,
-) -> dict[
-    str, Any
-]:  # chunk, paths; mels (n_mels, frames of all files), not normalized; frames, errors ("") of each file
-    "Decode the files of a chunk; none if its file exists."
+) -> dict[str, Any]:  # row with mels, frames and errors
+    """Decode the files of a chunk; none if its file exists.
+
+    Returns `mels`, (n_mels, frames of all files) float32, not normalized, and of each file `frames` and `errors` ("").
+    """
     mels, frames, errors = [np.zeros((config.n_mels, 0), np.float32)], [], []
     is_done = (folder / row["chunk"]).exists()
     for path in [] if is_done else row["paths"]:
