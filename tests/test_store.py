@@ -20,7 +20,7 @@ import torch
 from maestlib.audio import extract, workers
 from maestlib.audio.extract import extract_mels
 from maestlib.audio.mel import MEL, MelConfig
-from maestlib.audio.store import MelStore, verify_store
+from maestlib.audio.store import INDEX_SCHEMA, MelStore, _ShardReader, shard_path, verify_store
 from maestlib.core import chunks
 from maestlib.core.chunks import ChunkClaims
 from maestlib.core.files import read_json, write_json
@@ -361,3 +361,15 @@ def test_crops(complete):
         store.lookup(["t1", "t7"])
     with pytest.raises(ValueError, match="row=99"):
         store.read(99)
+
+
+def test_more_shards_than_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("maestlib.audio.store._MAX_OPEN_FILES", 2)
+    mels = np.arange(5 * 3 * 4, dtype=np.float16).reshape(5, 3, 4)  # five shards of a track of three frames
+    for shard, mel in enumerate(mels):
+        shard_path(tmp_path, shard).write_bytes(mel.tobytes())
+    index = pl.DataFrame({"shard": range(5), "start": [0] * 5, "frames": [3] * 5, "checksum": [0] * 5})
+    reader = _ShardReader(tmp_path, index.cast(INDEX_SCHEMA), n_mels=4)
+    for _ in range(2):
+        assert all(np.array_equal(reader.read(row, 1, 2), mels[row, 1:]) for row in range(5))
+    assert len(reader._files) == 2

@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import polars as pl
@@ -63,15 +64,15 @@ class _ShardReader:
         self._start = index["start"].to_numpy()
         self._files = {}  # shard: an open file
 
-    def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        if shard not in self._files:
-            self._files[shard] = open(shard_path(self.store, shard), "rb", buffering=0)
-        file = self._files[shard]
-        if hasattr(os, "pread"):
-            return os.pread(file.fileno(), size, offset)
-        with _SEEK_LOCK:  # Windows
-            file.seek(offset)
-            return file.read(size)
+    def _read_shard(self, shard: int, size: int, offset: int) -> bytes:
+        if shard in self._files:
+            return _pread(self._files[shard], size, offset)
+        file = open(shard_path(self.store, shard), "rb", buffering=0)
+        if len(self._files) < _MAX_OPEN_FILES:
+            self._files[shard] = file
+            return _pread(file, size, offset)
+        with file:
+            return _pread(file, size, offset)
 
     def read(self, row: int, start: int, frames: int | None) -> np.ndarray:
         """Read a part of one track, (frames, n_mels).
@@ -86,13 +87,22 @@ class _ShardReader:
         stop = length if frames is None else min(start + frames, length)
         shard, frame_bytes = int(self._shard[row]), 2 * self.n_mels
         size, offset = (stop - start) * frame_bytes, (int(self._start[row]) + start) * frame_bytes
-        data = self._pread(shard, size, offset)
+        data = self._read_shard(shard, size, offset)
         if len(data) < size:
             raise OSError(f"{shard_path(self.store, shard)}: ends before byte {offset + size:,}; ml.verify_store tells")
         return np.frombuffer(data, np.float16).reshape(-1, self.n_mels)
 
 
+_MAX_OPEN_FILES = 256  # of a process that may open 1,024
 _SEEK_LOCK = threading.Lock()
+
+
+def _pread(file: BinaryIO, size: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    with _SEEK_LOCK:  # Windows
+        file.seek(offset)
+        return file.read(size)
 
 # %% ../../nbs/audio/store.ipynb #eab300fa
 class MelStore:
