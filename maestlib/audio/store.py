@@ -50,7 +50,7 @@ def table_checksums(
 
 # %% ../../nbs/audio/store.ipynb #7be3a1c0
 class _ShardReader:
-    "Read parts of tracks from shards, which are opened when they are first needed."
+    "Read parts of tracks from shards, read only. Shards are opened when they are first needed."
 
     def __init__(
         self,
@@ -165,12 +165,12 @@ class MelStore:
         row: int,  # of the index
         start: int = 0,  # first frame
         frames: int | None = None,  # None: to the end; a track that ends earlier returns fewer
-    ) -> np.ndarray:  # (frames, n_mels) float16, read only
+    ) -> np.ndarray:  # (frames, n_mels) float16, a copy
         """Read a part of one track, (frames, n_mels) float16, and nothing else.
 
         Raises `ValueError` for a row or start outside of the store, `OSError` where the file cannot be read.
         """
-        return self._shards.read(int(row), start, frames)
+        return self._shards.read(int(row), start, frames).copy()
 
     def read_crops(
         self,
@@ -191,7 +191,7 @@ class MelStore:
         starts = spare // 2 if positions is None else (positions * (spare + 1)).astype(np.int64)
         crops = np.zeros((len(rows), frames, self.config.n_mels), np.float16)
         for i, (row, start) in enumerate(np.stack([rows, starts], 1).tolist()):
-            crop = self.read(row, start, frames)
+            crop = self._shards.read(row, start, frames)
             crops[i, : len(crop)] = crop
         return torch.from_numpy(crops).to(dtype).mT
 
