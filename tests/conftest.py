@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
+
 RUNS = Path(__file__).resolve().parent.parent / "runs/tests"  # not beside the user's own runs
 if "PYTEST_XDIST_WORKER" not in os.environ:
     shutil.rmtree(RUNS, ignore_errors=True)
@@ -13,3 +15,15 @@ os.environ.setdefault("MAESTLIB_MINUTES", "0.1")  # of training, unless a notebo
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; oversubscribed threads are slow
     threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def pytest_sessionstart(session):
+    "Before a run of everything, render the corpus on all cores: a notebook that renders it keeps the others waiting."
+    if "PYTEST_XDIST_WORKER" in os.environ or session.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
+        return
+    try:
+        from maestlib.datasets.registry import load_dataset
+
+        load_dataset("tunes")
+    except ImportError as error:  # without the extra `demo`, tests of the corpus are skipped
+        print(error)

@@ -375,7 +375,7 @@ def test_multi_hot():
     table = pl.DataFrame({"labels": [["b", "a"], [], ["b"]]})
     assert label_vocabulary(table) == ["a", "b"]
     target = multi_hot(table, ["a", "b", "c"])
-    assert target.dtype == np.float32 and target.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
+    assert target.dtype == np.uint8 and target.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
     with pytest.raises(ValueError, match="not in the vocabulary: b"):
         multi_hot(table, ["a"])
 

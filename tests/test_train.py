@@ -219,9 +219,9 @@ def fail(self, item):
 _CropReader.__getitem__ = fail
 sys.exit(train_from_command_line())
 """
-KILLS = int(os.environ.get("MAESTLIB_KILLS", "2"))
+KILLS = int(os.environ.get("MAESTLIB_KILLS", "1"))
 THREE = FULL_RECIPE | {
-    "batch_size": 12, "num_validations": 5 * KILLS, "max_steps": 15 * KILLS, "patchout_columns": 26,
+    "batch_size": 12, "num_validations": 5 + 5 * KILLS, "max_steps": 15 + 15 * KILLS, "patchout_columns": 26,
     "balanced_sampling": False, "mixup": 0,  # a quarter of the batch is three clips, one without a partner
 }  # fmt: skip
 
@@ -268,7 +268,7 @@ def test_a_killed_process_loses_no_batch_whatever_their_number_is(folder, undist
         while process.poll() is None and not (saved.exists() and saved.stat().st_mtime_ns > before):
             time.sleep(0.02)
         assert process.poll() is None, finish(process)[2][-2000:]
-        deadline = time.monotonic() + rng.uniform(0, 5)
+        deadline = time.monotonic() + rng.uniform(0, 5 if kill else 1)
         while time.monotonic() < deadline and not (run / "last.safetensors").exists():
             time.sleep(0.02)
         if (run / "last.safetensors").exists():
@@ -278,8 +278,8 @@ def test_a_killed_process_loses_no_batch_whatever_their_number_is(folder, undist
         code, out, err = finish(process)
         assert code != 0 and "SIGKILL" in err, err[-2000:]
         print(f"kill {kill + 1}: {re.findall('resumes at step.*', out)}")
-    assert kill > 0
-    for processes in (2, 4):
+    assert kill > 0 or not (run / "last.safetensors").exists()
+    for processes in (2, 4) if KILLS > 1 else (4,):
         copy = tmp_path / f"on-{processes}"
         shutil.copytree(run, copy)
         code, out, err = finish(start(folder, "--resume", copy, processes=processes))
