@@ -17,7 +17,7 @@ FILES = 60
 
 
 def _start_node(cluster, **options):
-    "Start a node. Ray gives it 15 seconds for its agents, which a busy machine may exceed; try again."
+    "Start a node. Ray gives it 15 seconds to come up, which a busy machine may exceed; try again."
     for attempt in range(5):
         try:
             return cluster.add_node(num_cpus=2, object_store_memory=200_000_000, **options)
