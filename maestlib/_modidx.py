@@ -89,6 +89,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'maestlib.audio.store.MelStore.read': ('audio/store.html#melstore.read', 'maestlib/audio/store.py'),
                                       'maestlib.audio.store.MelStore.read_crops': ( 'audio/store.html#melstore.read_crops',
                                                                                     'maestlib/audio/store.py'),
+                                      'maestlib.audio.store.MelStore.read_windows': ( 'audio/store.html#melstore.read_windows',
+                                                                                      'maestlib/audio/store.py'),
                                       'maestlib.audio.store.MelStore.report': ( 'audio/store.html#melstore.report',
                                                                                 'maestlib/audio/store.py'),
                                       'maestlib.audio.store.MelStore.tracks': ( 'audio/store.html#melstore.tracks',

@@ -143,10 +143,10 @@ def test_predict_agrees_with_the_cpu(store, corpus, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
-def start_training(store, out, *arguments, processes=1):
+def start_training(store, out):
     command = [sys.executable, "-m", "maestlib.train", "--dataset", store, "--out-dir", out, "--preset", "maest-5s"]
     command += ["--size", "tiny", "--seconds", 5, "--batch-size", 16, "--num-workers", 2, "--max-steps", 400]
-    command += ["--num-validations", 4, "--tracks-per-epoch", 160, "--compile", False, *arguments]
+    command += ["--num-validations", 4, "--tracks-per-epoch", 160, "--compile", False]
     return subprocess.Popen(
         [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -189,11 +189,20 @@ class MelStore:
         spare = np.maximum(self._shards.frames[rows] - frames, 0)
         positions = rng.random(len(rows)) if isinstance(rng, np.random.Generator) else rng
         starts = spare // 2 if positions is None else (positions * (spare + 1)).astype(np.int64)
-        crops = np.zeros((len(rows), frames, self.config.n_mels), np.float16)
-        for i, (row, start) in enumerate(np.stack([rows, starts], 1).tolist()):
-            crop = self._shards.read(row, start, frames)
-            crops[i, : len(crop)] = crop
-        return torch.from_numpy(crops).to(dtype).mT
+        return self.read_windows(rows, starts, frames).to(dtype)
+
+    def read_windows(
+        self,
+        rows: np.ndarray,  # (n,) row numbers
+        starts: np.ndarray,  # (n,) first frames
+        frames: int,  # of each window
+    ) -> torch.Tensor:  # (n, n_mels, frames) float16, not normalized; short tracks end in zeros
+        "Read a batch of windows that start at given frames, zero-padded. Raises `ValueError` and `OSError` as `read`."
+        windows = np.zeros((len(rows), frames, self.config.n_mels), np.float16)
+        for window, row, start in zip(windows, rows.tolist(), starts.tolist(), strict=True):
+            part = self._shards.read(row, start, frames)
+            window[: len(part)] = part
+        return torch.from_numpy(windows).mT
 
 # %% ../../nbs/audio/store.ipynb #0bd457cd
 def _verify_tables(store: Path) -> Iterator[tuple[str, str]]:

@@ -93,13 +93,10 @@ class _WindowReader(torch.utils.data.Dataset):
         self.batch_size, self.pad = batch_size, pad
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        batch = range(i * self.batch_size, min((i + 1) * self.batch_size, len(self.rows)))
-        size = self.batch_size if self.pad else len(batch)
-        mels = np.zeros((size, self.frames, self.store.config.n_mels), np.float16)
-        for mel, window in zip(mels, batch, strict=False):
-            part = self.store.read(self.rows[window], self.starts[window], self.frames)
-            mel[: len(part)] = part
-        return torch.from_numpy(mels).mT
+        batch = slice(i * self.batch_size, (i + 1) * self.batch_size)
+        mels = self.store.read_windows(self.rows[batch], self.starts[batch], self.frames)
+        missing = self.batch_size - len(mels) if self.pad else 0
+        return torch.cat([mels, mels.new_zeros(missing, *mels.shape[1:])]) if missing else mels
 
 
 def _gather_interleaved(values, total, world_size):  # process r holds the rows r, r + world_size, …
