@@ -117,14 +117,14 @@ def _shared_config(params: dict) -> TrainConfig:
 
     def resolve() -> TrainConfig:
         config = TrainConfig.from_params(params | {"gpus": gpus, "nodes": world_size // gpus})
-        registry.load_dataset(config.dataset)
+        registry.load_dataset(config.dataset, **{"audio": config.audio} if config.audio else {})
         return config
 
     return call_in_rank_0(resolve)
 
 
 def _fit_and_report(config: TrainConfig):
-    corpus = load_corpus(config.dataset)
+    corpus = load_corpus(config.dataset, audio=config.audio)
     teacher = load_model(config.teacher) if config.teacher else None
     metrics = fit(config, corpus, create_model(config, corpus), teacher)
     rank, _ = rank_and_world_size()

@@ -27,7 +27,7 @@ class Store:
     def __init__(self, n, frames=100):
         rng = np.random.default_rng(0)
         self.mels = rng.random((n, frames, 96)).astype(np.float16)
-        self.config = MEL
+        self.config, self.seconds = MEL, None
         self.index = pl.DataFrame(
             {"track_id": [f"t{i}" for i in range(n)], "frames": [frames] * n, "checksum": range(n)}
         )

@@ -503,6 +503,8 @@ def test_invalid_parameters_end_before_anything_is_built(folder, tmp_path):
         ({"teacher": "runs/nobody"}, "teacher=runs/nobody"),
         ({"init": "runs/nowhere"}, "runs/nowhere"),
         ({"dataset": "nowhere"}, "nowhere"),
+        ({"dataset": "mtt"}, "audio=: give the folder with the audio of mtt"),
+        ({"audio": "music"}, "audio=music: dataset=tunes has its own"),
     ],
 )
 def test_errors_name_the_invalid_parameter(wrong, message):

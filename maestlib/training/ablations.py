@@ -75,7 +75,7 @@ def run_ablation(
         return scored | row
     common = {"preset": "laptop", "dataset": "tunes", "num_validations": 1, "max_steps": clips // 16}
     config = TrainConfig(**common | {"seed": seed, "out_dir": str(run)} | changed).resolve_auto()
-    corpus = load_corpus(config.dataset)
+    corpus = load_corpus(config.dataset, audio=config.audio)
     fit(config, corpus, create_model(config, corpus))
     weights = run / ("swa.safetensors" if config.swa else "last.safetensors")
     test = corpus.indices("test")[: test_tracks or None]

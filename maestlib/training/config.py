@@ -19,6 +19,8 @@ from ..audio.mel import MelConfig
 from ..core.device import default_device, default_dtype
 from ..core.files import log, rank_and_world_size, read_json, resolve_path, runs_dir
 from ..datasets import registry
+from ..datasets.benchmarks import BENCHMARKS
+from ..models.checkpoint import BUNDLED_MODEL
 from ..models.effnet import EffNet, EffNetConfig
 from ..models.hub import RELEASED_MODELS
 from ..models.maest import MAEST, SIZES, MAESTConfig
@@ -116,6 +118,7 @@ class TrainConfig:
     preset: str = "auto"  # maest-5s … maest-30s: the paper's recipe; laptop: minutes on a CPU; auto: by the machine
     seconds: float | str = "auto"  # input length, 1 … 30; 5, 10, 20 or 30 in the paper; auto: the preset's, or 30
     dataset: str = "tunes"  # a registered name, a folder of audio with tags.csv, a table, or a mel store
+    audio: str = ""  # folder with the audio of a public dataset
     model: str = "maest"  # or effnet-b0, the CNN baseline
     size: str = "auto"  # tiny, small or base
     depth: int | str = "auto"  # number of blocks of a model with random weights; 12 in the paper
@@ -272,14 +275,22 @@ def _check_patchout(config):
 def _check_paths(config):
     if (resolve_path(config.out_dir) / "config.json").exists():
         raise FileExistsError(f"out_dir={config.out_dir}: holds a run already; give another name, or auto")
-    known = ("", "random", *INIT_CHECKPOINTS, *RELEASED_MODELS)
+    known = ("", "random", BUNDLED_MODEL, *INIT_CHECKPOINTS, *RELEASED_MODELS)
     for name in ("init", "teacher"):
         value = getattr(config, name)
         if value not in known and not resolve_path(value).exists():
-            accepted = f"random, {', '.join(INIT_CHECKPOINTS)}, a name of `maestlib models`"
+            accepted = f"random, {', '.join(INIT_CHECKPOINTS)}, {BUNDLED_MODEL}, a name of `maestlib models`"
             raise FileNotFoundError(f"{name}={value}: give {accepted}, or a file or run folder of weights")
     if config.dataset not in registry.DATASETS:
         registry.load_dataset(config.dataset)  # raises an error that says what is wrong with it
+
+
+def _check_audio(config):
+    if config.dataset not in BENCHMARKS:
+        if config.audio:
+            raise ValueError(f"audio={config.audio}: dataset={config.dataset} has its own; leave it out")
+    elif not config.audio or not resolve_path(config.audio).is_dir():
+        raise FileNotFoundError(f"audio={config.audio}: give the folder with the audio of {config.dataset}")
 
 # %% ../../nbs/training/config.ipynb #c9100002
 def _steps_on_cpu(config: TrainConfig, steps: int) -> int:
@@ -308,7 +319,7 @@ def _resolve_auto(config: TrainConfig) -> TrainConfig:
     _check_gpus(config)
     automatic = _auto_values(config)
     resolved = replace(config, **{k: v for k, v in automatic.items() if getattr(config, k) == "auto"})
-    for check in (_check_effnet, _check_patchout, _check_paths):
+    for check in (_check_effnet, _check_patchout, _check_paths, _check_audio):
         check(resolved)
     if config.max_steps == "auto":
         resolved = replace(resolved, max_steps=_auto_steps(config, resolved))
