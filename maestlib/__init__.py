@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _load, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["core", "audio", "datasets", "models", "inference", "training", "probing", "speed", "widgets"],
+    submodules=["core", "audio", "datasets", "models", "inference", "training", "probing", "speed", "paper", "widgets"],
     submod_attrs={
         "audio.mel": ["MelConfig", "load_audio", "logmel", "normalize"],
         "audio.store": ["MelStore", "verify_store"],

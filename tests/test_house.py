@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).resolve().parents[1]
-FLOORS = ("core", "audio", "datasets", "models", "inference", "training", "probing", "speed", "widgets", "top")
+FLOORS = ("core", "audio", "datasets", "models", "inference", "training", "probing", "speed", "paper", "widgets", "top")
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
 TOP_NOTEBOOKS = {"index", "train", "explore", "paper"}
 

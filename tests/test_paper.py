@@ -1,0 +1,232 @@
+"""Every experiment of the paper under its full protocol, on stand-ins for the public datasets in their own layouts.
+
+Rendered tunes stand for recordings, a few tracks for thousands, small random weights for the released ones: the numbers
+are of no account. What is tested is what a user of the real data meets: file names, split lists, whole tracks, columns,
+pairing with the paper's values, refusals, an interrupted study.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import soundfile
+
+from maestlib.audio.mel import load_audio
+from maestlib.datasets.registry import load_dataset
+from maestlib.models.checkpoint import save_checkpoint
+from maestlib.models.maest import MAEST, MAESTConfig
+from maestlib.paper.experiments import Session
+from maestlib.paper.published import EXPERIMENTS
+from maestlib.paper.scales import PUBLIC_DATASETS, PaperConfig
+
+pytest.importorskip("papermill")
+ROOT = Path(__file__).resolve().parents[1]
+TRACKS = {"train": 8, "validation": 4, "test": 6}
+TRACK_S = 42  # two segments and a half of 30 s windows: more than the centre of a track
+TAGS = ("jazz", "rock", "slow")
+
+
+def tracks():  # yields number, split, tags
+    i = 0
+    for split, count in TRACKS.items():
+        for _ in range(count):
+            yield i, split, [TAGS[i % 3]] + [TAGS[(i + 1) % 3]] * (i % 2)
+            i += 1
+
+
+def write(path: Path, lines: list[str]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_mtg(splits: Path) -> list[str]:  # path of the audio of each track
+    for task, group in {"genre": "genre", "instrument": "instrument", "moodtheme": "mood/theme", "top50tags": "top"}.items():
+        for part in TRACKS:
+            rows = [
+                "\t".join([f"track_{i:07}", f"artist_{i // 2:06}", "album_000001", f"00/{i}.mp3", f"{TRACK_S}.0"])
+                + "".join(f"\t{group}---{tag}" for tag in tags)
+                for i, split, tags in tracks()
+                if split == part
+            ]
+            header = "\t".join(["TRACK_ID", "ARTIST_ID", "ALBUM_ID", "PATH", "DURATION", "TAGS"])
+            write(splits / f"mtg_jamendo/autotagging_{task}-{part}.tsv", [header, *rows])
+    return [f"00/{i}" for i, *_ in tracks()]
+
+
+def write_mtt(splits: Path) -> list[str]:
+    folder = {"train": "0", "validation": "c", "test": "d"}
+    paths = [f"{folder[split]}/artist_{i // 2}-album-{i:02}-song-0-29" for i, split, _ in tracks()]
+    rows = [f"{s}\t{path}.mp3\t{','.join(tags)}" for path, (_, s, tags) in zip(paths, tracks(), strict=True)]
+    write(splits / "mtt/groundtruth_12-1-3.tsv", ["split\tpath\ttags", *rows])
+    return paths
+
+
+def write_msd(splits: Path) -> list[str]:
+    ids = [f"TRAAA{chr(65 + i)}A{i:011X}" for i, *_ in tracks()]
+    targets = np.array([[tag in tags for tag in TAGS] for *_, tags in tracks()])
+    write(splits / "msd/tags.txt", TAGS)
+    write(splits / "msd/cals_tags.txt", TAGS)
+    parts = np.array([split for _, split, _ in tracks()])
+    for split, short in {"train": "train", "validation": "valid", "test": "test"}.items():
+        own = parts == split
+        write(splits / f"msd/usual_{short}.txt", np.array(ids)[own].tolist())
+        np.save(splits / f"msd/usual_{short}_y.npy", targets[own])
+        np.save(splits / f"msd/cals_{short}_ids.npy", np.array(ids)[own])
+        np.save(splits / f"msd/cals_{short}_binaries.npy", targets[own])
+    return [f"{name[2]}/{name[3]}/{name[4]}/{name}" for name in ids]
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory) -> Path:
+    "A folder with splits/, audio/ of each dataset, and weights of two sizes of input."
+    folder = tmp_path_factory.mktemp("public")
+    clips = load_dataset("tunes")["path"][:20]
+    waves = [load_audio(path) for path in clips]
+    for name, write_lists in {"mtg": write_mtg, "mtt": write_mtt, "msd": write_msd}.items():
+        for i, path in enumerate(write_lists(folder / "splits")):
+            file = (folder / "audio" / name / path).with_name(f"{Path(path).name}.flac")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            both = np.concatenate([waves[i], waves[i + 1]])[: TRACK_S * 16000]
+            soundfile.write(file, both, 16000)
+    for seconds in (10, 30):
+        config = MAESTConfig.from_size("tiny", depth=3, seconds=seconds, labels=("a", "b"))
+        save_checkpoint(MAEST(config).init_weights(seconds), folder / f"maest-{seconds}s.safetensors")
+    return folder
+
+
+def environment(public: Path) -> dict:
+    return os.environ | {"MAESTLIB_DATA": str(public), "MAESTLIB_CACHE": str(public / "cache")}
+
+
+def parameters(public: Path) -> dict:
+    audio = {"mtg": [n for n in PUBLIC_DATASETS if n.startswith("mtg")], "mtt": ["mtt"], "msd": ["msd", "msd-cals"]}
+    return {
+        "experiment": "all",
+        "scale": "full",
+        "audio": ",".join(f"{name}={public / 'audio' / folder}" for folder, names in audio.items() for name in names),
+        "models": f"{public}/maest-30s.safetensors,{public}/maest-10s.safetensors",
+        "rivals": "mel,random",
+        "pretraining": "mtg-genre",
+        "init": f"random,passt,{public}/maest-10s.safetensors",
+        "teacher": f"{public}/maest-30s.safetensors",
+        "size": "tiny",
+        "max_steps": 2,
+        "n_bootstrap": 200,
+        "out_dir": str(public / "results"),
+    }
+
+
+@pytest.fixture(scope="module")
+def executed(public) -> dict:
+    "The notebook, executed by papermill with all experiments at full scale."
+    command = [sys.executable, "-m", "papermill", ROOT / "nbs/paper.ipynb", public / "paper.ipynb", "--no-progress-bar"]
+    for name, value in parameters(public).items():
+        command += ["-p", name, value]
+    run = subprocess.run([*map(str, command)], env=environment(public), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads((public / "paper.ipynb").read_text())
+
+
+@pytest.fixture(scope="module")
+def results(executed, public) -> pl.DataFrame:
+    return pl.read_parquet(public / "results/results.parquet")
+
+
+def test_every_experiment_leaves_results(results):
+    assert set(results["experiment"]) == set(EXPERIMENTS) and set(results["scale"]) == {"full"}
+    scores = results.filter(pl.col("metric").is_in(["map", "roc_auc"]) & pl.col("reference").is_null())
+    assert scores["value"].is_between(0, 1).all() and (scores["low"] <= scores["high"]).all()
+    assert set(scores["unit"]) == {"artist"}
+
+
+def test_seven_datasets_beside_the_paper(results):
+    table = results.filter(experiment="downstream", metric="map", setting="MAEST-30s").filter(pl.col("reference").is_null())
+    published = dict(table.select("dataset", "published").iter_rows())
+    assert published == {
+        "mtg-genre": 0.216, "mtg-instrument": 0.229, "mtg-mood": 0.154, "mtg-top50": 0.315, "mtt": 0.419, "msd": 0.407,
+        "msd-cals": 0.354,
+    }  # fmt: skip
+    settings = set(results.filter(experiment="downstream")["setting"])
+    assert {"MAEST-30s", "MAEST-10s", "mel statistics", "MAEST-30s, block chosen"} <= settings
+
+
+def test_figure_2_has_every_block_and_stack(results):
+    rows = results.filter(experiment="fig2", dataset="mtt", metric="map").filter(pl.col("reference").is_null())
+    own = rows.filter(pl.col("setting").str.starts_with("MAEST-30s, block"))
+    assert len(own) == 3 * 7, "three blocks, seven stacks"
+    differences = results.filter(experiment="fig2", dataset="mtt", metric="map", reference="mel statistics")
+    assert len(differences) == 1
+
+
+def test_trained_settings_and_their_weights(results):
+    init = results.filter(experiment="init", metric="map").filter(pl.col("reference").is_null())
+    assert set(init["setting"]) == {"random", "maest-10s"}, "PaSST's weights cannot be had here"
+    assert set(init.select("counterpart", "weights").rows()) == {
+        ("discogs20", "last"), ("discogs20", "SWA"), ("mtt", "last"), ("mtt", "SWA"),
+    }  # fmt: skip
+    paper = init.filter(setting="random", counterpart="mtt", weights="SWA")
+    assert paper["published"].to_list() == [0.39]
+    lengths = results.filter(experiment="length", metric="map").filter(pl.col("reference").is_null())
+    assert set(lengths["setting"]) == {"5 s", "10 s", "20 s", "30 s"}
+
+
+def test_training_follows_the_recipe(results, public):
+    configs = [json.loads(path.read_text()) for path in (public / "results/runs").glob("*/config.json")]
+    by_seconds = {c["seconds"]: c for c in configs if c["preset"] != "laptop"}
+    assert {s: c["patchout_columns"] for s, c in by_seconds.items()} == {5: 15, 10: 30, 20: 60, 30: 90}
+    assert all(c["swa"] and c["mixup"] == 0.3 and c["schedule"] == "recipe" for c in configs)
+
+
+def test_manifests_name_what_was_used(results):
+    manifests = [json.loads(text) for text in results.filter(experiment="downstream")["manifest"].unique()]
+    assert len({m["data"]["labels"] for m in manifests}) >= 6, "msd and msd-cals have the same tracks and labels here"
+    for manifest in manifests:
+        assert set(manifest["weights"]) == {"MAEST-30s", "MAEST-10s"} and manifest["versions"]["torch"]
+        assert manifest["settings"]["keep_every"] == 1 and manifest["settings"]["probe_learning_rate"] == 1e-4
+
+
+def test_report_shows_figures_and_limits(executed):
+    outputs = [o for cell in executed["cells"] for o in cell.get("outputs", [])]
+    data = [o["data"] for o in outputs if "data" in o]
+    assert sum("application/vnd.plotly.v1+json" in d for d in data) >= 7 + 3 + 1 + 7 + 1
+    prose = "".join("".join(d.get("text/markdown", "")) for d in data)
+    assert "PaSST is left out" in prose and "the paper prints Figure 2 without values" in prose
+    assert "\\begin{tabular}" in "".join("".join(o.get("text", "")) for o in outputs)
+
+
+def test_same_question_again_trains_nothing(results, public, monkeypatch):
+    for name, value in environment(public).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("maestlib.paper.runs.fit", lambda *_: pytest.fail("trained again"))
+    session = Session(PaperConfig.from_params(parameters(public)))
+    session.show("length")
+    session.check()
+    again = pl.read_parquet(public / "results/results.parquet")
+    assert len(again) == len(results)
+    of_length = again.filter(experiment="length").sort("setting", "weights", "metric", "dataset", "value")
+    assert of_length["value"].to_list() == results.filter(experiment="length").sort(
+        "setting", "weights", "metric", "dataset", "value")["value"].to_list()  # fmt: skip
+
+
+def test_a_store_of_cut_tracks_is_refused(results, public, monkeypatch):
+    from maestlib.datasets.batches import load_corpus
+
+    for name, value in environment(public).items():
+        monkeypatch.setenv(name, value)
+    cut = load_corpus("mtt", audio=str(public / "audio/mtt"), quiet=True)  # the centre 30 s, as training takes them
+    config = PaperConfig.from_params(parameters(public) | {"experiment": "fig2", "datasets": str(cut.store.path)})
+    session = Session(config)
+    session.show("fig2")
+    assert "fig2" in session.failed and str(cut.store.path) in str(session.failed["fig2"])
+    with pytest.raises(RuntimeError, match="1 of 1 experiments failed: fig2"):
+        session.check()
+
+
+def test_dataset_without_audio_is_refused():
+    with pytest.raises(ValueError, match="mtt needs audio="):
+        PaperConfig.from_params({"scale": "full", "experiment": "fig2", "datasets": "mtt"})
