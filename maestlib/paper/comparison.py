@@ -10,19 +10,17 @@ from itertools import combinations
 
 import numpy as np
 
-from ..training.metrics import METRICS, bootstrap_weights, confidence_interval, score_runs
+from maestlib.training.metrics import (
+    METRICS,
+    bootstrap_weights,
+    confidence_interval,
+    label_levels,
+    macro_average,
+    score_labels,
+)
 from ..training.significance import simultaneous_intervals
 
-# %% ../../nbs/paper/comparison.ipynb #5f3df4ce
-def _macro(
-    targets: np.ndarray, scores: np.ndarray, labels: list[str], weights: np.ndarray, seed: int
-) -> np.ndarray:  # (metrics, resamples), all tracks once first
-    values = score_runs(targets, scores, labels, weights, seed)
-    defined = np.isfinite(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(defined, values, 0).sum(0) / defined.sum(0)
-
-
+# %% ../../nbs/paper/comparison.ipynb #2fd0980b
 def compare_settings(
     targets: np.ndarray,  # (tracks, labels) 0 or 1
     scores: dict[str, np.ndarray],  # by setting: (tracks, labels), or (runs, tracks, labels)
@@ -34,35 +32,40 @@ def compare_settings(
 ) -> list[dict]:  # setting, reference (None: a score), metric, value, low, high, runs, unit
     """Score settings on one test set, and compare pairs of them.
 
-    Scores have pointwise 95 % intervals. Differences have simultaneous ones: over all pairs of a metric, by the
-    maximum of the studentized differences (Westfall and Young 1993). Several runs are resampled with the artists.
-    Raises `ValueError` as `metrics.evaluate` does.
+    Scores have 95 % intervals of their own, differences have simultaneous ones over all pairs of a metric (see
+    `training.significance.simultaneous_intervals`). Several runs are resampled with the artists. Raises `ValueError`
+    as `training.metrics.score_labels` does.
     """
-    draws = bootstrap_weights(len(targets), n_bootstrap, seed, clusters)
-    weights = np.concatenate([np.ones((1, len(targets)), np.int32), draws])
-    macro = {name: _macro(targets, values, labels, weights, seed) for name, values in scores.items()}
+    weights = bootstrap_weights(len(targets), n_bootstrap, seed, clusters)
+    levels = [level for level in label_levels(labels, targets.sum(0)) if level[0] == "macro"]
     unit = "track" if clusters is None else "artist"
-    runs = {name: len(values) if np.ndim(values) == 3 else 1 for name, values in scores.items()}
+    rows, macro = [], {}
+    for name, values in scores.items():
+        by_label = score_labels(targets, values, labels, weights, seed)
+        averages = {level: macro_average(by_label[members]) for _, level, members in levels}
+        macro[name] = averages["all"]
+        common = {"setting": name, "reference": None, "runs": len(values) if np.ndim(values) == 3 else 1, "unit": unit}
+        rows += [common | score for level, average in averages.items() for score in _scores(level, average)]
     pairs = list(combinations(scores, 2)) if pairs is None else pairs
-    rows = []
-    for i, metric in enumerate(METRICS):
-        for name, values in macro.items():
-            low, high = confidence_interval(values[i, 1:], values[i, 0])
-            row = {"setting": name, "metric": metric, "value": values[i, 0], "low": low, "high": high}
-            rows.append(row | {"reference": None, "runs": runs[name], "unit": unit})
-        rows += _differences(macro, i, pairs, unit)
-    return rows
+    return rows + [row | {"unit": unit} for row in _differences(macro, pairs)]
 
 
-def _differences(macro: dict[str, np.ndarray], i: int, pairs: list[tuple[str, str]], unit: str) -> list[dict]:
-    if not pairs:
-        return []
-    differences = np.stack([macro[a][i] - macro[b][i] for a, b in pairs])
-    table = simultaneous_intervals([f"{a} - {b}" for a, b in pairs], differences)
+def _scores(level: str, average: np.ndarray):  # all or frequent; (metrics, 1 + resamples)
+    for metric, values in zip(METRICS, average, strict=True):
+        low, high = map(float, confidence_interval(values[1:], values[0], limits=(0, 1)))
+        name = metric if level == "all" else f"{metric}, {level} labels"
+        yield {"metric": name, "value": float(values[0]), "low": low, "high": high}
+
+
+def _differences(macro: dict[str, np.ndarray], pairs: list[tuple[str, str]]) -> list[dict]:
     rows = []
-    for (a, b), row in zip(pairs, table.iter_rows(named=True), strict=True):
-        row = {"value": row["difference"], "low": row["simultaneous_low"], "high": row["simultaneous_high"]}
-        rows.append({"setting": a, "reference": b, "metric": METRICS[i], "unit": unit} | row)
+    for i, metric in enumerate(METRICS if pairs else ()):
+        names = [f"{a} - {b}" for a, b in pairs]
+        table = simultaneous_intervals(names, np.stack([macro[a][i] - macro[b][i] for a, b in pairs]))
+        columns = table.select("difference", "simultaneous_low", "simultaneous_high")
+        for (a, b), (value, low, high) in zip(pairs, columns.iter_rows(), strict=True):
+            row = {"setting": a, "reference": b, "metric": metric}
+            rows.append(row | {"value": value, "low": low, "high": high})
     return rows
 
 # %% ../../nbs/paper/comparison.ipynb #b28c4004

@@ -36,7 +36,7 @@ from maestlib.paper.scales import (
     split_names,
 )
 from ..probing.embeddings import Embeddings, check_whole_tracks, extract_embeddings, subset_corpus
-from ..probing.features import features_from_onnx, from_features
+from ..probing.features import features_from_onnx, read_features
 from ..probing.layers import PAPER_GRID, plot_layers
 from ..probing.musicnn import musicnn_features
 from ..probing.probe import ProbeConfig
@@ -99,7 +99,7 @@ def embed_rival(
     if path.suffix == ".onnx":
         return path.stem, features_from_onnx(path, corpus)
     if path.suffix == ".parquet":
-        return path.stem, from_features(path, corpus=corpus)
+        return path.stem, read_features(path, corpus)
     rival = load_model(name).to(default_device())
     return model_title(name, rival), extract_embeddings(corpus, rival, patchout=patchout)
 
