@@ -48,6 +48,13 @@ class Corpus:
         "Return the rows of a split, for training on it or for scoring it."
         return np.flatnonzero((self.table["split"] == split).to_numpy())
 
+    def artists(
+        self,
+        split: str,  # train, validation or test
+    ) -> np.ndarray:  # (tracks,) in the order of `indices`
+        "Return the artist, or the family, of each track: the unit of resampling. A track without one stands alone."
+        return self.table[self.indices(split)].select(pl.coalesce("artist", "track_id")).to_series().to_numpy()
+
     def read_sample(
         self,
         tracks: int,  # at most

@@ -18,7 +18,8 @@ from ..datasets.batches import load_corpus
 from .config import LAPTOP_PRESET, TrainConfig
 from .evaluation import mel_baseline, predict_test
 from .loop import fit
-from .metrics import METRICS, evaluate, paired_bootstrap
+from .metrics import METRICS, evaluate
+from .significance import paired_bootstrap
 from .trainer import create_model
 
 # %% ../../nbs/training/confirmation.ipynb #cf000007
@@ -59,7 +60,7 @@ def predict_seeds(
 def seed_scores(
     predictions: pl.DataFrame,  # from `predict_seeds`
     labels: list[str],  # in the order of the probabilities
-    n_bootstrap: int = 1000,  # resamples
+    n_bootstrap: int = 10_000,  # resamples
 ) -> pl.DataFrame:  # level, name, runs, and for each metric: itself, *_low, *_high, *_baseline, *_gain_low, *_gain_high
     """Score the mean over runs, and its gain over the mel baseline, with 95 % intervals over families and runs."""
     by_run = predictions.partition_by("model", "seed", as_dict=True, maintain_order=True)

@@ -217,21 +217,18 @@ def predict_test(
 def summary_table(
     scores: pl.DataFrame,  # from `evaluate`
     comparison: pl.DataFrame,  # from `paired_bootstrap`, model minus baseline
-    targets: np.ndarray,  # (tracks, labels) 0 or 1, for chance
-    labels: list[str],  # in the order of the columns
 ) -> pl.DataFrame:  # a row for all labels and for each group; for ROC-AUC and mAP: score, 95 %, chance, baseline, gain
     """Tabulate scores with their intervals beside chance and beside the baseline.
 
-    Chance is 0.5 for ROC-AUC, and for mAP the mean share of positive tracks. Intervals are 95 % bootstrap percentile
-    intervals over tracks; `gain` is that of the paired difference to the baseline.
+    Chance is 0.5 for ROC-AUC, and for mAP that of a random ranking (see `chance_average_precision`); `gain` is the 95 %
+    interval of the paired difference to the baseline. The row `frequent` leaves out the rare labels.
     """
     table = scores.filter(pl.col("level") != "label").join(
         comparison, on=["level", "name"], suffix="_gain", maintain_order="left"
     )
-    positive_share = _mean_by_group(targets.mean(0), labels)
     columns = [pl.col("name").alias("labels")]
     for metric, title in (("roc_auc", "ROC-AUC"), ("map", "mAP")):
-        chance = pl.lit(0.5) if metric == "roc_auc" else pl.col("name").replace_strict(positive_share)
+        chance = pl.lit(0.5) if metric == "roc_auc" else pl.col("map_chance")
         columns += [
             pl.col(metric).round(3).alias(title),
             _format_interval(f"{metric}_low", f"{metric}_high", ".3f").alias(f"{title} 95 %"),
@@ -240,13 +237,6 @@ def summary_table(
             _format_interval(f"{metric}_low_gain", f"{metric}_high_gain", "+.3f").alias(f"{title} gain 95 %"),
         ]
     return table.select(columns)
-
-
-def _mean_by_group(values, labels):  # (labels,) → {"all" or group: mean}
-    groups = {"all": list(range(len(labels)))}
-    for i, label in enumerate(labels):
-        groups.setdefault(label.split("---")[0], []).append(i)
-    return {name: float(np.mean(values[index])) for name, index in groups.items()}
 
 
 def _format_interval(low, high, spec):  # names of two columns → an expression, "0.712 … 0.745"
@@ -258,7 +248,7 @@ def plot_label_gains(
     comparison: pl.DataFrame,  # from `paired_bootstrap`: a is the model, b the baseline
     metric: str = "roc_auc",  # or "map"
 ):  # a plotly figure
-    "Plot model and baseline for every label, with thick lines where the paired 95 % interval over tracks excludes 0."
+    "Plot model and baseline for every label, with thick lines where they differ significantly among all labels."
     import plotly.graph_objects as go
 
     part = comparison.filter((pl.col("level") == "label") & pl.col(f"{metric}_a").is_not_null())
@@ -300,7 +290,7 @@ def compare_runs(
 ) -> pl.DataFrame:  # run, settings that differ, clips, minutes, clips_per_s, validation_* and test_* scores
     """Tabulate the settings that differ between runs, and their scores.
 
-    Test scores have 95 % bootstrap intervals over tracks, as `evaluate` gives them. Raises `ValueError` where a folder
+    Test scores have 95 % bootstrap intervals, as `evaluate` gave them. Raises `ValueError` where a folder
     is not that of a run.
     """
     if runs is None or isinstance(runs, str | Path):
