@@ -24,7 +24,7 @@ from .probes import fixed_setting, load_probe_corpus, probe, score_matrix
 from .published import FINDINGS
 from .results import Report, make_manifest, make_results, plot_results
 from .scales import PaperConfig, audio_folder, describe_scale, manifest_settings, split_names
-from ..probing.embeddings import extract_embeddings
+from ..probing.embeddings import extract_embeddings, subset_corpus
 from ..training.config import PAPER_COLUMNS, TrainConfig
 from ..training.evaluation import predict
 from ..training.loop import fit
@@ -45,23 +45,27 @@ def run_fields(
     return fields | changed
 
 
+def _training_corpus(config: PaperConfig) -> Corpus:
+    return load_corpus(config.pretraining, quiet=True, audio=audio_folder(config, config.pretraining))
+
+
 def train_run(
     config: PaperConfig,
-    name: str,  # of the setting, for the folder
+    name: str,  # of the setting, for the log
     seed: int,
     **changed,  # see `run_fields`
 ) -> Path:  # the run folder: last.safetensors, swa.safetensors, config.json
     "Train one setting with one seed; resume it if it was interrupted. Raises what `training.loop.fit` raises."
     fields = run_fields(config, **changed) | {"seed": seed}
     checksum = zlib.crc32(json.dumps(fields, sort_keys=True, default=str).encode())
-    out_dir = f"{config.out_dir}/runs/{name.replace(' ', '-')}-{seed}-{checksum:08x}"
+    out_dir = f"{config.out_dir}/runs/seed-{seed}-{checksum:08x}"
     if (resolve_path(out_dir) / "config.json").exists():
         train_config = TrainConfig.from_params({"resume": out_dir})
     else:
         train_config = TrainConfig(**fields, out_dir=out_dir, num_validations=1).resolve_auto()
     if not (resolve_path(out_dir) / "last.safetensors").exists():
         log.info(f"{name}, seed {seed}: {train_config.max_steps or 'all'} steps")
-        corpus = load_corpus(train_config.dataset, quiet=True, audio=audio_folder(config, train_config.dataset))
+        corpus = _training_corpus(config)
         teacher = load_model(train_config.teacher) if train_config.teacher else None
         fit(train_config, corpus, create_model(train_config, corpus), teacher)
     return resolve_path(out_dir)
@@ -90,7 +94,7 @@ def tag_scores(
         settings = TrainConfig.from_params({"resume": str(run)})
         return predict(load_model(run / WEIGHTS[weights]), corpus, corpus.indices("test"), settings.test_patchout)
 
-    return _kept(run / f"tags-{weights}.npy", compute)
+    return _kept(run / f"tags-{weights}-{len(corpus.indices('test'))}.npy", compute)
 
 
 def score_settings(
@@ -99,7 +103,7 @@ def score_settings(
     experiment: str,
 ) -> tuple[list[dict], list[str]]:  # rows for `make_results`, and sentences about differences
     "Score every setting on both tasks with both kinds of weights, paired over artists and runs."
-    trained_on = load_corpus(config.pretraining, quiet=True, audio=audio_folder(config, config.pretraining))
+    trained_on = subset_corpus(_training_corpus(config), config.tracks)
     downstream = load_probe_corpus(config, config.downstream)
     common = {"experiment": experiment, "scale": config.scale}
     rows, sentences = [], []
@@ -157,9 +161,8 @@ def _train_settings(config: PaperConfig, settings: dict[str, dict]) -> tuple[dic
 def _report(config: PaperConfig, experiment: str, settings: dict[str, dict], limits: list[str]) -> Report:
     runs, left_out = _train_settings(config, settings)
     rows, findings = score_settings(config, runs, experiment)
-    corpus = load_corpus(config.pretraining, quiet=True, audio=audio_folder(config, config.pretraining))
     weights = {title: load_model(folders[0] / "last.safetensors") for title, folders in runs.items()}
-    manifest = make_manifest(corpus, weights, manifest_settings(config))
+    manifest = make_manifest(_training_corpus(config), weights, manifest_settings(config))
     results = make_results(rows, manifest)
     figure = plot_results(results)
     return Report(results, [figure], findings + left_out, limits + describe_scale(config))
@@ -208,6 +211,9 @@ def run_teacher(
     config: PaperConfig,
 ) -> Report:
     "Train with and without the pseudo-labels of a teacher."
-    settings = {"labels": {}, "labels and teacher": {"teacher": config.teacher}}
-    limits = [f"{FINDINGS['teacher']}", _OTHER_DATA]
-    return _report(config, "teacher", settings, limits)
+    teacher, limits = config.teacher, [FINDINGS["teacher"], _OTHER_DATA]
+    if teacher == "own":
+        teacher = str(train_run(config, "labels", 0) / "last.safetensors")
+        limits.append("the teacher is the run without one; the paper's was trained before, longer and on more")
+    changed = {"teacher": teacher, "teacher_keep_every": config.keep_every}
+    return _report(config, "teacher", {"labels": {}, "labels and teacher": changed}, limits)

@@ -33,9 +33,9 @@ SCALES = {
         "preset": "laptop",
         "size": "tiny",
         "max_steps": 600,
-        "training_seeds": 2,
+        "training_seeds": 1,
         "init": "random,related",
-        "teacher": "maest-30s-tunes",
+        "teacher": "own",
     },
     "full": {
         "models": "discogs-maest-30s-pw-129e,discogs-maest-20s-pw-129e,discogs-maest-10s-pw-129e",
@@ -83,7 +83,7 @@ class PaperConfig:
     max_steps: int | str = "auto"  # of each training run; 0: the preset's epochs
     training_seeds: int | str = "auto"  # runs of each setting
     init: str = "auto"  # settings of `init`: random, deit, passt, or related (trained on the downstream data)
-    teacher: str = "auto"  # whose pseudo-labels train the dist token
+    teacher: str = "auto"  # whose pseudo-labels train the dist token; own: those of the run without a teacher
     masters: str = ""  # Discogs dump; empty: the excerpt that ships with the package
     releases: str = ""  # Discogs dump
     catalogue: str = ""  # table of tracks to curate; empty: made from the dump's tracklists
