@@ -68,7 +68,7 @@ def public(tmp_path_factory):  # name of a dataset -> folder with splits/ and au
 
 
 @pytest.fixture
-def named(public, monkeypatch, tmp_path_factory):  # name -> its audio, with its lists where the loaders look
+def named(public, monkeypatch):  # name -> its audio, with its lists where the loaders look
     def named(name):
         monkeypatch.setenv("MAESTLIB_DATA", str(public[name]))
         monkeypatch.setenv("MAESTLIB_CACHE", str(public[name] / "cache"))
@@ -158,9 +158,8 @@ def test_fine_tuning_by_name(named, tmp_path):
 def test_processes_train_on_a_named_dataset_and_resume(named, tmp_path):
     audio, out = named("mtt"), tmp_path / "run"
     arguments = ["--dataset", "mtt", "--audio", audio, "--seconds", 5, "--batch-size", 4, "--patchout-columns", 10]
-    arguments += ["--size", "tiny", "--depth", 2, "--max-steps", 4, "--max-minutes", 0.001, "--out-dir", out]
+    arguments += ["--size", "tiny", "--depth", 2, "--max-steps", 2, "--out-dir", out]
     run_train(arguments, processes=2)
-    assert pl.read_parquet(out / "metrics.parquet")["step"][-1] < 4
-    run_train(["--resume", out, "--max-minutes", 5])
     assert json.loads((out / "config.json").read_text())["audio"] == audio
-    assert pl.read_parquet(out / "metrics.parquet")["step"][-1] == 4
+    assert "validation mAP" in run_train(["--resume", out]), "the audio is found again without being named"
+    assert pl.read_parquet(out / "metrics.parquet")["step"][-1] == 2
