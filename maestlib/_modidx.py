@@ -1004,6 +1004,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'maestlib.paper.runs._related_weights': ('paper/runs.html#_related_weights', 'maestlib/paper/runs.py'),
                                      'maestlib.paper.runs._report': ('paper/runs.html#_report', 'maestlib/paper/runs.py'),
                                      'maestlib.paper.runs._train_settings': ('paper/runs.html#_train_settings', 'maestlib/paper/runs.py'),
+                                     'maestlib.paper.runs._training_corpus': ('paper/runs.html#_training_corpus', 'maestlib/paper/runs.py'),
                                      'maestlib.paper.runs.run_fields': ('paper/runs.html#run_fields', 'maestlib/paper/runs.py'),
                                      'maestlib.paper.runs.run_init': ('paper/runs.html#run_init', 'maestlib/paper/runs.py'),
                                      'maestlib.paper.runs.run_length': ('paper/runs.html#run_length', 'maestlib/paper/runs.py'),
