@@ -113,6 +113,7 @@ class ProbeResult:
     scores: np.ndarray  # (test tracks, labels) float32 logits
     epoch: int  # the best one by validation ROC-AUC, counted from 0
     val_roc_auc: float  # macro average of that epoch
+    val_scores: np.ndarray  # (validation tracks, labels) float32 logits of that epoch
 
 
 def standardize(
@@ -266,8 +267,9 @@ def _fit(
         for best, current in zip(net.best_weights, net.weights, strict=True):
             best[improved] = current[improved]
         on_progress(len(probes))
-    scores = net.predict(test, net.best_weights).cpu().numpy()
-    return [ProbeResult(s, int(e), float(v)) for s, e, v in zip(scores, best_epoch, best_auc, strict=True)]
+    scores, val_scores = (net.predict(tracks, net.best_weights).cpu().numpy() for tracks in (test, validation))
+    best = zip(scores, best_epoch.tolist(), best_auc.tolist(), val_scores, strict=True)
+    return [ProbeResult(*values) for values in best]
 
 # %% ../../nbs/probing/probe.ipynb #6a6fd546
 def _group_probes(probes: list[Probe], embed_dim: int, probes_per_network: int | None, on_cpu: bool) -> list[list[int]]:

@@ -48,7 +48,7 @@ def reference_probe(
     generator = torch.Generator().manual_seed(config.seed)
     val_targets = targets[validation].numpy()
     scorable = (val_targets.min(0) < 1) & (val_targets.max(0) > 0)
-    best = ProbeResult(np.empty(0), -1, -1.0)
+    best = ProbeResult(np.empty(0), -1, -1.0, np.empty(0))
     for epoch, lr in enumerate(config.lr_schedule().tolist()):
         optimizer.param_groups[0]["lr"] = lr
         order = torch.from_numpy(named_rng(config.seed, "probe", epoch).permutation(train.numpy()))
@@ -62,7 +62,7 @@ def reference_probe(
             val_scores = net[1](net[0](x[validation]).relu()).numpy()
             value = (auc or roc_auc_score)(val_targets[:, scorable], val_scores[:, scorable])
             if value > best.val_roc_auc:
-                best = ProbeResult(net[1](net[0](x[test]).relu()).numpy(), epoch, float(value))
+                best = ProbeResult(net[1](net[0](x[test]).relu()).numpy(), epoch, float(value), val_scores)
     return best
 
 # %% ../../nbs/probing/references.ipynb #89b9e3b9
@@ -76,12 +76,13 @@ def ridge_probe(
     a, y = x[train].double(), targets[train].double()
     eigenvalues, eigenvectors = torch.linalg.eigh(a.T @ a)
     projected = eigenvectors.T @ (a.T @ (y - y.mean(0)))
-    best = ProbeResult(np.empty(0), -1, -1.0)
+    best = ProbeResult(np.empty(0), -1, -1.0, np.empty(0))
     for exponent, strength in enumerate(10.0 ** np.arange(0, 6)):
         weights = eigenvectors @ (projected / (eigenvalues.clamp(min=0) + strength)[:, None])
-        auc = float(rank_auc(x[validation].double() @ weights, targets[validation]).nanmean())
+        val_scores = x[validation].double() @ weights
+        auc = float(rank_auc(val_scores, targets[validation]).nanmean())
         if auc > best.val_roc_auc:
-            best = ProbeResult((x[test].double() @ weights).numpy(), exponent, auc)
+            best = ProbeResult((x[test].double() @ weights).numpy(), exponent, auc, val_scores.numpy())
     return best
 
 # %% ../../nbs/probing/references.ipynb #96826588
@@ -98,8 +99,9 @@ def knn_probe(
         nearest = (unit[positions] @ unit[train].T).topk(min(k, len(train)), 1)
         return torch.einsum("nk,nkl->nl", nearest.values.clamp(min=0), targets[train][nearest.indices])
 
-    auc = rank_auc(vote(splits["validation"]), targets[splits["validation"]]).nanmean()
-    return ProbeResult(vote(splits["test"]).numpy(), 0, float(auc))
+    val_scores = vote(splits["validation"])
+    auc = rank_auc(val_scores, targets[splits["validation"]]).nanmean()
+    return ProbeResult(vote(splits["test"]).numpy(), 0, float(auc), val_scores.numpy())
 
 
 CROSS_CHECKS = {"linear": ridge_probe, "knn": knn_probe}  # by the name of the method in a study

@@ -23,7 +23,14 @@ from ..models.patchout import Patchout
 from ..probing.embeddings import Embeddings
 from ..probing.layers import METRIC_TITLES, plot_layers, plot_map, summarize
 from ..probing.probe import ProbeConfig
-from ..probing.study import PROBE_FIELDS, TOKEN_STACKS, run_study
+from maestlib.probing.study import (
+    PROBE_FIELDS,
+    SETTING_COLUMNS,
+    TOKEN_STACKS,
+    concat_studies,
+    resample_study,
+    run_study,
+)
 from ..speed.benchmark import windows_per_clip
 from ..speed.tradeoff import QUALITY_TITLES, plot_grid, plot_pareto, predict_throughput
 from .controls import make_control, panel
@@ -35,7 +42,9 @@ with optional_import():
 
 # %% ../../nbs/widgets/studies.ipynb #ed4f8741
 class StudyResults:
-    "Stored probe results of one dataset."
+    "Stored probe results of one dataset, resampled once."
+
+    n_bootstrap = 200  # enough for the error bars of a figure; contrasts belong to `paired_differences`
 
     def __init__(
         self,
@@ -45,6 +54,7 @@ class StudyResults:
         out: str | Path,  # the parquet file of `run_study`
     ):
         self.corpus, self.models, self.probes, self.out = corpus, models, probes, out
+        self.study = None
         self.reload()
 
     def reload(self):
@@ -52,9 +62,11 @@ class StudyResults:
         options = dict(out=self.out, quiet=True)
         tables = [run_study(self.corpus, e, name, [], self.probes, **options) for name, e in self.models.items()]
         table, wanted = pl.concat(tables), pl.DataFrame([asdict(probe) for probe in self.probes])
-        self.table = pl.concat(
-            [table.join(wanted, on=PROBE_FIELDS, how="semi"), table.filter(pl.col("method") != "mlp")]
-        )
+        table = pl.concat([table.join(wanted, on=PROBE_FIELDS, how="semi"), table.filter(pl.col("method") != "mlp")])
+        if self.study:
+            table = table.join(self.study.settings, on=SETTING_COLUMNS, how="anti", nulls_equal=True)
+        new = resample_study(table, self.corpus, self.n_bootstrap)
+        self.study = concat_studies([self.study, new]) if self.study else new
         self._scores = {}  # by label
 
     def scores(
@@ -63,7 +75,7 @@ class StudyResults:
     ) -> pl.DataFrame:  # of `summarize`
         "Summarize the results for a label, once."
         if label not in self._scores:
-            self._scores[label] = summarize(self.table, label)
+            self._scores[label] = summarize(self.study, label)
         return self._scores[label]
 
     def compute(
