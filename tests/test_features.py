@@ -97,8 +97,10 @@ def test_what_embed_writes_is_read(corpus, tmp_path):
     embed(paths, model, block=1, tokens="ct", out=tmp_path / "windows.parquet")
     values = read_features(tmp_path / "windows.parquet", corpus).values
     windows = pl.read_parquet(tmp_path / "windows.parquet").filter(path=paths[3])
-    assert len(windows) == 5 and values.shape == (len(paths), 1, 1, 48)
-    assert np.allclose(values[3, 0, 0], windows["embedding"].to_numpy().mean(0), atol=1e-5)
+    assert len(windows) > 4 and values.shape == (len(paths), 1, 1, 48)
+    seconds = (windows["end_s"] - windows["start_s"]).to_numpy()
+    assert seconds.min() < seconds.max(), "the last window is shorter"
+    assert np.allclose(values[3, 0, 0], np.average(windows["embedding"].to_numpy(), 0, seconds), atol=1e-5)
 
 
 # ONNX
@@ -124,11 +126,11 @@ def export(module, example, path, dynamic=None):
 @pytest.mark.parametrize("shape, axis", [((1, 96, 128), 2), ((7, 1, 128, 96), 2), ((3, 128, 96), 1)])
 def test_the_layout_is_read_from_the_model(shape, axis, corpus, tmp_path):
     path = export(Means(axis), torch.rand(shape), tmp_path / "means.onnx")
-    values = features_from_onnx(path, corpus).values[:, 0, 0]
+    values = features_from_onnx(path, corpus, folder=tmp_path / "plain").values[:, 0, 0]
     mel = corpus.store.read(corpus.store_rows[5]).astype(np.float32)
     starts = [*range(0, 1875 - 128, 64), 1875 - 128]
     assert np.allclose(values[5], np.mean([mel[s : s + 128].mean(0) for s in starts], 0), atol=2e-3)
-    normalized = features_from_onnx(path, corpus, normalization=MEL).values[:, 0, 0]
+    normalized = features_from_onnx(path, corpus, normalization=MEL, folder=tmp_path / "normal").values[:, 0, 0]
     assert np.allclose(normalized, (values - MEL.mean) / (2 * MEL.std), atol=2e-3)
 
 
@@ -139,7 +141,7 @@ def test_waveforms_come_from_the_files(corpus, tmp_path):
 
     path = export(Level(), torch.rand(2, 16000), tmp_path / "level.onnx", {"x": {0: "batch", 1: "samples"}})
     few = replace(corpus, table=corpus.table[:3], store_rows=corpus.store_rows[:3], targets=corpus.targets[:3])
-    values = features_from_onnx(path, few, seconds=30).values
+    values = features_from_onnx(path, few, seconds=30, folder=tmp_path / "waves").values
     expected = [load_audio(p).square().mean() for p in few.table["path"]]
     assert np.allclose(values[:, 0, 0, 0], expected, rtol=1e-4)
     with pytest.raises(ValueError, match="no fixed length; give seconds"):
@@ -151,7 +153,7 @@ def test_waveforms_come_from_the_files(corpus, tmp_path):
 def test_an_image_model_is_refused(corpus, tmp_path):
     path = export(Means(2), torch.rand(1, 3, 64, 64), tmp_path / "image.onnx")
     with pytest.raises(ValueError, match=r"image.onnx: input x of shape \[1, 3, 64, 64\]; needs waveforms or mels"):
-        features_from_onnx(path, corpus)
+        features_from_onnx(path, corpus, folder=tmp_path / "plain")
 
 
 # MusiCNN, with random weights
@@ -262,9 +264,9 @@ def test_musicnn_computes_what_the_graph_does(weights):
     assert model.labels[7] == "tag 7"
 
 
-def test_musicnn_features_are_means_and_deviations_over_patches(weights, corpus):
+def test_musicnn_features_are_means_and_deviations_over_patches(weights, corpus, tmp_path):
     model = musicnn.load_musicnn(weights)
-    values = musicnn.musicnn_features(corpus, model, seconds=10, batch_size=5).values[:, 0, 0]
+    values = musicnn.musicnn_features(corpus, model, tmp_path, seconds=10, batch_size=5).values[:, 0, 0]
     mel = torch.from_numpy(corpus.store.read(corpus.store_rows[7])).float()[:561].view(3, 187, 96)
     _, penultimate = reference(random_tensors(), mel)
     assert np.allclose(values[7, :200], penultimate.mean(0), atol=1e-3)

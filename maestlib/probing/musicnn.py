@@ -6,8 +6,9 @@
 __all__ = ['MUSICNN_VERSION', 'PATCH_FRAMES', 'ConvNorm', 'MusiCNN', 'read_tensorflow_checkpoint', 'find_musicnn', 'load_musicnn',
            'musicnn_features', 'musicnn_tags']
 
-# %% ../../nbs/probing/musicnn.ipynb #ba89fad1
+# %% ../../nbs/probing/musicnn.ipynb #dbc7c088
 import ast
+import functools
 import os
 import shutil
 import struct
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,8 +30,7 @@ from tqdm.auto import tqdm
 from ..audio.mel import MEL, load_audio, logmel
 from ..core.files import cache_path, file_lock, log, resolve_path
 from ..datasets.batches import Corpus
-from .embeddings import Embeddings
-from .features import from_features
+from .embeddings import Embeddings, embed_in_parts
 
 # %% ../../nbs/probing/musicnn.ipynb #fb0aed67
 class ConvNorm(nn.Module):
@@ -273,25 +274,38 @@ def _patches(mel: torch.Tensor) -> torch.Tensor:  # (n_mels, frames) -> (patches
     return mel.unfold(1, PATCH_FRAMES, PATCH_FRAMES).transpose(0, 1)
 
 
+def _fingerprint(model: MusiCNN) -> str:  # eight hex digits
+    return f"{functools.reduce(lambda crc, t: zlib.crc32(t.cpu().numpy(), crc), model.state_dict().values(), 0):08x}"
+
+
 def musicnn_features(
     corpus: Corpus,  # whose mels are read
     model: MusiCNN | None = None,  # None: `load_musicnn()`
+    folder: str | Path | None = None,  # the folder to create or to resume; None: one in the cache
     seconds: float = 30.0,  # from the start of what is stored of each track
     batch_size: int = 2,  # tracks
 ) -> Embeddings:  # values (tracks, 1, 1, 400), for `run_study`
-    "Compute the mean and deviation of MusiCNN's penultimate layer over 3 s patches. Raises as `load_musicnn`."
+    """Compute the mean and deviation of MusiCNN's penultimate layer over 3 s patches.
+
+    Raises as `load_musicnn` and `embed_in_parts`, and `ValueError` for a store of another front end.
+    """
     model = model or load_musicnn()
     MEL.check_compatible(corpus.store.config, f"MusiCNN, {corpus.store.path}")
     device, frames = next(model.parameters()).device, MEL.num_frames(seconds)
-    features = []
-    for start in tqdm(range(0, len(corpus.store_rows), batch_size), "MusiCNN", unit=f"{batch_size} tracks", delay=2):
-        rows = corpus.store_rows[start : start + batch_size]
-        tracks = [_patches(torch.from_numpy(corpus.store.read(row, 0, frames)).mT.float()) for row in rows]
-        with torch.inference_mode():
-            _, penultimate = model(torch.cat(tracks).to(device))
-        for patches in penultimate.cpu().split([len(track) for track in tracks]):
-            features.append(torch.cat([patches.mean(0), patches.std(0, correction=0)]))
-    return from_features(corpus.table["track_id"], torch.stack(features), "MusiCNN", corpus)
+
+    def compute(rows: list[int]) -> np.ndarray:
+        values = []
+        for start in range(0, len(rows), batch_size):
+            stored = corpus.store_rows[rows[start : start + batch_size]]
+            tracks = [_patches(torch.from_numpy(corpus.store.read(row, 0, frames)).mT.float()) for row in stored]
+            with torch.inference_mode():
+                _, penultimate = model(torch.cat(tracks).to(device))
+            for patches in penultimate.cpu().split([len(track) for track in tracks]):
+                values.append(torch.cat([patches.mean(0), patches.std(0, correction=0)]))
+        return torch.stack(values)[:, None, None].numpy()
+
+    meta = {"model": _fingerprint(model), "kind": "MusiCNN", "mel": MEL.fingerprint(), "seconds": seconds}
+    return embed_in_parts(corpus, compute, meta, folder, tracks_per_file=8 * batch_size)
 
 # %% ../../nbs/probing/musicnn.ipynb #b5692554
 def musicnn_tags(
