@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_runs', 'probe_target', 'subset_corpus', 'segment_starts', 'embed_tracks', 'check_whole_tracks', 'Embeddings',
-           'extract_embeddings']
+           'embed_in_parts', 'extract_embeddings']
 
 # %% ../../nbs/probing/embeddings.ipynb #eb2444e6
 import itertools
@@ -250,6 +250,40 @@ def _write_part(folder: Path, keys: list[tuple[str, int]], values: np.ndarray):
         np.savez(file, ids=np.array([k[0] for k in keys]), sums=np.array([k[1] for k in keys]), values=values)
 
 # %% ../../nbs/probing/embeddings.ipynb #3dd8f00e
+def embed_in_parts(
+    corpus: Corpus,  # whose tracks
+    compute: Callable,  # positions of some tracks in the corpus -> (tracks, blocks, tokens, embed_dim)
+    meta: dict,  # all that the values depend on besides the tracks; for JSON
+    folder: str | Path | None = None,  # the folder to create or to resume; None: one in the cache
+    tracks_per_file: int = 64,  # what an interruption can lose
+) -> Embeddings:  # in the order of the corpus
+    """Compute what `folder` does not hold yet, and return all of the corpus.
+
+    Raises `ValueError` for a folder with other `meta`, a damaged file in it, or values that are not finite.
+    """
+    default = cache_path("embeddings", f"{zlib.crc32(json.dumps(meta).encode()):08x}")
+    folder = resolve_path(folder) if folder else default
+    _check_meta(folder, meta)
+    embedded = _read_parts(folder)
+    checksums = corpus.store.index["checksum"].to_numpy()[corpus.store_rows].tolist()
+    keys = list(zip(corpus.table["track_id"].to_list(), checksums, strict=True))
+    missing = [i for i, key in enumerate(keys) if key not in embedded]
+    for start in tqdm(range(0, len(missing), tracks_per_file), "embedding", unit=f"{tracks_per_file} tracks", delay=2):
+        chosen = missing[start : start + tracks_per_file]
+        values, part_keys = compute(chosen), [keys[i] for i in chosen]
+        _check_finite(part_keys, values)
+        _write_part(folder, part_keys, values)
+        embedded |= zip(part_keys, values, strict=True)
+    return Embeddings(np.stack([embedded[key] for key in keys]), meta, keys)
+
+
+def _check_finite(keys: list[tuple[str, int]], values: np.ndarray):
+    bad = np.flatnonzero(~np.isfinite(values).all((1, 2, 3)))
+    if len(bad):
+        names = ", ".join(keys[i][0] for i in bad[:3])
+        raise ValueError(f"embeddings of {names} are not finite: the model has diverged, or float16 overflows")
+
+# %% ../../nbs/probing/embeddings.ipynb #b4c1e803
 def extract_embeddings(
     corpus: Corpus,  # whose tracks
     model: MAEST | EffNet | str,  # in evaluation mode; mel: mean and deviation of each mel band
@@ -262,8 +296,7 @@ def extract_embeddings(
 ) -> Embeddings:  # in the order of the corpus
     """Embed the tracks that are not in `folder` yet, and return all of the corpus.
 
-    Raises `ValueError` for a folder of another model, a damaged file in it, another mel front end than the corpus'
-    store, excerpts of tracks, or embeddings that are not finite.
+    Raises `ValueError` for excerpts of tracks, another mel front end than the corpus' store, and as `embed_in_parts`.
     """
     if whole_tracks:
         check_whole_tracks(corpus)
@@ -272,28 +305,10 @@ def extract_embeddings(
         compute_dtype = resolve_dtype(dtype, next(model.parameters()).device)
     forward, mel, frames = _make_embedder(model, patchout, compute_dtype)
     mel.check_compatible(corpus.store.config)
-    meta = _describe(model, patchout, compute_dtype, mel)
-    folder = (
-        resolve_path(folder) if folder else cache_path("embeddings", f"{zlib.crc32(json.dumps(meta).encode()):08x}")
-    )
-    _check_meta(folder, meta)
-    embedded = _read_parts(folder)
     batch_size = batch_size or auto_batch_size(model, patchout)
-    checksums = corpus.store.index["checksum"].to_numpy()[corpus.store_rows].tolist()
-    keys = list(zip(corpus.table["track_id"].to_list(), checksums, strict=True))
-    missing = [i for i, key in enumerate(keys) if key not in embedded]
-    for start in tqdm(range(0, len(missing), tracks_per_file), "embedding", unit=f"{tracks_per_file} tracks", delay=2):
-        chosen = missing[start : start + tracks_per_file]
-        values = embed_tracks(forward, mel, frames, corpus.store, corpus.store_rows[chosen], batch_size)
-        part_keys = [keys[i] for i in chosen]
-        _check_finite(part_keys, values)
-        _write_part(folder, part_keys, values)
-        embedded |= zip(part_keys, values, strict=True)
-    return Embeddings(np.stack([embedded[key] for key in keys]), meta, keys)
 
+    def compute(rows):
+        return embed_tracks(forward, mel, frames, corpus.store, corpus.store_rows[rows], batch_size)
 
-def _check_finite(keys: list[tuple[str, int]], values: np.ndarray):
-    bad = np.flatnonzero(~np.isfinite(values).all((1, 2, 3)))
-    if len(bad):
-        names = ", ".join(keys[i][0] for i in bad[:3])
-        raise ValueError(f"embeddings of {names} are not finite: the model has diverged, or float16 overflows")
+    meta = _describe(model, patchout, compute_dtype, mel)
+    return embed_in_parts(corpus, compute, meta, folder, tracks_per_file)

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from tqdm.auto import tqdm
 
 from ..audio.mel import MelConfig, load_audio
 from ..core.extras import optional_import
 from ..core.files import resolve_path
 from ..datasets.batches import Corpus
-from .embeddings import Embeddings, check_whole_tracks, embed_tracks, segment_starts
+from .embeddings import Embeddings, check_whole_tracks, embed_in_parts, embed_tracks, segment_starts
 
 # %% ../../nbs/probing/features.ipynb #f7940079
 def _check_matrix(track_ids: list[str], matrix: np.ndarray, name: str):
@@ -73,7 +72,7 @@ def _embedding_matrix(table: pl.DataFrame, source: Path) -> np.ndarray:  # (rows
 
 
 def read_features(
-    path: str | Path,  # a parquet file: track_id or path, embedding; several rows of a track are averaged
+    path: str | Path,  # a parquet file: track_id or path, embedding; the rows of a track are averaged
     corpus: Corpus,  # whose tracks to take, in its order
     name: str = "",  # of the model; "": the name of the file
 ) -> Embeddings:
@@ -88,9 +87,11 @@ def read_features(
         of_path = {resolve_path(p): t for p, t in corpus.table.select("path", "track_id").iter_rows()}
         keys = [of_path.get(resolve_path(p), p) for p in keys]
     track_ids, rows = np.unique(np.array(keys, dtype=str), return_inverse=True)
+    has_times = {"start_s", "end_s"} <= set(table.columns)
+    weights = (table["end_s"] - table["start_s"]).to_numpy() if has_times else np.ones(len(table))
     sums = np.zeros((len(track_ids), matrix.shape[1]))
-    np.add.at(sums, rows, matrix)
-    return from_features(track_ids, sums / np.bincount(rows)[:, None], name or source.stem, corpus)
+    np.add.at(sums, rows, matrix * weights[:, None])
+    return from_features(track_ids, sums / np.bincount(rows, weights)[:, None], name or source.stem, corpus)
 
 # %% ../../nbs/probing/features.ipynb #12fe95ad
 class _OnnxModel:
@@ -142,7 +143,7 @@ class _OnnxModel:
 def _embed_waves(model: _OnnxModel, paths: list[str], sample_rate: int, batch_size: int) -> np.ndarray:
     "Average the outputs over half-overlapping windows of whole files, (files, values)."
     values = []
-    for path in tqdm(paths, "embedding", unit="track", delay=2):
+    for path in paths:
         wave = load_audio(path, sample_rate=sample_rate)
         windows = [wave[start : start + model.size] for start in segment_starts(len(wave), model.size)]
         batches = [torch.stack(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
@@ -150,38 +151,36 @@ def _embed_waves(model: _OnnxModel, paths: list[str], sample_rate: int, batch_si
     return np.stack(values)
 
 
-def _embed_mels(model: _OnnxModel, corpus: Corpus, mel: MelConfig, batch_size: int) -> np.ndarray:
-    parts = np.array_split(corpus.store_rows, -(-len(corpus.store_rows) // 64))
-    progress = tqdm(parts, "embedding", unit="64 tracks", delay=2)
-    return np.concatenate(
-        [embed_tracks(model, mel, model.size, corpus.store, rows, batch_size) for rows in progress]
-    ).astype(np.float32)
-
-
 def features_from_onnx(
     path: str | Path,  # .onnx, with one input: mels (batch, frames, 96), (batch, 96, frames) or waveforms
     corpus: Corpus,  # whose mels are read, or, for waveforms, the files of its table
-    name: str = "",  # of the model; "": the name of the file
     output: str = "",  # of the model, (batch, values); "": `embeddings`, or the only one
     seconds: float | None = None,  # of a window, where the model does not fix it
     sample_rate: int = 16000,  # Hz, of waveforms
     normalization: MelConfig | None = None,  # whose mean and deviation normalize the mels; None: log10(1 + 1e4 mel)
+    folder: str | Path | None = None,  # the folder to create or to resume; None: one in the cache
     batch_size: int = 64,  # windows
     whole_tracks: bool = True,  # refuse a store of excerpts, see `check_whole_tracks`
-) -> Embeddings:
-    """Run an ONNX model on a corpus; a track is the mean over half-overlapping windows (§3.3), for `run_study`.
+) -> Embeddings:  # values (tracks, 1, 1, values), for `run_study`
+    """Run an ONNX model on a corpus; a track is the mean over half-overlapping windows that cover it (§3.3).
 
     Raises `ImportError` without the extra `onnx`, and `ValueError` for an input or output of another kind, another mel
-    front end than the store's, excerpts of tracks, and values that are not finite.
+    front end than the store's, excerpts of tracks, and as `embed_in_parts`.
     """
     source, stored = resolve_path(path), corpus.store.config
     model = _OnnxModel(source, output, seconds, stored, sample_rate)
-    if model.is_wave:
-        values = _embed_waves(model, corpus.table["path"].to_list(), sample_rate, batch_size)
-    else:
-        if whole_tracks:
-            check_whole_tracks(corpus)
-        mel = normalization or replace(stored, mean=0.0, std=0.5)  # (mel - mean) / (2 std): unchanged
-        mel.check_compatible(stored, f"normalization, {corpus.store.path}")
-        values = _embed_mels(model, corpus, mel, batch_size)
-    return from_features(corpus.table["track_id"], values, name or source.stem, corpus)
+    mel = normalization or replace(stored, mean=0.0, std=0.5)  # (mel - mean) / (2 std): unchanged
+    mel.check_compatible(stored, f"normalization, {corpus.store.path}")
+    if whole_tracks and not model.is_wave:
+        check_whole_tracks(corpus)
+
+    def compute(rows: list[int]) -> np.ndarray:
+        if model.is_wave:
+            values = _embed_waves(model, corpus.table["path"][rows].to_list(), sample_rate, batch_size)
+        else:
+            values = embed_tracks(model, mel, model.size, corpus.store, corpus.store_rows[rows], batch_size)
+        return values[:, None, None]
+
+    meta = {"model": f"{zlib.crc32(source.read_bytes()):08x}", "kind": "onnx", "output": model.output}
+    meta |= {"window": model.size, "mel": repr(mel), "sample_rate": sample_rate}
+    return embed_in_parts(corpus, compute, meta, folder)
