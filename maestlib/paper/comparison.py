@@ -76,7 +76,7 @@ def describe_differences(
     "Say of each pair of settings which one is above the other, if the simultaneous interval excludes zero."
     sentences = []
     for row in rows:
-        if row["reference"] is None or row["metric"] != metric:
+        if row.get("reference") is None or row["metric"] != metric:
             continue
         verdict = "above" if row["low"] > 0 else "below" if row["high"] < 0 else "not told apart from"
         interval = f"{row['low']:+.3f} … {row['high']:+.3f}"

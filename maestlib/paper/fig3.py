@@ -79,7 +79,7 @@ def run_fig3(
     "Measure throughput and quality of every patchout of §4.5 for the first model, beside the CNN's (Figure 3)."
     models = {"maest": next(iter(load_models(config).values()))} | _cnn(config)
     settings = fig3_settings() + [InferenceSetting("effnet", overlap=OVERLAP)] * ("effnet" in models)
-    times = benchmark(settings, models, clips=2, repeats=5)
+    times = benchmark(settings, models, clips=2, repeats=3)
     reports = [_fig3_of(config, dataset, models, times) for dataset in dataset_names(config.datasets)]
     limits = [f"the paper prints Figure 3 without values; its finding: {FINDINGS['fig3']}"]
     limits.append("throughput is this machine's, the paper's a GPU's: only ratios can be compared")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
-from ..core.files import resolve_path
+from ..core.files import resolve_path, runs_dir
 from ..datasets.registry import DATASETS
 from .published import EXPERIMENTS
 
@@ -88,7 +88,7 @@ class PaperConfig:
     releases: str = ""  # Discogs dump
     catalogue: str = ""  # table of tracks to curate; empty: made from the dump's tracklists
     n_bootstrap: int = 10_000  # resamples of the test artists
-    out_dir: str = "runs/paper"  # results.parquet, training runs and tables of probes
+    out_dir: str = "auto"  # of results.parquet, training runs and tables of probes; auto: paper in the folder of runs
 
     def __post_init__(self):
         if self.scale not in SCALES:
@@ -111,7 +111,8 @@ class PaperConfig:
         "Fill in the scale's values. Raises `ValueError` for values that no experiment could use."
         given = {f.name: params[f.name] for f in dataclasses.fields(cls) if f.name in params}
         config = cls(**given)
-        automatic = {k: v for k, v in SCALES[config.scale].items() if getattr(config, k) == "auto"}
+        values = SCALES[config.scale] | {"out_dir": f"{runs_dir()}/paper"}
+        automatic = {name: value for name, value in values.items() if getattr(config, name) == "auto"}
         return _check(replace(config, **automatic))
 
 
