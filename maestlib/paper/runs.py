@@ -41,7 +41,7 @@ def run_fields(
     fields = {"preset": preset, "seconds": seconds, "dataset": config.pretraining, "size": config.size, "swa": True}
     if not config.pretraining:
         raise ValueError("pretraining is empty: give the dataset to train on, such as a mel store of your catalogue")
-    fields["max_steps"] = config.max_steps
+    fields |= {"audio": audio_folder(config, config.pretraining), "max_steps": config.max_steps}
     return fields | changed
 
 
@@ -152,9 +152,11 @@ def _train_settings(config: PaperConfig, settings: dict[str, dict]) -> tuple[dic
     for title, changed in settings.items():
         try:
             runs[title] = [train_run(config, title, seed, **changed) for seed in range(config.training_seeds)]
-        except (ConnectionError, FileNotFoundError) as error:
+        except ConnectionError as error:
             left_out.append(f"{title} is left out: {error}")
             log.info(left_out[-1])
+    if not runs:
+        raise ValueError(f"no setting could be trained: {'; '.join(left_out)}")
     return runs, left_out
 
 

@@ -23,6 +23,7 @@ SCALES = {
         "models": "maest-30s-tunes",
         "datasets": "tunes",
         "rivals": "mel,musicnn,random",
+        "tracks": 600,
         "keep_every": 6,
         "probe_epochs": 30,
         "probe_learning_rate": 3e-3,
@@ -41,6 +42,7 @@ SCALES = {
         "models": "discogs-maest-30s-pw-129e,discogs-maest-20s-pw-129e,discogs-maest-10s-pw-129e",
         "datasets": ",".join(PUBLIC_DATASETS),
         "rivals": "mel,musicnn",
+        "tracks": 0,
         "keep_every": 1,
         "probe_epochs": 30,
         "probe_learning_rate": 1e-4,
@@ -69,7 +71,7 @@ class PaperConfig:
     audio: str = ""  # folder of the audio of public datasets, or name=folder for each, separated by commas
     rivals: str = "auto"  # beside the models: mel, random, musicnn, run folders, ONNX files, tables of features
     keep_every: int | str = "auto"  # the models read one patch column of so many
-    tracks: int = 0  # of each dataset; 0: all
+    tracks: int | str = "auto"  # of each dataset that is probed; 0: all
     block: int | str = "auto"  # of the tables' embedding, counted from 0; auto: the middle one (6 of 12)
     tokens: str = "cdt"  # of the tables' embedding
     probe_epochs: int | str = "auto"
