@@ -12,10 +12,19 @@ from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.probing import embeddings as embeddings_module
 from maestlib.probing import layers
 from maestlib.probing.embeddings import Embeddings, extract_embeddings
-from maestlib.probing.layers import paired_difference, summarize
+from maestlib.probing.layers import paired_differences, summarize
 from maestlib.probing.probe import Probe, ProbeConfig, train_probes
-from maestlib.probing.study import KEY_COLUMNS, TOKEN_STACKS, probe_settings, run_study, study_schema
-from maestlib.training import metrics
+from maestlib.probing.study import (
+    STUDY_SCHEMA,
+    TOKEN_STACKS,
+    concat_studies,
+    data_id,
+    probe_settings,
+    resample_study,
+    run_study,
+)
+from maestlib.training.metrics import evaluate
+from maestlib.training.significance import paired_bootstrap
 from maestlib.widgets import studies
 
 LABELS = ["Band---A", "Band---B", "Key---C"]
@@ -42,7 +51,8 @@ def make_corpus(n=90):
     targets = (rng.random((n, 3)) < 0.4).astype(np.float32)
     split = np.array(["train"] * (n - 40) + ["validation"] * 20 + ["test"] * 20)
     names = [[x for x, y in zip(LABELS, row, strict=True) if y] for row in targets]
-    table = pl.DataFrame({"track_id": [f"t{i}" for i in range(n)], "labels": names, "split": split})
+    ids = [f"t{i}" for i in range(n)]
+    table = pl.DataFrame({"track_id": ids, "artist": [f"a{i // 2}" for i in range(n)], "labels": names, "split": split})
     corpus = Corpus(table, Store(n), np.arange(n), LABELS, targets, MEL)
     values = rng.normal(size=(n, 2, 3, 8))
     values[..., 1, 1, :3] += 3 * targets  # block 1, dist
@@ -128,13 +138,14 @@ def test_study_finds_the_informative_source_and_scores_like_scikit_learn(tmp_pat
         ("mlp", "linear", "knn"),
         tmp_path / "s.parquet",
     )
-    scores = summarize(table)
+    study = resample_study(table, corpus, n_bootstrap=500)
+    scores = summarize(study)
     for method in ("mlp", "linear", "knn"):
         best = scores.filter(method=method).sort("val_roc_auc").row(-1, named=True)
         assert best["blocks"] == "1" and "d" in best["tokens"] and best["roc_auc"] > 0.85
     with_dist, without = dict(blocks="1", tokens="d", method="mlp"), dict(blocks="0", tokens="d", method="mlp")
-    gain = paired_difference(table, with_dist, without)
-    assert gain["low"] > 0 and gain["p"] < 0.02
+    gain = paired_differences(study, {"with - without": (with_dist, without)}).row(0, named=True)
+    assert gain["simultaneous_low"] > 0 and gain["p"] < 0.02
     result = train_probes(embeddings, corpus, [Probe(embeddings.source_indices((1,), "d"), CONFIG)])[0]
     targets, rows = corpus.targets[corpus.indices("test")], table.filter(**with_dist, seed=0)
     for metric, reference in (("roc_auc", roc_auc_score), ("map", average_precision_score)):
@@ -153,10 +164,11 @@ def test_a_label_with_no_positive(capsys):
     logged = capsys.readouterr().out
     assert all(f"no positive in {s}" in logged for s in ("train", "validation", "test"))
     assert table["label"].to_list() == LABELS[:2] and table["map"].null_count() == 1
-    assert summarize(table)["map"][0] == pytest.approx(table["map"][1])
-    assert summarize(table, LABELS[0])["map"][0] is None
+    study = resample_study(table, corpus, n_bootstrap=20)
+    assert summarize(study)["map"][0] == pytest.approx(table["map"][1])
+    assert summarize(study, LABELS[0])["map"][0] is None
     with pytest.raises(ValueError, match="no score"):
-        paired_difference(table, {}, {}, LABELS[0])
+        paired_differences(study, {"itself": ({}, {})}, LABELS[0])
     corpus.targets[corpus.indices("validation")] = 0
     with pytest.raises(ValueError, match="validation: no label"):
         train_probes(embeddings, corpus, [Probe((0,), CONFIG)])
@@ -181,10 +193,13 @@ def test_config_and_methods_are_checked():
 def test_figures_without_a_browser():
     corpus, embeddings = make_corpus()
     table = run_study(corpus, embeddings, "made", probe_settings(embeddings), [CONFIG])
-    assert len(layers.plot_layers(summarize(table), "made").data) == len(TOKEN_STACKS)
-    assert layers.plot_label_scores(table, "made").data[0].z.shape == (3, 2)
+    study = resample_study(table, corpus, n_bootstrap=20)
+    assert len(layers.plot_layers(summarize(study), "made").data) == len(TOKEN_STACKS)
+    assert layers.plot_label_scores(study, "made").data[0].z.shape == (3, 2)
     assert sum(len(t.x) for t in layers.plot_map(corpus, embeddings, (1,), "d", "Band").data) == 90
-    assert layers.describe_findings(table, "made")[0].startswith("by validation the best setting is block 1")
+    assert layers.describe_findings(table, corpus, "made", n_bootstrap=50)[0].startswith(
+        "by validation the best setting is block 1"
+    )
 
 
 def test_embeddings_belong_to_their_tracks(tmp_path):
@@ -222,15 +237,77 @@ def test_a_track_shorter_than_a_patch(tmp_path):
         assert np.isfinite(extract_embeddings(corpus, target, tmp_path / str(target)[:3]).values[3]).all()
 
 
-def test_a_study_has_one_number_of_resamples(tmp_path):
+def test_a_study_is_kept_and_another_version_is_refused(tmp_path):
     corpus, embeddings = make_corpus()
-    file = tmp_path / "s.parquet"
+    file, old = tmp_path / "s.parquet", tmp_path / "old.parquet"
     empty = run_study(corpus, embeddings, "made", [], out=file)
-    assert len(empty) == len(summarize(empty)) == 0
-    rows = run_study(corpus, embeddings, "made", [((1,), "d")], [CONFIG], out=file, n_bootstrap=50)
-    assert rows.columns == empty.columns
-    with pytest.raises(ValueError, match="holds 50 resamples"):
-        run_study(corpus, embeddings, "made", [((1,), "c")], [CONFIG], out=file)
+    assert empty.schema == STUDY_SCHEMA and len(summarize(resample_study(empty, corpus, 10))) == 0
+    rows = run_study(corpus, embeddings, "made", [((1,), "d")], [CONFIG], out=file)
+    trained = []
+    again = run_study(
+        corpus, embeddings, "made", [((1,), "d"), ((0,), "c")], [CONFIG], out=file, on_progress=trained.append
+    )
+    assert sum(trained) == CONFIG.epochs, "only the new probe"
+    assert again.filter(blocks="1").equals(rows) and pl.read_parquet(file).equals(again)
+    rows.drop("scores", "val_map").write_parquet(old)
+    with pytest.raises(ValueError, match=r"old.parquet: no column scores, val_map.* another out"):
+        run_study(corpus, embeddings, "made", [((1,), "d")], [CONFIG], out=old)
+
+
+def test_stored_scores_are_those_of_the_metrics():
+    "Intervals from a stored study are those that `evaluate` gives for the scores of the runs."
+    corpus, embeddings = make_corpus(300)
+    configs = [CONFIG, ProbeConfig(**vars(CONFIG) | {"seed": 1})]
+    table = run_study(corpus, embeddings, "made", [((1,), "d")], configs)
+    row = summarize(resample_study(table, corpus, n_bootstrap=300)).row(0, named=True)
+    results = train_probes(embeddings, corpus, [Probe(embeddings.source_indices((1,), "d"), c) for c in configs])
+    test, runs = corpus.indices("test"), np.stack([r.scores for r in results])
+    options = dict(n_bootstrap=300, clusters=corpus.artists("test"))
+    expected = evaluate(corpus.targets[test], runs, LABELS, **options).row(0, named=True)
+    for name in ("map", "map_low", "map_high", "roc_auc", "roc_auc_low"):
+        assert row[name] == pytest.approx(expected[name], abs=1e-5), name
+    validation = [evaluate(corpus.targets[corpus.indices("validation")], r.val_scores, LABELS, 0) for r in results]
+    assert row["val_map"] == pytest.approx(np.mean([v["map"][0] for v in validation]))
+
+
+def test_studies_of_two_datasets_join():
+    corpus, embeddings = make_corpus()
+    other, others = make_corpus(120)
+    tables = [run_study(c, e, "made", [((1,), "d")], [CONFIG]) for c, e in ((corpus, embeddings), (other, others))]
+    both = pl.concat(tables)
+    assert both["data"].n_unique() == 2 and data_id(corpus) == tables[0]["data"][0]
+    for table, of in zip(tables, (corpus, other), strict=True):
+        joined, alone = (resample_study(t, of, n_bootstrap=20) for t in (both, table))
+        assert np.array_equal(joined.values, alone.values)
+    with pytest.raises(ValueError, match="numbers of resamples"):
+        concat_studies([alone, resample_study(both, other, n_bootstrap=30)])
+    with pytest.raises(ValueError, match="lacks labels"):
+        resample_study(pl.concat([tables[0], tables[0].with_columns(tokens=pl.lit("c"))[:2]]), corpus, 20)
+
+
+def test_artists_are_resampled():
+    "Tracks that an artist repeats say nothing new: the interval does not narrow, as it would over tracks."
+    corpus, embeddings = make_corpus(200)
+    table = run_study(corpus, embeddings, "made", [((0,), "d")], [CONFIG])
+    test = corpus.indices("test")
+    repeated = np.concatenate([np.arange(len(corpus.table)), np.repeat(test, 3)])
+    corpus.table = corpus.table.with_columns(artist=pl.col("track_id"))
+    larger = Corpus(
+        corpus.table[repeated], corpus.store, corpus.store_rows, LABELS, corpus.targets[repeated], corpus.mel
+    )
+    scores = [np.concatenate([row, np.repeat(row, 3)]) for row in table["scores"].to_numpy()]
+    copies = table.with_columns(scores=pl.Series(scores, dtype=pl.List(pl.Float32)), data=pl.lit(data_id(larger)))
+    once, fourfold = (summarize(resample_study(t, c, n_bootstrap=1000)) for t, c in ((table, corpus), (copies, larger)))
+    larger.table = larger.table.with_columns(artist=pl.int_range(pl.len()).cast(pl.String))
+    over_tracks = summarize(resample_study(copies, larger, n_bootstrap=1000))
+    width, same, narrow = (row["roc_auc_high"][0] - row["roc_auc_low"][0] for row in (once, fourfold, over_tracks))
+    assert same == pytest.approx(width, rel=0.02) and narrow < 0.7 * width
+
+
+def test_a_track_without_an_artist_stands_alone():
+    corpus, _ = make_corpus()
+    corpus.table = corpus.table.with_columns(artist=pl.when(pl.col("track_id") != "t89").then("artist"))
+    assert corpus.artists("test")[-3:].tolist() == ["a43", "a44", "t89"]
 
 
 def test_a_split_without_tracks():
@@ -243,24 +320,28 @@ def test_a_split_without_tracks():
                 run_study(bare, embeddings, "made", [((0,), "c")], [CONFIG], (method,))
 
 
-def test_equal_scores_are_no_difference():
-    "Two settings differ in one track of forty: resamples without it tie, and count against the difference."
+def test_a_difference_in_one_track_is_no_difference():
+    "Two settings differ in one track of forty: it is not in a third of the resamples."
     target = np.arange(40) < 8
     perfect = target.astype(float)
     slip = perfect.copy()
     slip[20] = 2
-    weights = metrics.bootstrap_weights(40, 200)
-    rows = [dict(zip(("roc_auc", "map"), map(float, map(np.squeeze, metrics.roc_auc_and_ap(target, s))), strict=True))
-            | {f"{m}_resampled": x.astype(np.float32) for m, x in zip(("roc_auc", "map"),
-               metrics.roc_auc_and_ap(target, s, weights), strict=True)} for s in (perfect, slip)]  # fmt: skip
-    base = dict.fromkeys(KEY_COLUMNS, None) | dict(
-        model="m", method="mlp", tokens="c", label="x", val_roc_auc=0.5, seed=0
-    )
-    schema = study_schema(200)
-    table = pl.DataFrame([base | dict(blocks=b) | row for b, row in zip("01", rows, strict=True)], schema=schema)
-    gain = paired_difference(table, dict(blocks="0"), dict(blocks="1"))
-    assert gain["difference"] > 0 and gain["low"] == 0 and gain["p"] > 0.1
-    assert summarize(table)["map_high"].max() <= 1
+    options = dict(labels=["x"], n_bootstrap=2000)
+    row = paired_bootstrap(target[:, None], perfect[:, None], slip[:, None], **options).row(0, named=True)
+    assert row["map_difference"] > 0.1 and row["map_p"] > 0.05 and not row["map_significant"]
+
+
+def test_the_best_of_many_is_no_finding():
+    "Of twenty labels without a difference, single intervals find some, and the family none in most of the cases."
+    rng, labels = np.random.default_rng(0), [f"x{i}" for i in range(20)]
+    single, together = [], []
+    for seed in range(12):
+        targets = rng.random((100, 20)) < 0.3
+        a, b = (targets + rng.normal(size=targets.shape) for _ in range(2))
+        rows = paired_bootstrap(targets, a, b, labels, n_bootstrap=400, seed=seed).filter(level="label")
+        single.append(((rows["map_low"] > 0) | (rows["map_high"] < 0)).any())
+        together.append(rows["map_significant"].any())
+    assert sum(single) >= 5 and sum(together) <= 3, (single, together)
 
 
 def test_the_widget_starts_from_nothing(tmp_path):

@@ -23,13 +23,13 @@ def small(**fields):
 
 
 def results(rows):
-    "A results table: (setting, realtime factor, mAP, can be recommended)."
+    "A results table: (setting, realtime factor, mAP on validation, can be recommended)."
     kwargs = InferenceSetting(keep_every=2, merge=0.2).embed_kwargs(30)
     shared = dict(memory_mb=1.0, family="patchout", ratio=1.0, model="maest", device="x", threads=2)
     return pl.DataFrame(
         [
             shared
-            | dict(setting=setting, realtime_factor=float(factor), map=score, gflop=100 / factor)
+            | dict(setting=setting, realtime_factor=float(factor), val_map=score, map=0.45, gflop=100 / factor)
             | dict(clips_per_s=factor / 30, embed_kwargs=kwargs if supported else None)
             for setting, factor, score, supported in rows
         ]
@@ -85,6 +85,19 @@ def test_only_what_embed_supports_is_recommended():
 def test_nothing_to_recommend(asked, message):
     with pytest.raises(ValueError, match=message):
         recommend(100, **asked, table=TABLE)
+
+
+def test_choices_are_made_on_validation():
+    swapped = TABLE.with_columns(map=pl.Series([0.1, 0.9, 0.2, 0.1]))
+    assert pareto_front(swapped).equals(swapped.filter(setting="int8"))
+    chosen = recommend(100, deadline=1, table=swapped)
+    assert chosen["setting"] == "slow" and chosen["val_map"] == 0.5 and chosen["map"] == 0.1
+
+
+def test_a_table_of_another_version_is_refused(tmp_path):
+    TABLE.drop("val_map").write_parquet(tmp_path / "old.parquet")
+    with pytest.raises(ValueError, match="old.parquet: no column val_map"):
+        recommend(1, deadline=1, table=tmp_path / "old.parquet")
 
 
 def test_nothing_measured_yet(tmp_path):

@@ -81,7 +81,8 @@ def test_same_seed_gives_same_metrics(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MAESTLIB_CACHE", str(folder.parent / "cache"))
     corpus = load_corpus(str(folder))
     assert len(corpus.table) == 29  # the text file is left out
-    again = evaluate(corpus.targets[corpus.indices("test")], predict_test(tmp_path / "one", corpus), corpus.labels)
+    targets, predictions = corpus.targets[corpus.indices("test")], predict_test(tmp_path / "one", corpus)
+    again = evaluate(targets, predictions, corpus.labels, clusters=corpus.artists("test"))
     assert again.equals(stored)
 
 

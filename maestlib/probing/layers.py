@@ -17,7 +17,7 @@ from ..core.extras import optional_import
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
 from .embeddings import Embeddings
-from .study import TOKEN_STACKS, ResampledStudy, list_settings, resample_study
+from .study import SETTING_COLUMNS, TOKEN_STACKS, ResampledStudy, list_settings, resample_study
 from ..training.metrics import METRICS, confidence_interval
 from ..training.significance import simultaneous_intervals
 
@@ -31,15 +31,15 @@ def summarize(
 ) -> pl.DataFrame:  # a row for each setting: its columns, and each metric with _low, _high, _spread
     "Summarize each setting over labels and seeds, with 95 % intervals. Raises `ValueError` for an unknown label."
     names = [study.labels[i] for i in study.select_labels(label)]
-    by_seed = study.rows.filter(pl.col("label").is_in(names)).group_by(*study.settings.columns[:-3], "seed")
-    spread = by_seed.agg(pl.col(METRICS).mean()).group_by(study.settings.columns[:-3]).agg(pl.col(METRICS).std(ddof=0))
+    by_seed = study.rows.filter(pl.col("label").is_in(names)).group_by(*SETTING_COLUMNS, "seed")
+    spread = by_seed.agg(pl.col(METRICS).mean()).group_by(SETTING_COLUMNS).agg(pl.col(METRICS).std(ddof=0))
     columns = {}
     for metric in METRICS:
         values = study.macro(label, metric)
         low, high = confidence_interval(values[:, 1:], values[:, 0], limits=(0, 1))
         columns |= {metric: values[:, 0].astype(np.float64), f"{metric}_low": low, f"{metric}_high": high}
     summary = pl.concat([study.settings, pl.DataFrame(columns)], how="horizontal").fill_nan(None)
-    options = dict(on=study.settings.columns[:-3], suffix="_spread", nulls_equal=True, maintain_order="left")
+    options = dict(on=SETTING_COLUMNS, suffix="_spread", nulls_equal=True, maintain_order="left")
     return summary.join(spread, how="left", **options)
 
 # %% ../../nbs/probing/layers.ipynb #72c13c83

@@ -252,8 +252,8 @@ def resample_study(
     Memory is 8 bytes per setting, label and resample. Raises `ValueError` where a probe lacks labels that others have.
     """
     table = table.filter(data=data_id(corpus))
-    scored = set(table["label"])
-    positions = [i for i, label in enumerate(corpus.labels) if label in scored]
+    scored, trained = set(table["label"]), corpus.targets[corpus.indices("train")].any(0)
+    positions = [i for i, label in enumerate(corpus.labels) if (label in scored if scored else trained[i])]
     labels, test = [corpus.labels[i] for i in positions], corpus.indices("test")
     targets = corpus.targets[np.ix_(test, positions)]
     weights = bootstrap_weights(len(test), n_bootstrap, seed, corpus.artists("test"))

@@ -26,9 +26,9 @@ from ..models.effnet import EffNet
 from ..models.maest import MAEST, MAESTConfig, auto_batch_size
 from ..models.patchout import STRIDE, Patchout, select_patches
 from ..probing.embeddings import Embeddings, embed_tracks
-from ..probing.layers import paired_difference, summarize
+from ..probing.layers import paired_differences, summarize
 from ..probing.probe import ProbeConfig
-from ..probing.study import run_study
+from ..probing.study import resample_study, run_study
 from .benchmark import InferenceSetting, build_forward
 from ..training.metrics import METRICS, evaluate
 
@@ -99,38 +99,41 @@ def evaluate_quality(
     configs: list[ProbeConfig],  # of the probes: one for each seed
     out: str | Path | None = None,  # a parquet file of known probes, as of `run_study`
     tags: bool = False,  # also score the predicted tags
-) -> pl.DataFrame:  # setting, roc_auc, map, map_drop, each with _low, _high; cosine; tags_roc_auc, tags_map
-    """Score each setting's embeddings on the test split with a probe (§3.3), with 95 % intervals.
+    n_bootstrap: int = 10_000,  # resamples
+) -> pl.DataFrame:  # setting, val_map, roc_auc, map, map_drop, each with _low, _high; cosine; tags_roc_auc, tags_map
+    """Score each setting's embeddings on the test split with a probe (§3.3), with 95 % intervals over artists.
 
-    `map_drop` is the mAP of the first setting minus the setting's own, paired over test tracks. Raises `ValueError`
-    as `run_study` and `build_forward` do.
+    `map_drop` is the mAP of the first setting minus the setting's own, with simultaneous intervals over all settings
+    (see `paired_differences`). Raises `ValueError` as `run_study` and `build_forward` do.
     """
     results = {s.name: embed_corpus(corpus, s, models[s.model], tags) for s in tqdm(settings, "embedding", delay=2)}
     tables = []
     for name, (embeddings, _) in results.items():
         source = [((0,), embeddings.tokens)]
         tables.append(run_study(corpus, embeddings, name, source, configs, out=out, quiet=len(tables) > 0))
-    table = pl.concat(tables)
-    reference, rows = settings[0], []
+    study, reference = resample_study(pl.concat(tables), corpus, n_bootstrap), settings[0]
+    contrasts = {s.name: ({"model": reference.name}, {"model": s.name}) for s in settings}
+    names = dict(zip(("difference", "simultaneous_low", "simultaneous_high"), ("", "_low", "_high"), strict=True))
+    drops = paired_differences(study, contrasts).select("contrast", *names)
+    drops = drops.rename({"contrast": "setting"} | {name: f"map_drop{suffix}" for name, suffix in names.items()})
+    rows = []
     for setting in settings:
         embeddings, probabilities = results[setting.name]
-        drop = paired_difference(table, {"model": reference.name}, {"model": setting.name})
-        row = {"model": setting.name, "map_drop": drop["difference"]}
-        row |= {"map_drop_low": drop["low"], "map_drop_high": drop["high"]}
-        comparable = setting.model == reference.model
-        row["cosine"] = _cosine(embeddings, results[reference.name][0]) if comparable else None
+        row = {"setting": setting.name, "cosine": None}
+        if setting.model == reference.model:
+            row["cosine"] = _cosine(embeddings, results[reference.name][0])
         if tags:
             row |= _score_tags(corpus, models[setting.model].config.labels, probabilities)
         rows.append(row)
     columns = [metric + suffix for metric in METRICS for suffix in ("", "_low", "_high")]
-    differences = pl.DataFrame(rows, infer_schema_length=None)
-    return summarize(table).select("model", *columns).join(differences, "model").rename({"model": "setting"})
+    scores = summarize(study).select(pl.col("model").alias("setting"), "val_map", *columns)
+    return scores.join(drops, "setting").join(pl.DataFrame(rows, infer_schema_length=None), "setting")
 
 # %% ../../nbs/speed/tradeoff.ipynb #bd52db51
 def pareto_front(
     table: pl.DataFrame,
     x: str = "realtime_factor",  # the larger the better, as `y`
-    y: str = "map",
+    y: str = "val_map",
 ) -> pl.DataFrame:  # rows of `table`, ascending in x
     "Select the rows that no other row beats in both columns."
     best, front = -math.inf, []
@@ -149,19 +152,22 @@ def _measured_table(path: str | Path | None) -> pl.DataFrame:  # None: what this
         path = full if full.exists() else quick
     if not path.exists():
         raise FileNotFoundError(f"{path}: nothing was measured yet; run nbs/speed/tradeoff.ipynb")
-    return pl.read_parquet(path)
+    table = pl.read_parquet(path)
+    if "val_map" not in table.columns:
+        raise ValueError(f"{path}: no column val_map, by which settings are chosen; run nbs/speed/tradeoff.ipynb again")
+    return table
 
 # %% ../../nbs/speed/tradeoff.ipynb #b3db7d58
 def _fastest_or_best(front: pl.DataFrame, deadline: float | None, min_map: float | None) -> dict:  # a row
     "The best row within the deadline, or the fastest one with the score. Raises `ValueError` if there is none."
     if deadline is not None:
-        fitting = front.filter(pl.col("hours") <= deadline).sort("map")
+        fitting = front.filter(pl.col("hours") <= deadline).sort("val_map")
         nearest = front.sort("hours").row(0, named=True)
         message = f"deadline={deadline:g} h: {nearest['setting']} is the fastest, and takes {nearest['hours']:.2g} h"
     else:
-        fitting = front.filter(pl.col("map") >= min_map).sort("realtime_factor")
-        nearest = front.sort("map").row(-1, named=True)
-        message = f"min_map={min_map}: {nearest['setting']} is the best, with {nearest['map']:.3f}"
+        fitting = front.filter(pl.col("val_map") >= min_map).sort("realtime_factor")
+        nearest = front.sort("val_map").row(-1, named=True)
+        message = f"min_map={min_map}: {nearest['setting']} is the best, with {nearest['val_map']:.3f}"
     if not len(fitting):
         raise ValueError(message)
     return fitting.row(-1, named=True)
@@ -170,14 +176,15 @@ def _fastest_or_best(front: pl.DataFrame, deadline: float | None, min_map: float
 def recommend(
     hours_of_audio: float,  # how much there is to embed
     deadline: float | None = None,  # hours until it must be done: take the best score in that time
-    min_map: float | None = None,  # the required score: take the fastest setting that has it
+    min_map: float | None = None,  # the required mAP on validation: take the fastest setting that has it
     table: pl.DataFrame | str | Path | None = None,  # of this notebook; None: what it wrote on this machine
-) -> dict:  # model, setting, hours, map, and the arguments of `ReducedMAEST` (reduction) and `maestlib.embed` (options)
+) -> dict:  # model, setting, hours, val_map, map (of the test split), arguments of `ReducedMAEST` and `maestlib.embed`
     """Recommend a measured setting for an amount of audio. Give either `deadline` or `min_map`.
 
-    Throughput was measured from the waveform on: where decoding is slower than the model, decoding sets the time.
-    Raises `ValueError` where nothing is fast or good enough, and names what comes nearest; `FileNotFoundError` where
-    nothing was measured.
+    Settings are chosen by their mAP on the validation split. Throughput was measured from the
+    waveform on: where decoding is slower than the model, decoding sets the time. `reduction` in the result is what
+    `ReducedMAEST` takes, `options` what `embed` takes. Raises `ValueError` where nothing is fast or good enough, and
+    names what comes nearest; `FileNotFoundError` where nothing was measured.
     """
     if (deadline is None) == (min_map is None):
         raise ValueError("deadline, min_map: give one of them")
@@ -192,7 +199,7 @@ def recommend(
     row = _fastest_or_best(front, deadline, min_map)
     kwargs = json.loads(row["embed_kwargs"])
     kwargs["options"]["patchout"] = Patchout(**kwargs["options"]["patchout"])
-    return {key: row[key] for key in ("model", "setting", "hours", "map")} | kwargs
+    return {key: row[key] for key in ("model", "setting", "hours", "val_map", "map")} | kwargs
 
 # %% ../../nbs/speed/tradeoff.ipynb #1d857c05
 def _marker_sizes(memory_mb: pl.Series, max_memory_mb: float) -> pl.Series:  # in pixels, area by memory
@@ -201,8 +208,8 @@ def _marker_sizes(memory_mb: pl.Series, max_memory_mb: float) -> pl.Series:  # i
 
 
 def _add_paper_region(figure, table: pl.DataFrame, y: str):
-    "Shade two to three times the throughput of EfficientNet-B0, above its score."
-    effnet = table.filter(pl.col("family") == "EfficientNet-B0").sort(y)
+    "Shade two to three times the throughput of EfficientNet-B0, above its score, in its best setting by validation."
+    effnet = table.filter(pl.col("family") == "EfficientNet-B0").sort("val_map")
     if not len(effnet):
         return
     best = effnet.row(-1, named=True)
@@ -235,19 +242,19 @@ def _interval_bars(table: pl.DataFrame, y: str) -> dict | None:  # None: the tab
 
 
 def plot_pareto(
-    table: pl.DataFrame,  # setting, family, realtime_factor, ratio, memory_mb, device, threads, and `y`
+    table: pl.DataFrame,  # setting, family, realtime_factor, ratio, memory_mb, device, threads, val_map, and `y`
     y: str = "map",  # or roc_auc, tags_map
 ):  # a plotly figure
-    "Plot throughput against quality with the Pareto front (the paper's Figure 3)."
+    "Plot throughput against quality with the Pareto front on validation (the paper's Figure 3)."
     with optional_import():
         import plotly.graph_objects as go
 
     figure = go.Figure()
     if not len(table):
         return figure.update_layout(template="plotly_white", title="nothing passes these filters")
-    front = pareto_front(table, y=y)
-    line = dict(color="#999999", width=1, dash="dot", shape="hv")
-    front_style = dict(mode="lines", line=line, name="Pareto front", hoverinfo="skip")
+    front = pareto_front(table).drop_nulls(y)
+    line = dict(color="#999999", width=1, dash="dot")
+    front_style = dict(mode="lines", line=line, name="Pareto front on validation", hoverinfo="skip")
     figure.add_scatter(x=front["realtime_factor"], y=front[y], **front_style)
     max_memory = table["memory_mb"].fill_nan(0).max() or 1
     families = table.sort("realtime_factor").group_by("family", maintain_order=True)

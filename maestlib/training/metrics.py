@@ -131,7 +131,7 @@ def confidence_interval(
     "Compute a 95 % interval: the middle of the resamples, shifted so that their mean is the score."
     scores = np.asarray(score, np.float64)
     bounds = np.full((2, scores.size), np.nan)
-    for i, values in enumerate(resampled.reshape(scores.size, -1)):
+    for i, values in enumerate(resampled.reshape(scores.size, resampled.shape[-1])):
         values = values[np.isfinite(values)].astype(np.float64)
         if len(values):
             bounds[:, i] = np.percentile(values, (2.5, 97.5)) - values.mean() + scores.flat[i]
