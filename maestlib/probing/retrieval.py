@@ -51,7 +51,7 @@ def retrieval_scores(
     relevance: np.ndarray,  # (tracks, tracks), from `label_relevance`
     k: int = 10,  # first neighbors
 ) -> pl.DataFrame:  # a row for each query: precision, ap (null without a relevant track), chance
-    """Score each query by the mean relevance of its k first neighbors and, where relevance is binary, average precision.
+    """Score each query by the mean relevance of its k first neighbors and, for binary relevance, average precision.
 
     Chance is the mean relevance of the tracks that were ranked, which is the expected precision at any k.
     """

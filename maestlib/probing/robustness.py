@@ -144,7 +144,8 @@ def add_reverb(
     room = torch.from_numpy(named_rng(seed, "room").standard_normal(samples, np.float32)) * decay
     room *= 10 ** (wet_db / 20) / room.square().sum().sqrt()
     room[0] = 1
-    return torchaudio.functional.fftconvolve(wave, room)[: len(wave)]
+    n = 1 << (len(wave) + samples).bit_length()  # a power of two is fast
+    return torch.fft.irfft(torch.fft.rfft(wave, n) * torch.fft.rfft(room, n), n)[: len(wave)]
 
 # %% ../../nbs/probing/robustness.ipynb #6ce8b770
 Transform = Callable[[torch.Tensor], torch.Tensor]  # (samples,) → (samples,)

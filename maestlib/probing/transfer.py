@@ -24,7 +24,7 @@ from ..training.metrics import paired_bootstrap
 def read_tag_map(
     name: str | Path,  # a CSV file with columns source and target, or two datasets: "mtt_to_msd"
 ) -> dict[str, str]:  # label of A: label of B
-    "Read a map of tags. Raises `ValueError` for other columns or a repeated label of A, `FileNotFoundError` for no file."
+    "Read a map of tags. Raises `ValueError` for other columns and repeated labels, `FileNotFoundError` without a file."
     path = resolve_path(name)
     if path.suffix != ".csv":
         path = asset_path(f"benchmarks/tag_maps/{name}.csv")
@@ -97,8 +97,8 @@ def run_transfer(
 ):  # level, name, source_positives (train), positives (test); {map, roc_auc}_{transfer, in_domain, loss}
     """Compare a probe trained on A with one trained on B, on the test split of B, label by label.
 
-    `*_loss` is in-domain minus transfer, with the 95 % paired bootstrap interval (`*_low`, `*_high`) over the artists of
-    B. Raises `ValueError` for a map to labels that B does not have, and as `join_splits` and `train_probes` do.
+    `*_loss` is in-domain minus transfer, with the 95 % paired bootstrap interval (`*_low`, `*_high`) over B's artists.
+    Raises `ValueError` for a map to labels that B does not have, and as `join_splits` and `train_probes` do.
     """
     unknown = sorted(set(tag_map.values()) - set(target.labels))
     if unknown:
