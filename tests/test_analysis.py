@@ -13,6 +13,7 @@ from maestlib.models.checkpoint import load_model, read_tensors, save_checkpoint
 from maestlib.models.effnet import EffNet, EffNetConfig
 from maestlib.models.reduction import ReducedMAEST, quantize_int8
 from maestlib.probing.embeddings import Embeddings
+from maestlib.probing.probe import ProbeConfig
 from maestlib.probing.retrieval import hubness, k_occurrence, label_relevance, rank_neighbors, retrieval_scores
 from maestlib.probing.robustness import TRANSFORMS, encode_decode
 from maestlib.probing.transfer import join_splits, map_labels, read_tag_map, run_transfer
@@ -146,8 +147,9 @@ def test_a_transfer_tests_on_the_other_corpus_only():
     joined, _ = join_splits(map_labels(source, {"a": "A", "b": "B"}), target, *embeddings)
     test = joined.table.filter(split="test")["track_id"]
     assert test.to_list() == target.table.filter(split="test")["track_id"].to_list()
-    table = run_transfer(source, target, *embeddings, {"a": "A", "b": "B"}, (0,), "e", n_bootstrap=20)
-    crossed = run_transfer(source, target, *embeddings, {"a": "B", "b": "A"}, (0,), "e", n_bootstrap=20)
+    options = dict(blocks=(0,), tokens="e", config=ProbeConfig(learning_rate=1e-2), n_bootstrap=20)
+    table = run_transfer(source, target, *embeddings, {"a": "A", "b": "B"}, **options)
+    crossed = run_transfer(source, target, *embeddings, {"a": "B", "b": "A"}, **options)
     assert table["source_positives"].to_list()[-2:] == targets[0][:60].sum(0).tolist()
     assert table["roc_auc_transfer"][0] > 0.8 > crossed["roc_auc_transfer"][0], "the map decides what is learned"
     with pytest.raises(ValueError, match="no label C"):
