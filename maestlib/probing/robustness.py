@@ -76,12 +76,12 @@ def limit_band(
     return torch.fft.irfft(spectrum * rise * fall, len(wave))
 
 # %% ../../nbs/probing/robustness.ipynb #022017da
-_CONTAINERS = {"libmp3lame": "mp3", "libopus": "ogg", "aac": "adts"}
+_CONTAINERS = {"libmp3lame": "mp3", "libopus": "ogg"}  # both tell the delay of the codec
 
 
 def encode_decode(
     wave: torch.Tensor,  # (samples,) mono
-    codec: str,  # libmp3lame, libopus, aac
+    codec: str,  # libmp3lame or libopus
     kbps: int,  # bit rate
     sample_rate: int = 16000,  # Hz, one that the codec supports
 ) -> torch.Tensor:  # (samples,) as long as it was
@@ -295,4 +295,4 @@ def plot_robustness(
     figure.update_yaxes(tickvals=rows, ticktext=table["name"].to_list(), range=[-0.7, len(table) - 0.3])
     figure.update_xaxes(title_text="95 % interval over families", row=1, col=2)
     layout = dict(template="plotly_white", height=150 + 26 * len(table), margin=dict(l=190, r=20))
-    return figure.update_layout(legend=dict(orientation="h", x=1, xanchor="right", y=1.1), **layout)
+    return figure.update_layout(legend=dict(orientation="h", x=0.5, xanchor="center", y=1.2), **layout)

@@ -32,7 +32,7 @@ def plot_frequency_gain(
     table: pl.DataFrame,  # from `frequency_table`
     metric: str = "ROC-AUC",  # for the title of the axis
 ):  # a plotly figure
-    "Plot the gain of each label over the baseline against its frequency in training, colored by group."
+    "Plot the gain of each label against its frequency in training, with the names of those whose interval excludes 0."
     with optional_import():
         import plotly.graph_objects as go
 
@@ -41,12 +41,18 @@ def plot_frequency_gain(
         part, color = table.filter(group=group), PALETTE[i % len(PALETTE)]
         spread = dict(array=part["high"] - part["gain"], arrayminus=part["gain"] - part["low"])
         error = dict(type="data", symmetric=False, thickness=1, width=0, **spread)
-        text = part["name"].str.split("---").list.last().to_list()
-        style = dict(mode="markers+text", text=text, textposition="middle right", textfont_size=10)
+        names = part["name"].str.split("---").list.last()
+        clear = (part["low"] > 0) | (part["high"] < 0)
+        text = [name if named else "" for name, named in zip(names, clear, strict=True)]
+        style = dict(mode="markers+text", text=text, textposition="middle right", textfont_size=10, hovertext=names)
         marker = dict(color=color, size=8)
         figure.add_scatter(x=part["positives"], y=part["gain"], error_y=error, name=group, marker=marker, **style)
     figure.add_hline(y=0, line_dash="dot", line_color="#999999")
-    figure.update_xaxes(title_text="training tracks with the label", type="log", dtick="D2")
+    figure.update_xaxes(
+        title_text="training tracks with the label",
+        type="log",
+        tickvals=[n * 10**e for e in range(6) for n in (1, 2, 5)],
+    )
     figure.update_yaxes(title_text=f"gain in {metric}, 95 % interval")
     layout = dict(template="plotly_white", height=520, margin=dict(l=60, r=90, t=60, b=50))
     return figure.update_layout(title="Gain over the baseline against the frequency of the label", **layout)
