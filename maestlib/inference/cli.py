@@ -34,6 +34,10 @@ def _add_model_options(add: Callable[..., argparse.Action]) -> None:
     add("--batch-size", type=int, help="windows per batch; chosen by model and device if not given")
 
 
+def _threshold(text: str) -> float | str:  # argparse reports its ValueError
+    return text if text == "calibrated" else float(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     "Create the parser of `maestlib`; the help of each command is its documentation."
     parser = argparse.ArgumentParser("maestlib", description="Music embeddings and tags with MAEST.")
@@ -54,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = _add_command(commands, "tag", "Print the most likely tags of one file, averaged over its length.")
     add("path", help="an audio file")
-    add("--top", type=int, default=10, help="how many tags")
+    add("--top", type=int, default=10, help="how many tags at most")
+    add("--threshold", type=_threshold, help="lowest activation, or calibrated: the model's own for each tag")
     _add_model_options(add)
 
     commands.add_parser("models", help="List the models that can be loaded by name.")
@@ -94,7 +99,8 @@ def _run_models(args: argparse.Namespace) -> int:
 def _run_tag(args: argparse.Namespace) -> int:
     from maestlib.inference.embedding import tag
 
-    for label, activation in tag(_from_shell(args.path), top=args.top, **_model_options(args)).iter_rows():
+    options = dict(top=args.top, threshold=args.threshold) | _model_options(args)
+    for label, activation in tag(_from_shell(args.path), **options).iter_rows():
         print(f"{activation:.3f}  {label}")
     return 0
 

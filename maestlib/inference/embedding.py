@@ -201,7 +201,8 @@ def embed(
 def tag(
     source: _Source,  # an audio file, or a waveform (samples,) at the model's sample rate
     model: MAEST | str | Path,  # with labels; in evaluation mode, or what `maestlib.load_model` takes
-    top: int | None = 10,  # how many labels; None: all
+    top: int | None = 10,  # how many labels at most; None: all
+    threshold: float | str | None = None,  # lowest activation; "calibrated": the model's own for each label
     patchout: Patchout | None = None,  # which patches to drop; None: keep all
     hop_s: float | None = None,  # seconds from window to window; None: half a window
     dtype: str | torch.dtype = "auto",  # of the matrix products: auto, float32, bfloat16; int8 on a CPU
@@ -210,10 +211,11 @@ def tag(
     """Tag one recording of any length: the mean activation of each label over its windows, weighted by seconds.
 
     Takes an audio file or a waveform: (samples,) float, mono, at the model's sample rate (16 kHz). `hop_s` is in
-    seconds. Returns a table of `label` and `activation` (sigmoid of the logit, 0 to 1), highest first.
+    seconds. Returns a table of `label` and `activation` (sigmoid of the logit, 0 to 1), highest first; with `threshold`
+    without the labels whose activation is lower, which may leave none.
 
-    Raises `ValueError` for a model without labels or in training mode, for parameters outside of their range, for more
-    than one file and for audio that cannot be read, and `FileNotFoundError`.
+    Raises `ValueError` for a model without labels, without the thresholds asked for or in training mode, for parameters
+    outside of their range, for more than one file and for audio that cannot be read, and `FileNotFoundError`.
 
     Source: MAEST (ISMIR 2023), §3.2.
     """
@@ -222,6 +224,7 @@ def tag(
         raise ValueError("model: it has no labels; load one that was trained to tag")
     if top is not None and top < 1:
         raise ValueError(f"top={top}: give 1 or more, or None for all")
+    lowest = _lowest_activations(model, threshold)
     sources = list_sources(source)
     if len(sources) != 1:
         raise ValueError(f"{source}: {len(sources)} files; tag one at a time")
@@ -233,4 +236,15 @@ def tag(
     if isinstance(windows, Exception):
         raise windows
     tags = pl.DataFrame({"label": model.config.labels, "activation": _weighted_mean(windows)})
-    return tags.sort("activation", descending=True).head(top or len(tags))
+    return tags.filter(tags["activation"] >= lowest).sort("activation", descending=True).head(top or len(tags))
+
+
+def _lowest_activations(model: MAEST, threshold: float | str | None) -> pl.Series:
+    "The threshold of each label; 0 without one. Raises `ValueError` where the model has none, or for another word."
+    if threshold == "calibrated":
+        if model.thresholds is None:
+            raise ValueError("threshold='calibrated': the model has no thresholds; fit them, or give a number")
+        return pl.Series(model.thresholds)
+    if threshold is not None and not (isinstance(threshold, float | int) and 0 <= threshold <= 1):
+        raise ValueError(f"threshold={threshold!r}: give a number from 0 to 1, or 'calibrated'")
+    return pl.Series([float(threshold or 0)] * len(model.config.labels))

@@ -49,6 +49,8 @@ class EffNetConfig:
 class EffNet(nn.Module):
     "EfficientNet-B0 on one channel. It accepts any number of frames; patchout does not apply to it."
 
+    thresholds: tuple[float, ...] | None = None  # activation from which each label is assigned; None: not calibrated
+
     def __init__(
         self,
         config: EffNetConfig,

@@ -211,6 +211,8 @@ class MAEST(Encoder):
     State-dict keys are those of the released checkpoints. A new instance needs `init_weights` or `load_state_dict`.
     """
 
+    thresholds: tuple[float, ...] | None = None  # activation from which each label is assigned; None: not calibrated
+
     def __init__(
         self,
         config: MAESTConfig,  # size, length, labels and front end

@@ -71,6 +71,7 @@ class ReducedMAEST(MAEST):
         _check_reduction(merge, keep_rate, drop_after_block, model.config.depth)
         super().__init__(model.config)
         self.load_state_dict(model.state_dict(), assign=True)
+        self.thresholds = model.thresholds
         # a buffer, so that the settings count in a fingerprint of the model
         self.register_buffer("reduction", torch.tensor([merge, keep_rate, drop_after_block]))
         self.merge, self.keep_rate, self.drop_after_block = merge, keep_rate, drop_after_block
