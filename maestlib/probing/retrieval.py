@@ -111,8 +111,8 @@ def compare_retrieval(
         for metric, per_query in {"precision": scores["precision"], "map": ap, "gain": ap - reference}.items():
             defined = np.isfinite(per_query := np.asarray(per_query, float))
             resampled = weights[:, defined] @ per_query[defined] / weights[:, defined].sum(1)
-            row[metric] = per_query[defined].mean()
-            row[f"{metric}_low"], row[f"{metric}_high"] = confidence_interval(resampled)
+            row[metric] = resampled[0]
+            row[f"{metric}_low"], row[f"{metric}_high"] = map(float, confidence_interval(resampled[1:], resampled[0]))
         unfiltered = retrieval_scores(rank_neighbors(values), relevance, k)["precision"].mean()
         row |= {"chance": scores["chance"].mean(), "precision_unfiltered": unfiltered}
         rows.append(row | hubness(k_occurrence(ranks, k)))

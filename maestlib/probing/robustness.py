@@ -33,7 +33,8 @@ from ..models.maest import MAEST, auto_batch_size
 from ..models.patchout import Patchout
 from .embeddings import Embeddings
 from .probe import Probe, ProbeConfig, train_probes
-from ..training.metrics import bootstrap_weights, confidence_interval, paired_bootstrap
+from ..training.metrics import bootstrap_weights, confidence_interval
+from ..training.significance import paired_bootstrap
 
 # %% ../../nbs/probing/robustness.ipynb #094842b5
 def change_gain(
@@ -253,8 +254,9 @@ def robustness_table(
     rows = []
     for i, (name, outputs) in enumerate(changed.items(), 1):
         cosines = _cosines(clean.embeddings, outputs.embeddings)
-        row = {"name": name, "cosine": cosines.mean()}
-        row["cosine_low"], row["cosine_high"] = confidence_interval(weights @ cosines / weights.sum(1))
+        mean, *resampled = weights @ cosines / weights.sum(1)
+        low, high = confidence_interval(np.array(resampled), mean, limits=(-1, 1))
+        row = {"name": name, "cosine": mean, "cosine_low": float(low), "cosine_high": float(high)}
         pairs = {"tags": (clean.activations, outputs.activations)}
         pairs |= {"probe": (probed[0], probed[i])} if probed else {}
         for scored, (before, after) in pairs.items():

@@ -18,7 +18,7 @@ from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
 from .embeddings import Embeddings
 from .probe import Probe, ProbeConfig, train_probes
-from ..training.metrics import paired_bootstrap
+from ..training.significance import paired_bootstrap
 
 # %% ../../nbs/probing/transfer.ipynb #4c84aaa3
 def read_tag_map(
