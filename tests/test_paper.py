@@ -121,8 +121,9 @@ def parameters(public: Path) -> dict:
         "rivals": "mel,random",
         "pretraining": "mtg-genre",
         "init": f"random,passt,{public}/maest-10s.safetensors",
-        "teacher": f"{public}/maest-30s.safetensors",
+        "teacher": "own",
         "size": "tiny",
+        "depth": 2,
         "max_steps": 2,
         "n_bootstrap": 200,
         "out_dir": str(public / "results"),
@@ -171,7 +172,7 @@ def test_seven_datasets_beside_the_paper(results, public, monkeypatch):
     }  # fmt: skip
     assert {"MAEST-30s", "MAEST-10s", "mel statistics", "MAEST-30s, block chosen"} <= set(results["setting"])
     manifests = [json.loads(text) for text in results["manifest"].unique()]
-    assert len({m["data"]["labels"] for m in manifests}) == 6, "msd and msd-cals have the same tracks and labels here"
+    assert len({m["data"]["labels"] for m in manifests}) == 6, "msd and msd-cals have the same tracks and labels"
     for manifest in manifests:
         assert set(manifest["weights"]) == {"MAEST-30s", "MAEST-10s"} and manifest["versions"]["torch"]
         assert manifest["settings"]["keep_every"] == 1 and manifest["settings"]["probe_learning_rate"] == 1e-4
@@ -245,6 +246,12 @@ def test_a_store_of_cut_tracks_is_refused(results, public, monkeypatch):
     assert "fig2" in session.failed and str(cut.store.path) in str(session.failed["fig2"])
     with pytest.raises(RuntimeError, match="1 of 1 experiments failed: fig2"):
         session.check()
+
+
+def test_teacher_of_other_labels_is_refused(results, public, monkeypatch):
+    session = in_process(public, monkeypatch, teacher=f"{public}/maest-30s.safetensors")
+    session.show("teacher")
+    assert "it knows 2 labels, not the 3 of mtg-genre" in str(session.failed["teacher"])
 
 
 def test_dataset_without_audio_is_refused():

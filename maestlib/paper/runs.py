@@ -41,7 +41,7 @@ def run_fields(
     fields = {"preset": preset, "seconds": seconds, "dataset": config.pretraining, "size": config.size, "swa": True}
     if not config.pretraining:
         raise ValueError("pretraining is empty: give the dataset to train on, such as a mel store of your catalogue")
-    fields |= {"audio": audio_folder(config, config.pretraining), "max_steps": config.max_steps}
+    fields |= {"audio": audio_folder(config, config.pretraining), "max_steps": config.max_steps, "depth": config.depth}
     return fields | changed
 
 

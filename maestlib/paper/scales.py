@@ -82,6 +82,7 @@ class PaperConfig:
     downstream: str = "auto"  # dataset that their embeddings are probed on
     preset: str = "auto"  # of the training: paper (the recipe for each length) or laptop
     size: str = "auto"  # of the trained models: tiny, small or base
+    depth: int | str = "auto"  # number of blocks of the trained models; auto: the preset's
     max_steps: int | str = "auto"  # of each training run; 0: the preset's epochs
     training_seeds: int | str = "auto"  # runs of each setting
     init: str = "auto"  # settings of `init`: random, deit, passt, or related (trained on the downstream data)
@@ -109,7 +110,7 @@ class PaperConfig:
     def from_params(
         cls,
         params: dict,  # a notebook's `globals()`; unknown names are ignored
-    ) -> "PaperConfig":  # without `auto`, except `block`
+    ) -> "PaperConfig":  # without `auto`, except `block` and `depth`
         "Fill in the scale's values. Raises `ValueError` for values that no experiment could use."
         given = {f.name: params[f.name] for f in dataclasses.fields(cls) if f.name in params}
         config = cls(**given)
@@ -179,9 +180,11 @@ def describe_scale(
 ) -> list[str]:  # a sentence, or none
     "Say how a run departs from the published protocol."
     full = SCALES["full"]
-    protocol = ("keep_every", "probe_epochs", "probe_learning_rate", "grid", "preset", "size", "max_steps")
+    protocol = ("keep_every", "probe_epochs", "probe_learning_rate", "grid", "preset", "size", "max_steps", "depth")
     changed = [
-        f"{name} {getattr(config, name)} for {full[name]}" for name in protocol if getattr(config, name) != full[name]
+        f"{name} {getattr(config, name)} for {full.get(name, 'auto')}"
+        for name in protocol
+        if getattr(config, name) != full.get(name, "auto")
     ]
     return [f"this run departs from the published protocol: {', '.join(changed)}"] if changed else []
 

@@ -211,6 +211,9 @@ class Trainer:
         model: torch.nn.Module,  # from `create_model`; trained in place
         teacher: MAEST | None = None,  # its pseudo-labels are the targets of the dist token
     ):
+        if teacher is not None and list(teacher.config.labels) != corpus.labels:
+            count = f"{len(teacher.config.labels)} labels, not the {len(corpus.labels)} of {config.dataset}"
+            raise ValueError(f"teacher={config.teacher}: it knows {count}; give one that was trained on these labels")
         self.config = config
         self.corpus = corpus
         self.run_dir = resolve_path(config.out_dir)
