@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from forks import use_forked_kernels
 
 RUNS = Path(__file__).resolve().parent.parent / "runs/tests"  # not beside the user's own runs
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -15,6 +16,7 @@ os.environ.setdefault("MAESTLIB_MINUTES", "0.1")  # of training, unless a notebo
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; oversubscribed threads are slow
     threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+use_forked_kernels()
 
 
 def pytest_sessionstart(session):

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ import polars as pl
 import pytest
 import soundfile
 import torch
+from forks import start_module
 from safetensors.torch import load_file
 
 from maestlib.audio.extract import extract_mels
@@ -59,18 +59,17 @@ def papermill(folder, out, *arguments, to=None):
     settings = {"dataset": folder, "out_dir": out, "seconds": 5, "batch_size": 4, "patchout_columns": 10}
     parameters = [x for k, v in settings.items() for x in ("-p", k, str(v))]
     files = [PROJECT / "nbs/train.ipynb", to] if to else [PROJECT / "nbs/train.ipynb"]
-    command = [sys.executable, "-m", "papermill", *files, *parameters, *arguments]
     env = os.environ | {"MAESTLIB_CACHE": str(folder.parent / "cache")}
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder.parent, timeout=280)
+    return finish(start_module(["papermill", *files, *parameters, *arguments], folder.parent, env))
 
 
 def test_same_seed_gives_same_metrics(folder, tmp_path, monkeypatch):
-    first = papermill(folder, tmp_path / "one", "-p", "max_steps", "6", to=tmp_path / "one.ipynb")
-    assert first.returncode == 0, first.stderr[-3000:]
-    assert "tokens kept" in first.stderr and "clips/s" in first.stderr and "ROC-AUC" in first.stderr
-    second = papermill(folder, tmp_path / "two", "-p", "max_steps", "6")  # no output path: the notebook is printed
-    assert second.returncode == 0, second.stderr[-3000:]
-    assert len(second.stdout) < 1_000_000 and json.loads(second.stdout)["cells"]
+    code, out, err = papermill(folder, tmp_path / "one", "-p", "max_steps", "6", to=tmp_path / "one.ipynb")
+    assert code == 0, err[-3000:]
+    assert "tokens kept" in err and "clips/s" in err and "ROC-AUC" in err
+    code, out, err = papermill(folder, tmp_path / "two", "-p", "max_steps", "6")  # no output path: it is printed
+    assert code == 0, err[-3000:]
+    assert len(out) < 1_000_000 and json.loads(out)["cells"]
 
     one, two = (pl.read_parquet(tmp_path / run / "metrics.parquet") for run in ("one", "two"))
     columns = ["step", "clips", "loss", "learning_rate", "roc_auc", "map"]
@@ -112,16 +111,12 @@ def options(settings):
     return [str(x) for k, v in settings.items() for x in (f"--{k.replace('_', '-')}", v)]
 
 
-def start(folder, *arguments, processes=0, program=("-m", "maestlib.train"), **popen_options):
-    "Start `python -m maestlib.train`, or another program, in several processes through torchrun."
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [*map(str, program), *map(str, arguments)]
+def start(folder, *arguments, processes=0, program=("-m", "maestlib.train")):
+    "Start `python -m maestlib.train`, or it or another program in several processes through torchrun."
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, *program]
     env = os.environ | {"MAESTLIB_CACHE": str(folder.parent / "cache"), "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = str(PROJECT)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=env, cwd=PROJECT, **pipes | popen_options)
+    return start_module([*(torchrun if processes else ["maestlib.train"]), *arguments], PROJECT, env)
 
 
 def finish(process):  # → exit code, stdout, stderr
@@ -152,7 +147,7 @@ def test_killed_and_resumed_run_gives_the_same_losses(folder, undisturbed, tmp_p
         while not kills and process.poll() is None and not (run / "metrics.parquet").exists():
             time.sleep(0.02)  # the first time, kill it in the middle
         try:
-            output = process.communicate(timeout=rng.uniform(4, 7) * 1.5**kills if kills else 0.1)
+            output = process.communicate(timeout=rng.uniform(1, 3) * 1.5**kills if kills else 0.1)
             assert process.returncode == 0, output[1][-2000:]
         except subprocess.TimeoutExpired:
             process.kill()
@@ -170,9 +165,7 @@ def test_killed_and_resumed_run_gives_the_same_losses(folder, undisturbed, tmp_p
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
 def test_sigterm_saves_and_the_run_resumes(folder, undisturbed, tmp_path):
     run = tmp_path / "stopped"
-    process = start(
-        folder, *options(FULL_RECIPE | {"dataset": folder, "num_validations": 6, "out_dir": run}), bufsize=1
-    )
+    process = start(folder, *options(FULL_RECIPE | {"dataset": folder, "num_validations": 6, "out_dir": run}))
     while not (run / "metrics.parquet").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -474,9 +467,9 @@ def test_effnet_is_trained_by_the_same_loop(small, tmp_path):
 
 
 def test_invalid_parameters_end_before_anything_is_built(folder, tmp_path):
-    result = papermill(folder, tmp_path / "x", "-p", "dataset", "nowhere", to=tmp_path / "x.ipynb")
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode != 0 and "nowhere" in last and "tunes" in last, result.stderr[-500:]
+    code, out, err = papermill(folder, tmp_path / "x", "-p", "dataset", "nowhere", to=tmp_path / "x.ipynb")
+    last = err.strip().splitlines()[-1]
+    assert code != 0 and "nowhere" in last and "tunes" in last, err[-500:]
 
 
 @pytest.mark.parametrize(
