@@ -36,7 +36,7 @@ class Fork:
 
     def __init__(
         self,
-        arguments: list[str],  # after `python -m`
+        arguments: list[str],  # a module or a .py file, and what follows
         cwd: str | os.PathLike,
         env: dict[str, str],
     ):
@@ -88,13 +88,18 @@ class ForkedKernel(LocalProvisioner):
         return self.connection_info
 
 
-def start_module(arguments: list, cwd: str | os.PathLike, env: dict[str, str]) -> Fork | subprocess.Popen:
-    "Start `python -m …` with its output in pipes, or what serves as such."
+def start_python(
+    arguments: list,  # a module or a .py file, and what follows
+    cwd: str | os.PathLike,
+    env: dict[str, str],
+) -> Fork | subprocess.Popen:
+    "Start a Python program with its output in pipes, or in what serves as such."
     arguments = [str(argument) for argument in arguments]
     if CAN_FORK:
         return Fork(arguments, cwd, env)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", *arguments], env=env, cwd=cwd, **pipes)
+    module = [] if arguments[0].endswith(".py") else ["-m"]
+    return subprocess.Popen([sys.executable, *module, *arguments], env=env, cwd=cwd, **pipes)
 
 
 def use_forked_kernels():
@@ -130,7 +135,7 @@ def _ask(request: dict) -> int | None:
 
 
 def _run(arguments: list[str], cwd: str, env: dict[str, str], out: str, err: str):
-    "In the forked process: become `python -m …`."
+    "In the forked process: become another Python program."
     os.setsid()
     for target, (path, mode) in enumerate(((os.devnull, os.O_RDONLY), (out, os.O_WRONLY), (err, os.O_WRONLY))):
         file = os.open(path, mode | os.O_APPEND)
@@ -142,8 +147,13 @@ def _run(arguments: list[str], cwd: str, env: dict[str, str], out: str, err: str
     sys.path[0] = cwd
     sys.path[1:1] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
     sys.argv = arguments
+    if "OMP_NUM_THREADS" in env:  # is read when torch is imported
+        sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
     try:
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        if arguments[0].endswith(".py"):
+            runpy.run_path(arguments[0], run_name="__main__")
+        else:
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else bool(end.code)

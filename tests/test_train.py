@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 import soundfile
 import torch
-from forks import start_module
+from forks import start_python
 from safetensors.torch import load_file
 
 from maestlib.audio.extract import extract_mels
@@ -60,7 +60,7 @@ def papermill(folder, out, *arguments, to=None):
     parameters = [x for k, v in settings.items() for x in ("-p", k, str(v))]
     files = [PROJECT / "nbs/train.ipynb", to] if to else [PROJECT / "nbs/train.ipynb"]
     env = os.environ | {"MAESTLIB_CACHE": str(folder.parent / "cache")}
-    return finish(start_module(["papermill", *files, *parameters, *arguments], folder.parent, env))
+    return finish(start_python(["papermill", *files, *parameters, *arguments], folder.parent, env))
 
 
 def test_same_seed_gives_same_metrics(folder, tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def start(folder, *arguments, processes=0, program=("-m", "maestlib.train")):
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, *program]
     env = os.environ | {"MAESTLIB_CACHE": str(folder.parent / "cache"), "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = str(PROJECT)
-    return start_module([*(torchrun if processes else ["maestlib.train"]), *arguments], PROJECT, env)
+    return start_python([*(torchrun if processes else ["maestlib.train"]), *arguments], PROJECT, env)
 
 
 def finish(process):  # → exit code, stdout, stderr
