@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from forks import use_forked_kernels
 
 RUNS = Path(__file__).resolve().parent.parent / "runs/tests"  # not beside the user's own runs
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -15,6 +16,24 @@ os.environ.setdefault("MAESTLIB_MINUTES", "0.1")  # of training, unless a notebo
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; oversubscribed threads are slow
     threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+use_forked_kernels()
+
+LONGEST = """
+    tests/test_browser.py tests/test_train.py tests/test_ray.py nbs/inference/ray.ipynb tests/test_embed.py
+    nbs/train.ipynb tests/test_datasets.py nbs/training/confirmation.ipynb nbs/training/throughput.ipynb
+    nbs/inference/embedding.ipynb nbs/inference/search.ipynb nbs/audio/extract.ipynb nbs/speed/benchmark.ipynb
+    nbs/training/ablations.ipynb tests/test_store.py tests/test_portable.py
+""".split()  # half of the time of a run; they start first, so that no worker is idle at the end
+
+
+def pytest_collection_modifyitems(config, items):
+    order = {config.rootpath / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_xdist_auto_num_workers(config):
+    "One worker more than cores: browsers, clusters and processes that start or end are waited for."
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) + 1
 
 
 def pytest_sessionstart(session):

@@ -1,8 +1,6 @@
 """Complete runs of `embed`: broken files, kills, many workers, the command line. What a notebook cannot show."""
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import polars as pl
 import pytest
 import soundfile
 import torch
+from forks import start_python
 
 from maestlib.audio.mel import MelConfig, load_audio, logmel
 from maestlib.inference import embedding
@@ -20,6 +19,7 @@ from maestlib.inference.search import nearest
 from maestlib.inference.windows import stream_mel
 from maestlib.models.checkpoint import load_model, save_checkpoint
 
+PROJECT = Path(__file__).parents[1]
 GOOD, BROKEN = 54, 6
 
 
@@ -109,10 +109,11 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def start(corpus, out, **environment):
-    command = [sys.executable, "-c", SLOWLY, *command_line(corpus, out)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, **pipes)
+def start(corpus, out):
+    program = corpus / "slowly.py"
+    program.write_text(SLOWLY)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    return start_python([program, *command_line(corpus, out)], PROJECT, env)
 
 
 def test_goes_on_after_sigkill(corpus, undisturbed, tmp_path):
@@ -154,7 +155,7 @@ def test_four_workers_one_of_which_is_killed_again_and_again(corpus, undisturbed
     while not (tmp_path / "emb.parquet").exists():
         workers = [worker for worker in workers if worker.poll() is None]
         workers += [start(corpus, tmp_path) for _ in range(4 - len(workers))]
-        time.sleep(rng.uniform(2, 4))
+        time.sleep(rng.uniform(0.5, 2))
         running = [worker for worker in workers if worker.poll() is None]
         if running and kills < 5:
             rng.choice(running).kill()
