@@ -12,7 +12,7 @@ from fastcore.docments import docments
 
 import maestlib as ml
 
-FLOORS = {"core", "audio", "datasets", "models", "inference", "training", "probing", "speed", "widgets"}
+FLOORS = {"core", "audio", "datasets", "models", "inference", "training", "probing", "speed", "paper", "widgets"}
 NAMES = [name for name in dir(ml) if name not in FLOORS]
 
 

@@ -76,7 +76,7 @@ PAPER_CURATION = {  # §3.1 and §3.3
 # %% ../../nbs/paper/published.ipynb #4253d384
 def _downstream_rows() -> list[tuple]:
     return [
-        ("downstream", dataset, model, None, metric, float(value) / 100)
+        ("downstream", dataset, model, None, metric, round(float(value) / 100, 4))
         for model, cells in _DOWNSTREAM.items()
         for dataset, cell in zip(DATASET_TITLES, cells.split(), strict=False)
         for metric, value in zip(METRICS, cell.split("/"), strict=True)
@@ -89,7 +89,7 @@ def published_scores() -> pl.DataFrame:  # experiment, dataset, setting, weights
     for experiment, (settings, tables) in _ABLATIONS.items():
         for (dataset, weights), values in tables.items():
             rows += [
-                (experiment, dataset, setting, weights, "map", value / 100)
+                (experiment, dataset, setting, weights, "map", round(value / 100, 4))
                 for setting, value in zip(settings, values, strict=True)
             ]
     rows += [("curation", "discogs20", name, None, "count", float(n)) for name, n in PAPER_CURATION.items()]
