@@ -16,7 +16,7 @@ from ..core.files import log, resolve_path
 from .curation import run_curation
 from .fig3 import run_fig3
 from .probes import run_downstream, run_fig2
-from .published import EXPERIMENTS
+from .published import EXPERIMENTS, published_table
 from .results import Report, append_results
 from .runs import run_init, run_length, run_teacher
 from .scales import PaperConfig
@@ -62,6 +62,9 @@ def show_report(
     display(report.table())
     for figure in report.figures:
         display(figure)
+    paper = published_table(report.results["experiment"][0]) if len(report.results) else pl.DataFrame()
+    if len(paper):
+        display(Markdown("The paper's table, in per cent or as counts:"), paper)
     for title, sentences in (("Findings", report.findings), ("What can be compared", report.limits)):
         if sentences:
             display(Markdown(f"**{title}**\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)))

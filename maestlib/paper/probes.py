@@ -233,7 +233,7 @@ def run_fig2(
     title, model = next(iter(load_models(config).items()))
     reports = [_fig2_of(config, dataset, {title: model}) for dataset in dataset_names(config.datasets)]
     limits = [f"the paper prints Figure 2 without values; its finding: {FINDINGS['fig2']}"]
-    return join_reports(reports, limits + describe_scale(config))
+    return join_reports(reports, limits + describe_scale(config, "fig2"))
 
 # %% ../../nbs/paper/probes.ipynb #0d76c7fd
 def _fixed_scores(config: PaperConfig, dataset: str, corpus: Corpus, title: str, values: Embeddings) -> np.ndarray:
@@ -282,6 +282,6 @@ def run_downstream(
     report.limits = [
         "comparable with the paper where dataset and counterpart are the same, the split is the published one "
         "(see its fingerprint) and the model is a released one; elsewhere the paper's value is for orientation",
-        *describe_scale(config),
+        *describe_scale(config, "downstream"),
     ]
     return report

@@ -182,30 +182,42 @@ def plot_results(
     results: pl.DataFrame,  # of `make_results` or of a file: of one experiment
     metric: str = "map",  # or roc_auc
 ):  # a plotly figure
-    "Plot the scores of each setting with their 95 % intervals beside the paper's values, a panel for each dataset."
+    "Plot the scores of each setting with their 95 % intervals, and all of the paper's, a panel for each dataset."
     with optional_import():
         from plotly.subplots import make_subplots
     rows = results.filter(pl.col("reference").is_null(), metric=metric)
-    datasets = rows["dataset"].unique(maintain_order=True).to_list()
-    titles = [DATASET_TITLES.get(dataset, dataset) for dataset in datasets]
-    figure = make_subplots(1, max(1, len(datasets)), subplot_titles=titles, horizontal_spacing=0.05)
+    beside = rows.group_by("dataset", maintain_order=True).agg(pl.col("counterpart").first())
+    published, titles = published_scores().filter(metric=metric), []
+    for dataset, counterpart in beside.iter_rows():
+        known = len(published.filter(experiment=rows["experiment"][0], dataset=counterpart))
+        title, paper = (DATASET_TITLES.get(name, name) for name in (dataset, counterpart))
+        titles.append(f"{title} (paper: {paper})" if known and title != paper else title)
+    figure = make_subplots(1, max(1, len(titles)), subplot_titles=titles, horizontal_spacing=0.06)
     kinds = rows["weights"].unique(maintain_order=True).to_list()
-    for column, dataset in enumerate(datasets, 1):
+    for column, (dataset, counterpart) in enumerate(beside.iter_rows(), 1):
         for i, weights in enumerate(kinds):
-            part = rows.filter(pl.col("weights").eq_missing(pl.lit(weights)), dataset=dataset)
+            same = pl.col("weights").eq_missing(pl.lit(weights))
+            part = rows.filter(same, dataset=dataset)
+            theirs = published.filter(same, experiment=part["experiment"][0], dataset=counterpart)
             bars = dict(array=part["high"] - part["value"], arrayminus=part["value"] - part["low"], thickness=1.2)
-            marker = dict(color=PALETTE[i], size=9)
-            ours, paper = (f"{who}{', ' + weights if weights and len(kinds) > 1 else ''}" for who in ("ours", "paper"))
-            common = dict(x=part["setting"], mode="markers", row=1, col=column, showlegend=column == 1)
+            suffix = f", {weights}" if weights and len(kinds) > 1 else ""
+            common = dict(mode="markers", row=1, col=column, showlegend=column == 1, offsetgroup=suffix)
             figure.add_scatter(
-                y=part["value"], error_y=dict(type="data", **bars), marker=marker, name=ours, legendgroup=ours, **common
+                x=part["setting"],
+                y=part["value"],
+                error_y=dict(type="data", **bars),
+                marker=dict(color=PALETTE[i], size=9),
+                name=f"ours{suffix}",
+                **common,
             )
-            star = dict(color=PALETTE[i], size=11, symbol="star-open")
-            if part["published"].is_not_null().any() or (column == 1 and rows["published"].is_not_null().any()):
-                figure.add_scatter(y=part["published"], marker=star, name=paper, legendgroup=paper, **common)
+            if len(theirs):
+                star = dict(color=PALETTE[i], size=11, symbol="star-open")
+                figure.add_scatter(
+                    x=theirs["setting"], y=theirs["published"], marker=star, name=f"paper{suffix}", **common
+                )
     figure.update_yaxes(title_text="mAP, macro" if metric == "map" else "ROC-AUC, macro", col=1)
     title = EXPERIMENTS.get(rows["experiment"][0], "") if len(rows) else "no scores"
-    return figure.update_layout(template="plotly_white", height=400, title=title)
+    return figure.update_layout(template="plotly_white", height=400, title=title, scattermode="group", scattergap=0.7)
 
 # %% ../../nbs/paper/results.ipynb #98eb8ea1
 @dataclass
@@ -217,16 +229,34 @@ class Report:
     findings: list[str] = field(default_factory=list)  # a sentence for each named comparison
     limits: list[str] = field(default_factory=list)  # what can, and what cannot, be compared with the paper
 
-    def table(self) -> pl.DataFrame:  # setting, dataset, weights, metric, ours, 95 %, paper, runs
-        "Put the scores beside the paper's, in per cent; counts as they are."
-        scores = self.results.filter(pl.col("reference").is_null())
-        factor = pl.when(pl.col("metric").is_in(METRICS)).then(100.0).otherwise(1.0)
-        interval = pl.format("{} – {}", (factor * pl.col("low")).round(1), (factor * pl.col("high")).round(1))
-        beside = pl.when(pl.col("published").is_not_null()).then(pl.col("counterpart"))
-        columns = ["setting", "dataset", "weights", "metric", (factor * pl.col("value")).round(1).alias("ours")]
-        columns += [interval.alias("95 %"), (factor * pl.col("published")).round(1).alias("paper")]
-        table = scores.select(*columns, beside.alias("paper's dataset"), "runs")
-        return table.select(c for c in table.columns if table[c].is_not_null().any())
+    def table(
+        self,
+    ) -> pl.DataFrame:  # setting, dataset, weights; for each metric ours with its interval, and the paper's
+        "Put the scores beside the paper's, in per cent; other quantities as they are."
+        rows = self.results.filter(pl.col("reference").is_null())
+        columns = {
+            "setting": rows["setting"],
+            "dataset": rows["dataset"],
+            "weights": rows["weights"],
+            "runs": rows["runs"],
+        }
+        table = pl.DataFrame(columns).unique(maintain_order=True)
+        for metric in rows["metric"].unique(maintain_order=True):
+            part = rows.filter(metric=metric)
+            title = metric.replace("roc_auc", "ROC-AUC").replace("map", "mAP")
+            texts = [_format(metric, *row) for row in part.select("value", "low", "high").iter_rows()]
+            paper = [None if v is None else _format(metric, v, None, None) for v in part["published"]]
+            values = part.select("setting", "dataset", "weights", pl.Series(title, texts, pl.String))
+            values = values.with_columns(pl.Series(f"{title}, paper", paper, pl.String))
+            keys = ["setting", "dataset", "weights"]
+            table = table.join(values, on=keys, how="left", nulls_equal=True, maintain_order="left")
+        return table.select(c for c in table.columns if table[c].is_not_null().any()).fill_null("")
+
+
+def _format(metric: str, value: float, low: float | None, high: float | None) -> str:
+    factor = 100 if metric.startswith(METRICS) else 1
+    text = f"{factor * value:,.{1 if factor * value < 1000 else 0}f}"
+    return text if low is None else f"{text} ({factor * low:.1f} – {factor * high:.1f})"
 
 
 def join_reports(

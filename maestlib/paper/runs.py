@@ -167,7 +167,7 @@ def _report(config: PaperConfig, experiment: str, settings: dict[str, dict], lim
     manifest = make_manifest(_training_corpus(config), weights, manifest_settings(config))
     results = make_results(rows, manifest)
     figure = plot_results(results)
-    return Report(results, [figure], findings + left_out, limits + describe_scale(config))
+    return Report(results, [figure], findings + left_out, limits + describe_scale(config, "training"))
 
 
 _OTHER_DATA = (
