@@ -102,8 +102,9 @@ def published_table(
 ) -> pl.DataFrame:  # setting, weights, and a column of text for each dataset; no rows where the paper has no values
     "Lay the paper's values out as it prints them: per cent, ROC-AUC / mAP where it gives both."
     rows = published_scores().filter(experiment=experiment)
-    percent = pl.when(pl.col("metric") == "count").then(pl.col("published")).otherwise(100 * pl.col("published"))
-    rows = rows.with_columns(percent.round(1).cast(pl.String).str.strip_suffix(".0"))
+    percent = (100 * pl.col("published")).round(1).cast(pl.String)
+    count = pl.col("published").cast(pl.String).str.strip_suffix(".0")
+    rows = rows.with_columns(pl.when(pl.col("metric") == "count").then(count).otherwise(percent).alias("published"))
     keys = ["setting", "weights", "dataset"]
     cells = rows.group_by(keys, maintain_order=True).agg(pl.col("published").str.join(" / "))
     table = cells.with_columns(pl.col("dataset").replace(DATASET_TITLES)).pivot(

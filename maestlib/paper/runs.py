@@ -167,6 +167,8 @@ def _report(config: PaperConfig, experiment: str, settings: dict[str, dict], lim
     manifest = make_manifest(_training_corpus(config), weights, manifest_settings(config))
     results = make_results(rows, manifest)
     figure = plot_results(results)
+    if config.training_seeds == 1:
+        limits = [*limits, "one training run of each setting: the intervals do not cover what another run would change"]
     return Report(results, [figure], findings + left_out, limits + describe_scale(config, "training"))
 
 
