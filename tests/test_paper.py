@@ -117,7 +117,7 @@ def parameters(public: Path) -> dict:
         "datasets": "mtt",
         "grid": False,  # 144 probes; see below
         "audio": ",".join(f"{name}={public / 'audio' / folder}" for folder, names in audio.items() for name in names),
-        "models": f"{public}/maest-30s.safetensors,{public}/maest-10s.safetensors",
+        "model": f"{public}/maest-30s.safetensors,{public}/maest-10s.safetensors",
         "rivals": "mel,random",
         "pretraining": "mtg-genre",
         "init": f"random,passt,{public}/maest-10s.safetensors",

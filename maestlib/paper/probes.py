@@ -77,14 +77,14 @@ def model_title(
 def load_models(
     config: PaperConfig,
 ) -> dict[str, torch.nn.Module]:  # by title, in evaluation mode on the default device
-    "Load `models`, the first of which the others are compared with. Raises what `load_model` raises."
+    "Load the models of `model`, the main one first. Raises what `load_model` raises."
     models = {}
-    for name in split_names(config.models):
+    for name in split_names(config.model):
         model = load_model(name).to(default_device())
         title = model_title(name, model)
         models[title if title not in models else f"{title}, {Path(name).stem}"] = model
     if not models:
-        raise ValueError(f"models={config.models!r}: give at least one")
+        raise ValueError(f"model={config.model!r}: give at least one")
     return models
 
 # %% ../../nbs/paper/probes.ipynb #fe20b74e

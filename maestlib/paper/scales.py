@@ -27,7 +27,7 @@ def _probe_values(scale: str) -> dict:
 PUBLIC_DATASETS = ("mtg-genre", "mtg-instrument", "mtg-mood", "mtg-top50", "mtt", "msd", "msd-cals")
 SCALES = {
     "desk": {
-        "models": "maest-30s-tunes",
+        "model": "maest-30s-tunes",
         "datasets": "tunes",
         "rivals": "mel,musicnn,random",
         "tracks": 600,
@@ -43,7 +43,7 @@ SCALES = {
         "teacher": "own",
     },
     "full": {
-        "models": "discogs-maest-30s-pw-129e,discogs-maest-20s-pw-129e,discogs-maest-10s-pw-129e",
+        "model": "discogs-maest-30s-pw-129e,discogs-maest-20s-pw-129e,discogs-maest-10s-pw-129e",
         "datasets": ",".join(PUBLIC_DATASETS),
         "rivals": "mel,musicnn",
         "tracks": 0,
@@ -67,7 +67,7 @@ class PaperConfig:
 
     experiment: str = "all"  # some of `EXPERIMENTS`, separated by commas, or all
     scale: str = "desk"  # desk: minutes, on `tunes`; full: as published
-    models: str = "auto"  # released names, files or run folders, separated by commas; the first is compared to others
+    model: str = "auto"  # a released name, a file or a run folder, or several separated by commas, the main one first
     datasets: str = "auto"  # to probe on, separated by commas: registered names, folders or tables
     audio: str = ""  # folder of the audio of public datasets, or name=folder for each, separated by commas
     rivals: str = "auto"  # beside the models: mel, random, musicnn, run folders, ONNX files, tables of features
