@@ -21,7 +21,7 @@ from maestlib.datasets.batches import load_corpus
 from maestlib.datasets.registry import load_dataset
 from maestlib.models.checkpoint import save_checkpoint
 from maestlib.models.maest import MAEST, MAESTConfig
-from maestlib.paper.experiments import Session
+from maestlib.paper.experiments import PaperReport
 from maestlib.paper.published import EXPERIMENTS
 from maestlib.paper.scales import PUBLIC_DATASETS, PaperConfig
 
@@ -153,16 +153,16 @@ def test_every_experiment_leaves_results(results):
     assert set(scores["unit"]) == {"artist"}
 
 
-def in_process(public, monkeypatch, **changed) -> Session:
+def in_process(public, monkeypatch, **changed) -> PaperReport:
     for name, value in environment(public).items():
         monkeypatch.setenv(name, value)
-    return Session(PaperConfig.from_params(parameters(public) | changed))
+    return PaperReport(PaperConfig.from_params(parameters(public) | changed))
 
 
 def test_seven_datasets_beside_the_paper(results, public, monkeypatch):
-    session = in_process(public, monkeypatch, datasets="auto", experiment="downstream")
-    session.show("downstream")
-    session.check()
+    paper = in_process(public, monkeypatch, datasets="auto", experiment="downstream")
+    paper.show("downstream")
+    paper.check()
     results = pl.read_parquet(public / "results/results.parquet").filter(experiment="downstream")
     table = results.filter(metric="map", setting="MAEST-30s").filter(pl.col("reference").is_null())
     published = dict(table.select("dataset", "published").iter_rows())
@@ -181,9 +181,9 @@ def test_seven_datasets_beside_the_paper(results, public, monkeypatch):
 def test_grid_is_searched_on_validation(results, public, monkeypatch):
     grid = {"batch_size": (64,), "epochs": (2, 3), "dropout": (0.5,), "learning_rate": (1e-4, 1e-3)}
     monkeypatch.setattr("maestlib.paper.probes.PAPER_GRID", grid)
-    session = in_process(public, monkeypatch, grid=True, experiment="downstream", rivals="", out_dir=f"{public}/grid")
-    session.show("downstream")
-    session.check()
+    paper = in_process(public, monkeypatch, grid=True, experiment="downstream", rivals="", out_dir=f"{public}/grid")
+    paper.show("downstream")
+    paper.check()
     probes = pl.read_parquet(public / "grid/probes-mtt.parquet").filter(model="MAEST-30s", tokens="cdt", blocks="1")
     points = probes.select("epochs", "learning_rate").unique()
     assert len(points) == 4 + 1, "the grid, and the default for the block chosen"
@@ -227,9 +227,9 @@ def test_report_shows_figures_and_limits(executed):
 
 def test_same_question_again_trains_nothing(results, public, monkeypatch):
     monkeypatch.setattr("maestlib.paper.runs.fit", lambda *_: pytest.fail("trained again"))
-    session = in_process(public, monkeypatch)
-    session.show("length")
-    session.check()
+    paper = in_process(public, monkeypatch)
+    paper.show("length")
+    paper.check()
     again = pl.read_parquet(public / "results/results.parquet").filter(experiment="length")
     assert len(again) == len(results.filter(experiment="length"))
     of_length = again.sort("setting", "weights", "metric", "dataset", "value")
@@ -241,17 +241,17 @@ def test_a_store_of_cut_tracks_is_refused(results, public, monkeypatch):
     in_process(public, monkeypatch)
     cut = load_corpus("mtt", audio=str(public / "audio/mtt"), quiet=True)  # the centre 30 s, as training takes them
     config = PaperConfig.from_params(parameters(public) | {"experiment": "fig2", "datasets": str(cut.store.path)})
-    session = Session(config)
-    session.show("fig2")
-    assert "fig2" in session.failed and str(cut.store.path) in str(session.failed["fig2"])
+    paper = PaperReport(config)
+    paper.show("fig2")
+    assert "fig2" in paper.failed and str(cut.store.path) in str(paper.failed["fig2"])
     with pytest.raises(RuntimeError, match="1 of 1 experiments failed: fig2"):
-        session.check()
+        paper.check()
 
 
 def test_teacher_of_other_labels_is_refused(results, public, monkeypatch):
-    session = in_process(public, monkeypatch, teacher=f"{public}/maest-30s.safetensors")
-    session.show("teacher")
-    assert "it knows 2 labels, not the 3 of mtg-genre" in str(session.failed["teacher"])
+    paper = in_process(public, monkeypatch, teacher=f"{public}/maest-30s.safetensors")
+    paper.show("teacher")
+    assert "it knows 2 labels, not the 3 of mtg-genre" in str(paper.failed["teacher"])
 
 
 def test_dataset_without_audio_is_refused():
