@@ -34,7 +34,9 @@ VERSIONED = ("maestlib", "torch", "torchaudio", "numpy", "polars", "timm")
 
 def _git(*arguments: str) -> str | None:  # None: this is no repository, or there is no git
     try:
-        run = subprocess.run(["git", "-C", project_root(), *arguments], capture_output=True, text=True, timeout=10)
+        run = subprocess.run(
+            ["git", "-C", project_root(), *arguments], capture_output=True, encoding="utf8", timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() if run.returncode == 0 else None

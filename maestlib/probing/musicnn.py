@@ -193,7 +193,7 @@ def _download(folder: Path):
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "0", "--quiet"]
         command += ["--dest", temporary, f"musicnn=={MUSICNN_VERSION}"]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, encoding="utf8")
         if result.returncode != 0:
             reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
             hint = f"run `pip download --no-deps musicnn=={MUSICNN_VERSION}` elsewhere, and give the .whl as folder="
