@@ -123,7 +123,7 @@ def parameters(public: Path) -> dict:
         "init": f"random,passt,{public}/maest-10s.safetensors",
         "teacher": "own",
         "size": "tiny",
-        "depth": 2,
+        "depth": 1,
         "max_steps": 2,
         "n_bootstrap": 200,
         "out_dir": str(public / "results"),
