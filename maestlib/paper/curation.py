@@ -6,6 +6,8 @@
 __all__ = ['run_curation']
 
 # %% ../../nbs/paper/curation.ipynb #ef8e50a5
+import zlib
+
 import polars as pl
 
 from ..core.files import asset_path, resolve_path
@@ -24,12 +26,11 @@ def _read_dumps(config: PaperConfig) -> tuple[pl.LazyFrame, pl.LazyFrame]:
     out = resolve_path(config.out_dir)
     if not config.masters:
         return read_masters(asset_path("discogs_masters.xml.gz")), read_releases(asset_path("discogs_releases.xml.gz"))
-    kept = [out / "masters.parquet", out / "releases.parquet"]
-    readers = (read_masters, read_releases)
-    return tuple(
-        pl.scan_parquet(path) if path.exists() else read(resolve_path(dump), path)
-        for read, dump, path in zip(readers, (config.masters, config.releases), kept, strict=True)
-    )
+    tables = []
+    for read, dump in ((read_masters, resolve_path(config.masters)), (read_releases, resolve_path(config.releases))):
+        kept = out / f"{dump.name}-{zlib.crc32(str(dump).encode()):08x}.parquet"  # of this dump
+        tables.append(pl.scan_parquet(kept) if kept.exists() else read(dump, kept))
+    return tuple(tables)
 
 
 def run_curation(

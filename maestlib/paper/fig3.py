@@ -14,11 +14,10 @@ import torch
 from ..core.files import resolve_path, runs_dir
 from ..models.checkpoint import load_model
 from ..models.effnet import EffNet
-from .probes import load_models, load_probe_corpus
+from .probes import load_models, load_probe_corpus, probe_configs
 from .published import FINDINGS
 from .results import Report, join_reports, make_manifest, make_results
 from .scales import PaperConfig, dataset_names, describe_scale, manifest_settings, split_names
-from ..probing.probe import ProbeConfig
 from ..speed.benchmark import InferenceSetting, benchmark
 from ..speed.tradeoff import evaluate_quality, plot_pareto
 from ..training.metrics import METRICS
@@ -46,13 +45,16 @@ def _cnn(config: PaperConfig) -> dict[str, EffNet]:  # empty: none is named amon
     return {}
 
 
-def _fig3_of(config: PaperConfig, dataset: str, models: dict[str, torch.nn.Module], times: pl.DataFrame) -> Report:
+def _fig3_of(
+    config: PaperConfig,
+    dataset: str,
+    models: dict[str, torch.nn.Module],
+    settings: list[InferenceSetting],
+    times: pl.DataFrame,
+) -> Report:
     corpus = load_probe_corpus(config, dataset)
-    settings = fig3_settings() + [InferenceSetting("effnet", overlap=OVERLAP)] * ("effnet" in models)
-    probes = {"learning_rate": [config.probe_learning_rate], "epochs": [config.probe_epochs]}
-    probe_configs = ProbeConfig.product(**probes, seed=range(config.probe_seeds))
     out = resolve_path(config.out_dir) / f"probes-fig3-{Path(dataset).stem}.parquet"
-    quality = evaluate_quality(corpus, settings, models, probe_configs, out)
+    quality = evaluate_quality(corpus, settings, models, probe_configs(config), out)
     table = times.join(quality, "setting", maintain_order="left")
     rows, findings = [], []
     for row in table.iter_rows(named=True):
@@ -82,7 +84,7 @@ def run_fig3(
     models = {"maest": next(iter(load_models(config).values()))} | _cnn(config)
     settings = fig3_settings() + [InferenceSetting("effnet", overlap=OVERLAP)] * ("effnet" in models)
     times = benchmark(settings, models, clips=2, repeats=3)
-    reports = [_fig3_of(config, dataset, models, times) for dataset in dataset_names(config.datasets)]
+    reports = [_fig3_of(config, dataset, models, settings, times) for dataset in dataset_names(config.datasets)]
     limits = [f"the paper prints Figure 3 without values; its finding: {FINDINGS['fig3']}"]
     limits.append("throughput is this machine's, the paper's a GPU's: only ratios can be compared")
     if "effnet" not in models:
