@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     RUNS.mkdir(parents=True)
 os.environ["MAESTLIB_RUNS"] = str(RUNS)
 os.environ.setdefault("MAESTLIB_MINUTES", "0.1")  # of training, unless a notebook says otherwise
+os.environ.setdefault("TQDM_MININTERVAL", "2")  # nbval reads no message before a cell ends; ZeroMQ drops the 2,000th
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; oversubscribed threads are slow
     threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -37,12 +38,13 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_sessionstart(session):
-    "Before a run of everything, render the corpus on all cores: a notebook that renders it keeps the others waiting."
+    "Before a run of everything, render the corpora on all cores: a notebook that renders one keeps others waiting."
     if "PYTEST_XDIST_WORKER" in os.environ or session.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         return
     try:
         from maestlib.datasets.registry import load_dataset
 
-        load_dataset("tunes")
+        for name in ("tunes", "tunes-confirmation"):
+            load_dataset(name)
     except ImportError as error:  # without the extra `demo`, tests of the corpus are skipped
         print(error)
