@@ -14,6 +14,8 @@ import polars as pl
 from ..audio.mel import AUDIO_SUFFIXES
 from ..core.files import log, named_rng, resolve_path
 from .benchmarks import BENCHMARKS
+from .heldout import build_heldout
+from .scores import build_scores
 from .table import validate_table
 from .tunes import build_confirmation, build_tunes, load_clips
 
@@ -106,7 +108,9 @@ def load_folder(
     return validate_table(_fill_columns(table, seed, validation, test).drop("name"), str(source))
 
 # %% ../../nbs/datasets/registry.ipynb #0564be81
-RENDERED = {"tunes": build_tunes, "tunes-confirmation": build_confirmation}  # corpora that bring their mels
+RENDERED = {  # corpora that bring their mels
+    "tunes": build_tunes, "tunes-confirmation": build_confirmation, "scores": build_scores, "heldout": build_heldout,
+}  # fmt: skip
 # name: a function of options that returns the table
 DATASETS = {name: partial(load_clips, build) for name, build in RENDERED.items()} | BENCHMARKS
 
