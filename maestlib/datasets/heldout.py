@@ -19,7 +19,7 @@ from ..audio.store import MelStore
 from ..audio.workers import time_limit
 from ..core.device import cpu_count
 from ..core.files import atomic_write, cache_path, file_lock, log, named_rng
-from .scores import RENDER_TIMEOUT_S, excerpt_score, measure_notes, mix_parts
+from .scores import SCORE_TIMEOUT_S, excerpt_score, measure_notes, mix_parts
 from .sounds import SAMPLE_RATE, find_font
 from .works import PERIODS, read_scores, score_files
 
@@ -77,7 +77,7 @@ def _read_tables(folder: str) -> tuple[dict, dict]:  # excerpts by track_id; par
 def _render_excerpt(path: str, font: str, **_) -> np.ndarray:
     excerpts, parts = _read_tables(str(Path(path).parent))
     row = excerpts[Path(path).stem]
-    with time_limit(RENDER_TIMEOUT_S):
+    with time_limit(SCORE_TIMEOUT_S):
         wave = mix_parts(*draw_excerpt(row, json.loads(parts[row["collection"], row["title"]]), font), HELD_OUT_S)
     return wave * np.float32(0.5 / np.abs(wave).max())
 

@@ -1,0 +1,109 @@
+"""The corpora `scores` and `heldout`: exact labels, the same clips from the same seed, nothing shared between them."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+pytest.importorskip("music21")
+pytest.importorskip("symusic")
+
+from maestlib.audio.store import MelStore, verify_store
+from maestlib.datasets import heldout, scores, sounds, works
+from maestlib.training.config import TrainConfig
+
+FONTS = ("TimGM6mb",)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAESTLIB_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def table(cache):
+    return works.training_works(4, workers=1)
+
+
+def test_labels_are_what_is_played(table):
+    for clip in range(12):
+        plan = scores.plan_score_clip(clip, table, FONTS)
+        played = {p["program"] for p in plan["players"].values() if not p["voice"] and not p["is_drum"]}
+        named = {f"Instrument---{scores.program_names()[program]}" for program in played}
+        drums = {"Instrument---Drum kit"} if any(p["is_drum"] for p in plan["players"].values()) else set()
+        assert {label for label in plan["labels"] if label.startswith("Instrument")} == named | drums
+        channels = {label.removeprefix("Channel---") for label in plan["labels"] if label.startswith("Channel")}
+        assert channels == set(plan["channels"])
+
+
+def test_a_pair_plays_the_same_bars_by_other_players(table):
+    first, second = (scores.plan_score_clip(clip, table, FONTS) for clip in (8, 9))
+    assert first["work"] == second["work"] and first["facts"] == second["facts"]
+    assert all(np.array_equal(notes, second["parts"][part]) for part, notes in first["parts"].items())
+    assert first["players"] != second["players"]
+
+
+def test_texture_and_players_are_independent_of_the_tune(table):
+    plans = [scores.plan_score_clip(clip, table, FONTS) for clip in range(0, 400, 2)]
+    textures = pl.Series([plan["facts"]["texture"] for plan in plans if plan["work"]["bars"]]).value_counts()
+    assert len(textures) == 13 and textures["count"].max() < 4 * textures["count"].mean()
+
+
+def test_a_corpus_is_built_by_any_number_of_workers_and_not_built_twice(cache):
+    options = {"clips": 24, "works": 4, "fonts": FONTS}
+    one = MelStore(scores.build_scores(**options, workers=1))
+    checksums = one.index["checksum"].to_list()
+    verify_store(one.path)
+    before = one.path.stat().st_mtime_ns
+    assert scores.build_scores(**options) == one.path and one.path.stat().st_mtime_ns == before
+    (one.path / "SHA256SUMS").unlink()
+    for file in one.path.iterdir():
+        if file.is_file():
+            file.unlink()
+    again = MelStore(scores.build_scores(**options, workers=2))
+    assert again.index["checksum"].to_list() == checksums
+
+
+def test_nothing_held_out_is_trained_on(table):
+    trained = {path.parts[-2] for path in works.score_files((works.TRAINING_COMPOSER,))}
+    assert not trained & set(works.PERIODS) and not {"bach", "handel"} & (trained | set(works.PERIODS))
+    assert heldout.HELD_OUT_FONT not in scores.TRAINING_FONTS
+
+
+def test_excerpts_of_a_composer_are_few_and_instruments_are_drawn_without_regard_to_the_period(cache):
+    read = works.read_scores(works.score_files(("chopin", "lusitano", "weber")), "three", workers=1)
+    excerpts = heldout.plan_excerpts(read)
+    assert excerpts["track_id"].n_unique() == len(excerpts) and set(excerpts["artist"]) <= set(works.PERIODS)
+    assert excerpts.equals(heldout.plan_excerpts(read))
+
+
+def test_a_missing_font_is_named_with_its_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(sounds, "_FOLDERS", ())
+    monkeypatch.setenv("MAESTLIB_SOUND_FONTS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="apt install opl3-soundfont"):
+        scores.build_scores(24)
+    with pytest.raises(ValueError, match="FluidR3"):
+        sounds.find_font("FluidR3")
+
+
+def test_high_notes_are_played_an_octave_lower_and_long_ones_end():
+    note = np.array([[0.1, 30.0, 100.0, 90.0]])
+    for shift in (-4, 0, 4):
+        wave = sounds.play_font(note, 73, shift=shift)
+        assert np.isfinite(wave).all() and np.abs(wave[:16000]).max() > 1e-3
+        assert np.abs(wave[-16000:]).max() < 1e-3, "it ends after six seconds"
+
+
+def test_a_score_without_notes_is_named(tmp_path):
+    file = tmp_path / "empty.krn"
+    file.write_text("**kern\n*-\n", encoding="utf8")
+    with pytest.raises(ValueError, match=r"empty\.krn"):
+        works.read_score(file)
+
+
+def test_the_bundled_preset_names_its_corpus():
+    config = TrainConfig(preset="bundled").resolve_auto()
+    assert (config.dataset, config.seconds, config.depth) == ("scores", 10, 8)
+    assert TrainConfig(max_steps=10).resolve_auto().dataset == "tunes"
