@@ -68,7 +68,7 @@ def play_font(
     if not is_drum:
         highest = MAX_PITCH - max(shift, 0)
         pitch = np.maximum(pitch - 12 * np.ceil(np.maximum(pitch - highest, 0) / 12), 28) + shift
-    track = symusic.Track(program=program, is_drum=is_drum, ttype="second")
+    track = symusic.Track(program=0 if is_drum else program, is_drum=is_drum, ttype="second")
     track.notes = symusic.Note.from_numpy(
         (start / factor).astype(np.float32), (length / factor).astype(np.float32), pitch.astype(np.int8),
         np.clip(velocity, 1, 127).astype(np.int8), ttype="second")  # fmt: skip
@@ -126,12 +126,8 @@ class _Voice:
     def _harmonic(self, phase, hz, t):
         numbers = np.arange(1, min(25 if self.kind == "Sung" else 12, max(1, int(7600 / hz))) + 1)
         if self.kind == "Sung":
-            levels = sum(
-                1 / (1 + ((numbers * hz - f) / (60 + 0.06 * f)) ** 2) / (i + 1) for i, f in enumerate(self.vowel)
-            )
-            return sum(
-                level / number**0.5 * np.sin(number * phase) for number, level in zip(numbers, levels, strict=True)
-            )
+            levels = sum(1 / (1 + ((numbers * hz - f) / (60 + 0.06 * f)) ** 2) / (i + 1) for i, f in enumerate(self.vowel))
+            return sum(level / number**0.5 * np.sin(number * phase) for number, level in zip(numbers, levels, strict=True))
         decays = np.exp(-self.partial_decay * t)
         return sum(
             level * np.sin(number * phase) * (decays if number > 1 else 1)
