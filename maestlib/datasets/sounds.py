@@ -126,8 +126,12 @@ class _Voice:
     def _harmonic(self, phase, hz, t):
         numbers = np.arange(1, min(25 if self.kind == "Sung" else 12, max(1, int(7600 / hz))) + 1)
         if self.kind == "Sung":
-            levels = sum(1 / (1 + ((numbers * hz - f) / (60 + 0.06 * f)) ** 2) / (i + 1) for i, f in enumerate(self.vowel))
-            return sum(level / number**0.5 * np.sin(number * phase) for number, level in zip(numbers, levels, strict=True))
+            levels = sum(
+                1 / (1 + ((numbers * hz - f) / (60 + 0.06 * f)) ** 2) / (i + 1) for i, f in enumerate(self.vowel)
+            )
+            return sum(
+                level / number**0.5 * np.sin(number * phase) for number, level in zip(numbers, levels, strict=True)
+            )
         decays = np.exp(-self.partial_decay * t)
         return sum(
             level * np.sin(number * phase) * (decays if number > 1 else 1)
