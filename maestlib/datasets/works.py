@@ -37,7 +37,27 @@ def score_files(
     files = [file for composer in composers for file in (corpus / composer).rglob("*") if file.suffix in _SUFFIXES]
     return sorted(files)
 
-# %% ../../nbs/datasets/works.ipynb #39d70b93
+# %% ../../nbs/datasets/works.ipynb #b460f149
+def _part_notes(part) -> list[tuple[float, float, int]]:  # start and length in quarters, MIDI pitch
+    "List the notes of a music21 part; tied ones are one."
+    notes, tied = [], {}  # MIDI pitch: index of the note that a tie prolongs
+    for item in part.flatten().notes:
+        start, length = float(item.offset), float(item.quarterLength)
+        for note in getattr(item, "notes", [item]):
+            if length <= 0 or not hasattr(note, "pitch"):
+                continue
+            pitch, tie = note.pitch.midi, note.tie.type if note.tie else ""
+            if tie in ("stop", "continue") and pitch in tied:
+                first = notes[tied[pitch]][0]
+                notes[tied[pitch]] = (first, round(start + length - first, 4), pitch)
+            else:
+                notes.append((round(start, 4), round(length, 4), pitch))
+                tied[pitch] = len(notes) - 1
+            if tie not in ("start", "continue"):
+                tied.pop(pitch, None)
+    return notes
+
+
 def read_score(
     path: str | Path,  # a file that music21 reads
 ) -> tuple[
@@ -48,18 +68,9 @@ def read_score(
 
     try:
         score = converter.parse(path, forceSource=True)
-        parts = [part.stripTies().flatten() for part in score.parts][:6]
+        notes = [_part_notes(part) for part in score.parts][:6]
     except Exception as error:  # of whatever kind music21's readers raise
         raise ValueError(f"{path}: music21 cannot read it ({type(error).__name__}: {error})") from error
-    notes = [
-        [
-            (round(float(item.offset), 4), round(float(item.quarterLength), 4), pitch.midi)
-            for item in part.notes
-            for pitch in item.pitches
-            if item.quarterLength > 0
-        ]
-        for part in parts
-    ]
     notes = [part for part in notes if part]
     if sum(map(len, notes)) < 40:
         raise ValueError(f"{path}: fewer than 40 notes")
