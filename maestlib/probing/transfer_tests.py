@@ -43,6 +43,7 @@ def _ranks(scores: np.ndarray) -> np.ndarray:  # (tracks, labels) → 0 … 1
 
 def _fit_predict(x, targets, train, test, strengths) -> np.ndarray:  # (strengths, test tracks, labels)
     "Ridge regressions of several strengths from one decomposition."
+    x = x.astype(np.float32)
     mean, deviation = x[train].mean(0), x[train].std(0) + 1e-6
     a, b = (x[train] - mean) / deviation, (x[test] - mean) / deviation
     y = targets[train] - targets[train].mean(0)
@@ -94,7 +95,9 @@ def block_alternatives(
 
 # %% ../../nbs/probing/transfer_tests.ipynb #0bd337eb
 def compare_features(
-    features: dict[str, dict[str, np.ndarray]],  # model: its alternatives, see `probe_by_composer`; the first is compared
+    features: dict[
+        str, dict[str, np.ndarray]
+    ],  # model: its alternatives, see `probe_by_composer`; the first is compared
     targets: np.ndarray,  # (tracks, labels) 0 or 1
     labels: list[str],  # `Group---Tag`
     composers: np.ndarray,  # (tracks,)
