@@ -24,15 +24,15 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; oversu
 use_forked_kernels()
 
 SLOW_NOTEBOOKS = """
-    nbs/inference/ray.ipynb nbs/training/throughput.ipynb nbs/training/ablations.ipynb nbs/training/confirmation.ipynb
-    nbs/probing/transfer.ipynb nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb nbs/speed/benchmark.ipynb
+    nbs/train.ipynb nbs/inference/ray.ipynb nbs/training/throughput.ipynb nbs/training/ablations.ipynb
+    nbs/training/confirmation.ipynb nbs/probing/transfer.ipynb nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb
 """.split()  # a cell cannot be marked where it is written
 LONGEST = [  # they start first, so that no worker is idle at the end
     *"""tests/test_browser.py tests/test_train.py tests/test_paper.py tests/test_ray.py tests/test_datasets.py
-    tests/test_portable.py nbs/train.ipynb""".split(),
+    tests/test_portable.py""".split(),
     *SLOW_NOTEBOOKS,
     *"""tests/test_store.py tests/test_embed.py nbs/audio/extract.ipynb nbs/inference/embedding.ipynb
-    nbs/inference/search.ipynb""".split(),
+    nbs/inference/search.ipynb nbs/speed/benchmark.ipynb""".split(),
 ]
 
 

@@ -191,7 +191,12 @@ def test_two_processes_give_the_losses_of_one(folder, undisturbed, tmp_path, mon
     settings = options(FULL_RECIPE | {"dataset": folder, "num_validations": 6, "out_dir": run})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+        group = {
+            "WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free.getsockname()[1],
+        }
     processes = []
     for rank in range(2):
         for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items():
