@@ -170,12 +170,20 @@ def test_the_mels_are_those_of_the_files(corpus, tmp_path):
         assert file.read_bytes() == (tmp_path / "decoded" / file.name).read_bytes(), file.name
 
 
+BUILD = f"""
+import maestlib as ml
+
+if __name__ == "__main__":  # its workers import this file
+    ml.load_dataset("tunes", clips={CLIPS})
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="kills a process group")
 def test_a_killed_build_resumes(corpus, tmp_path, monkeypatch):
     table, folder = corpus
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
     program = tmp_path / "build.py"
-    program.write_text(f"import maestlib as ml; ml.load_dataset('tunes', clips={CLIPS})", encoding="utf8")
+    program.write_text(BUILD, encoding="utf8")
     build = start_python([program], PROJECT, os.environ | {"PYTHONPATH": str(PROJECT)})
     audio = tmp_path / folder.relative_to(folder.parents[2])
     deadline = time.time() + 240
