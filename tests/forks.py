@@ -94,13 +94,13 @@ def start_python(
     cwd: str | os.PathLike,
     env: dict[str, str],
 ) -> Fork | subprocess.Popen:
-    "Start a Python program, in a session of its own and with its output in pipes, or in what serves as such."
+    "Start a Python program with its output in pipes, or in what serves as such."
     arguments = [str(argument) for argument in arguments]
     if CAN_FORK:
         return Fork(arguments, cwd, env)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     module = [] if arguments[0].endswith(".py") else ["-m"]
-    return subprocess.Popen([sys.executable, *module, *arguments], env=env, cwd=cwd, start_new_session=True, **pipes)
+    return subprocess.Popen([sys.executable, *module, *arguments], env=env, cwd=cwd, **pipes)
 
 
 def use_forked_kernels():

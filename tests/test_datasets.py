@@ -15,13 +15,11 @@ import numpy as np
 import polars as pl
 import pytest
 import soundfile
-from forks import start_python
 
 from maestlib.audio import extract
 from maestlib.datasets import abc, registry, synth, tunes
 from maestlib.datasets.table import label_vocabulary, multi_hot
 
-PROJECT = Path(__file__).parents[1]
 CLIPS = 20
 
 
@@ -170,21 +168,13 @@ def test_the_mels_are_those_of_the_files(corpus, tmp_path):
         assert file.read_bytes() == (tmp_path / "decoded" / file.name).read_bytes(), file.name
 
 
-BUILD = f"""
-import maestlib as ml
-
-if __name__ == "__main__":  # its workers import this file
-    ml.load_dataset("tunes", clips={CLIPS})
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="kills a process group")
 def test_a_killed_build_resumes(corpus, tmp_path, monkeypatch):
     table, folder = corpus
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
-    program = tmp_path / "build.py"
-    program.write_text(BUILD, encoding="utf8")
-    build = start_python([program], PROJECT, os.environ | {"PYTHONPATH": str(PROJECT)})
+    code = f"import maestlib as ml; ml.load_dataset('tunes', clips={CLIPS})"
+    # in a session of its own, so that the process group can be killed
+    build = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
     audio = tmp_path / folder.relative_to(folder.parents[2])
     deadline = time.time() + 240
     try:
