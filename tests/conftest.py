@@ -1,4 +1,8 @@
-"""Environment of all tests. nbval runs the notebooks with their own parameters; only training time is cut here."""
+"""Environment of all tests. nbval runs the notebooks with their own parameters; only training time is cut here.
+
+`pytest` leaves out what is marked `slow`; `pytest -m slow` runs that alone, `pytest -m "slow or not slow"` everything.
+What is named by a path is run, slow or not.
+"""
 
 import os
 import shutil
@@ -19,15 +23,29 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; oversu
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 use_forked_kernels()
 
-LONGEST = """
-    tests/test_browser.py tests/test_train.py tests/test_ray.py nbs/inference/ray.ipynb tests/test_embed.py
-    nbs/train.ipynb tests/test_datasets.py nbs/training/confirmation.ipynb nbs/training/throughput.ipynb
-    nbs/inference/embedding.ipynb nbs/inference/search.ipynb nbs/audio/extract.ipynb nbs/speed/benchmark.ipynb
-    nbs/training/ablations.ipynb tests/test_store.py tests/test_portable.py
-""".split()  # half of the time of a run; they start first, so that no worker is idle at the end
+SLOW_NOTEBOOKS = """
+    nbs/train.ipynb nbs/inference/ray.ipynb nbs/training/throughput.ipynb nbs/training/ablations.ipynb
+    nbs/training/confirmation.ipynb nbs/probing/transfer.ipynb nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb
+""".split()  # a cell cannot be marked where it is written
+LONGEST = [  # they start first, so that no worker is idle at the end
+    *"""tests/test_browser.py tests/test_train.py tests/test_paper.py tests/test_ray.py tests/test_datasets.py
+    tests/test_portable.py""".split(),
+    *SLOW_NOTEBOOKS,
+    *"""tests/test_store.py tests/test_embed.py nbs/audio/extract.ipynb nbs/inference/embedding.ipynb
+    nbs/inference/search.ipynb nbs/speed/benchmark.ipynb""".split(),
+]
+
+
+def pytest_configure(config):
+    if config.args_source != pytest.Config.ArgsSource.ARGS and not config.option.markexpr:
+        config.option.markexpr = "not slow"
 
 
 def pytest_collection_modifyitems(config, items):
+    slow = {config.rootpath / name for name in SLOW_NOTEBOOKS}
+    for item in items:
+        if item.path in slow:
+            item.add_marker("slow")
     order = {config.rootpath / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
@@ -38,13 +56,14 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_sessionstart(session):
-    "Before a run of everything, render the corpora on all cores: a notebook that renders one keeps others waiting."
+    "Before a run of all files, render the corpora on all cores: a notebook that renders one keeps others waiting."
     if "PYTEST_XDIST_WORKER" in os.environ or session.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         return
     try:
         from maestlib.datasets.registry import load_dataset
 
-        for name in ("tunes", "tunes-confirmation"):
-            load_dataset(name)
+        load_dataset("tunes")
+        if session.config.option.markexpr != "not slow":  # only slow notebooks need the second
+            load_dataset("tunes-confirmation")
     except ImportError as error:  # without the extra `demo`, tests of the corpus are skipped
         print(error)

@@ -26,6 +26,7 @@ PACKAGES = """
     torch torch._dynamo torch.distributed torch.optim.swa_utils torch.utils.flop_counter torchaudio.functional
     ipykernel.kernelapp ipykernel.ipkernel IPython.display ipywidgets plotly.graph_objects plotly.io sklearn.metrics
     sklearn.manifold scipy.stats scipy.sparse.csgraph timm music21 soundfile av safetensors.torch lxml.etree anywidget
+    nbformat kaleido
 """.split()
 
 

@@ -81,7 +81,7 @@ def until(condition: Callable, what: str, timeout_s: float = TIMEOUT_S):
     while time.monotonic() < end:
         if result := condition():
             return result
-        time.sleep(0.05)
+        time.sleep(0.2)
     raise AssertionError(f"{what}: not within {timeout_s:g} s")
 
 

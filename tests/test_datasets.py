@@ -20,7 +20,7 @@ from maestlib.audio import extract
 from maestlib.datasets import abc, registry, synth, tunes
 from maestlib.datasets.table import label_vocabulary, multi_hot
 
-CLIPS = 24
+CLIPS = 20
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -263,6 +263,7 @@ def test_a_cache_that_cannot_be_written(corpus, tmp_path, monkeypatch):
             registry.load_dataset("tunes", clips=CLIPS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="chooses a core as Linux does")
 def test_one_core_and_little_memory(tmp_path):
     code = """if True:
@@ -384,12 +385,12 @@ def test_multi_hot():
 def test_the_first_tunes_are_those_of_the_full_corpus(tmp_path, monkeypatch, catalogue):
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
     monkeypatch.setattr(tunes, "tune_catalogue", lambda: catalogue)
-    first = registry.load_dataset("tunes", clips=60, first=20)
+    first = registry.load_dataset("tunes", clips=30, first=20)
     assert len(list(tmp_path.rglob("*.flac"))) == len(first) == 20
-    full = registry.load_dataset("tunes", clips=60)
-    assert full[:20].equals(first) and registry.load_dataset("tunes", clips=60, first=30).equals(full[:30])
+    full = registry.load_dataset("tunes", clips=30)
+    assert full[:20].equals(first) and registry.load_dataset("tunes", clips=30, first=25).equals(full[:25])
     with pytest.raises(ValueError, match="first=3"):
-        registry.load_dataset("tunes", clips=60, first=3)
+        registry.load_dataset("tunes", clips=30, first=3)
 
 
 def test_the_confirmation_corpus_shares_no_tune_and_no_family(tmp_path, monkeypatch, catalogue):

@@ -26,6 +26,7 @@ from maestlib.paper.published import EXPERIMENTS
 from maestlib.paper.scales import PUBLIC_DATASETS, PaperConfig
 
 pytest.importorskip("papermill")
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TRACKS = {"train": 6, "validation": 3, "test": 4}
 TRACK_S = 42  # two segments and a half of 30 s windows: more than the centre of a track

@@ -104,6 +104,7 @@ def odd_folder(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_every_module_and_a_whole_job_without_what_windows_lacks(odd_folder):
     "By spawn, and in a folder with an odd name."
     music, rng, rows = odd_folder / "ma musique ♪", np.random.default_rng(0), []

@@ -13,6 +13,7 @@ from maestlib.inference.ray import embed_with_ray
 from maestlib.models.checkpoint import load_model
 
 ray = pytest.importorskip("ray", reason='pip install "maestlib[ray]"')
+pytestmark = pytest.mark.slow
 FILES = 60
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from itertools import pairwise
@@ -184,11 +185,27 @@ def test_sigterm_saves_and_the_run_resumes(folder, undisturbed, tmp_path):
     assert code == 1 and "size=base: the run to resume has tiny" in err
 
 
-def test_two_processes_give_the_losses_of_one(folder, undisturbed, tmp_path):
+def test_two_processes_give_the_losses_of_one(folder, undisturbed, tmp_path, monkeypatch):
+    "Started one by one with torchrun's variables: torchrun imports torch anew in each."
     run = tmp_path / "two"
-    settings = FULL_RECIPE | {"dataset": folder, "num_validations": 6, "out_dir": run}
-    code, out, err = finish(start(folder, *options(settings), processes=2))
-    assert code == 0, err[-2000:]
+    settings = options(FULL_RECIPE | {"dataset": folder, "num_validations": 6, "out_dir": run})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {
+            "WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free.getsockname()[1],
+        }
+    processes = []
+    for rank in range(2):
+        for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items():
+            monkeypatch.setenv(name, str(value))
+        processes.append(start(folder, *settings))
+    for process in processes:
+        code, out, err = finish(process)
+        assert code == 0, err[-2000:]
+    assert json.loads((run / "config.json").read_text())["gpus"] == 2
     for name in ("steps", "metrics"):
         one, two = read_without_times(undisturbed, name), read_without_times(run, name)
         assert one.columns == two.columns and len(one) == len(two)
@@ -235,6 +252,7 @@ def undisturbed_three(folder, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_read_ends_the_run_on_all(folder, undisturbed_three, tmp_path):
     run, program = tmp_path / "run", tmp_path / "program.py"
     program.write_text(UNREADABLE)
@@ -249,6 +267,7 @@ def test_a_process_that_cannot_read_ends_the_run_on_all(folder, undisturbed_thre
     assert read_without_times(run, "metrics").columns == read_without_times(undisturbed_three, "metrics").columns
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_a_killed_process_loses_no_batch_whatever_their_number_is(folder, undisturbed_three, tmp_path):
     "Of three processes one is killed at random moments, MAESTLIB_KILLS times; then two and four processes go on."
