@@ -51,6 +51,7 @@ def test_texture_and_players_are_independent_of_the_tune(table):
     assert len(textures) == 13 and textures["count"].max() < 4 * textures["count"].mean()
 
 
+@pytest.mark.slow
 def test_a_corpus_is_built_by_any_number_of_workers_and_not_built_twice(cache):
     options = {"clips": 24, "works": 4, "fonts": FONTS}
     one = MelStore(scores.build_scores(**options, workers=1))

@@ -58,7 +58,11 @@ def plan_excerpts(
             period = PERIODS[work["collection"]]
             labels = sorted([f"Period---{period}", *(f"Instrument---{instrument}" for instrument in instruments)])
             row = {"name": name, "artist": composer, "labels": labels, "title": work["title"]}
-            rows.append(row | {"collection": work["collection"], "period": period, "split": _split(composer)} | {"instruments": instruments})
+            rows.append(
+                row
+                | {"collection": work["collection"], "period": period, "split": _split(composer)}
+                | {"instruments": instruments}
+            )
     order = named_rng(_SEED, "heldout").permutation(len(rows))
     table = pl.DataFrame([rows[i] for i in order]).filter(pl.int_range(pl.len()).over("artist") < _MAX_PER_COMPOSER)
     return table.with_columns(track_id=pl.format("heldout-{}", pl.int_range(pl.len())))
@@ -101,17 +105,17 @@ def build_heldout(
     composers: tuple[str, ...] = tuple(PERIODS),  # folders of music21's corpus
     font: str = HELD_OUT_FONT,
     workers: int | None = None,  # processes; None: one for each core
-    first: int | None = None,  # all are rendered
+    first: int | None = None,  # render only this many of the excerpts; None: all
 ) -> Path:  # its mel store
     "Render the held-out works and their mels into the cache, unless they are there. Raises as `scores.build_scores`."
     find_font(font)
-    folder = cache_path("heldout", f"{len(composers)}-{font}-v1")
+    folder = cache_path("heldout", f"{len(composers)}-{font}-{first or 'all'}-v1")
     store = folder / "mels"
     with file_lock(folder):
         if not (store / "SHA256SUMS").exists():
             folder.mkdir(parents=True, exist_ok=True)
             works = read_scores(score_files(composers), f"heldout-{len(composers)}", workers)
-            excerpts = plan_excerpts(works).with_columns(path=pl.format(f"{folder}/{{}}.flac", "track_id"))
+            excerpts = plan_excerpts(works)[:first].with_columns(path=pl.format(f"{folder}/{{}}.flac", "track_id"))
             for name, table in (("works", works), ("excerpts", excerpts)):
                 with atomic_write(folder / f"{name}.parquet") as temporary:
                     table.write_parquet(temporary)
