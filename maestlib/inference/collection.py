@@ -37,7 +37,7 @@ def _entries(folder: str, problems: list) -> list[os.DirEntry]:
         with os.scandir(folder) as entries:
             return [e for e in entries if not e.name.startswith(".") and e.name != "@eaDir"]
     except OSError as error:
-        problems.append((_printable(folder), f"cannot be read ({error.strerror}); the files in it are left as they were"))
+        problems.append((_printable(folder), f"cannot be read ({error.strerror}); its files are left as they were"))
         return []
 
 
@@ -61,7 +61,7 @@ def _walk(folder: str, seen: set, problems: list) -> Iterable[str]:
 def list_audio(
     paths: Iterable[str | Path],  # files and folders, absolute
 ) -> Listing:
-    "List the audio files of folders, with their sizes and times. Raises `FileNotFoundError` for a path that is not there."
+    "List the audio files of folders, with sizes and times. Raises `FileNotFoundError` for a path that is not there."
     rows, seen, problems = {}, set(), []
     for path in map(str, paths):
         if not os.path.lexists(path):
