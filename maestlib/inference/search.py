@@ -49,7 +49,7 @@ def _top_k(queries: np.ndarray, table: pl.LazyFrame, k: int, chunk_size: int) ->
 
 # %% ../../nbs/inference/search.ipynb #3694701c
 def nearest(
-    query: np.ndarray | pl.DataFrame | str | Path | Sequence[str | Path],  # vectors, rows of a table; songs of a library
+    query: np.ndarray | pl.DataFrame | str | Path | Sequence[str | Path],  # vectors or rows; songs of a library
     embeddings: pl.DataFrame | pl.LazyFrame | str | Path | Library | SongIndex,  # what `embed` or `scan` made
     k: int = 10,  # neighbors of each query
     chunk_size: int = 16384,  # rows compared at a time
