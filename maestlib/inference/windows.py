@@ -188,7 +188,7 @@ def iter_results(
         else:
             ended.append((i, windows))  # None, or the error
             is_last = i in last
-        if len(pending) < 4 * batch_size and not is_last:
+        if len(pending) < 4 * batch_size and len(ended) < 256 and not is_last:
             continue
         for batch in _equal_length_batches(pending, batch_size):
             outputs = forward(torch.stack([mel for *_, mel in batch]))
