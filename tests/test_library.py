@@ -264,7 +264,7 @@ def test_the_graph_finds_nearly_all(tmp_path):
 
 
 def test_a_song_from_outside_and_its_copy(music, undisturbed, tmp_path, monkeypatch, model):
-    monkeypatch.setattr("maestlib.inference.scan.load_library_model", lambda library: model)
+    monkeypatch.setattr("maestlib.inference.similar.load_library_model", lambda library: model)
     index = SongIndex(undisturbed)
     inside = index.find("album 0/03")
     wave, rate = soundfile.read(index.songs["path"][inside])
@@ -285,7 +285,7 @@ def test_tags_of_a_calibrated_library(undisturbed):
 @pytest.mark.parametrize("version", [3, 4])
 def test_tags_of_both_versions_are_written_and_undone(version, music, model, tmp_path, monkeypatch):
     mutagen = pytest.importorskip("mutagen")
-    from mutagen.id3 import ID3, TIT2, TPE1, TYER
+    from mutagen.id3 import ID3, TDRC, TIT2, TPE1, TYER
 
     path = tmp_path / "music/song.mp3"
     path.parent.mkdir()
@@ -293,7 +293,7 @@ def test_tags_of_both_versions_are_written_and_undone(version, music, model, tmp
     tags = ID3()
     tags.add(TIT2(3, "Süd"))
     tags.add(TPE1(3, ["A", "B"]))
-    tags.add(TYER(3, "1999"))
+    tags.add(TYER(3, "1999") if version == 3 else TDRC(3, "1999"))
     tags.save(path, v2_version=version, v23_sep=None)
     before, content = ID3(path, translate=False), read_identity(path).content
     scan(path.parent, tmp_path / "library", model, progress=False)

@@ -141,7 +141,7 @@ class Library:
             pl.DataFrame(columns).write_parquet(temporary)
 
     def _read(self, column: str, width: int) -> tuple[pl.DataFrame, np.ndarray]:
-        "One column of all recordings: their songs, and float32 arrays in pairs of (rows of the songs, values)."
+        "One column of all recordings: a song of each, and the values in the same order; vectors at unit length."
         songs = self.songs.filter(pl.col("error").is_null()).unique("content", keep="first", maintain_order=True)
         rows = songs.select("content").with_row_index("row")
         values = np.zeros((len(songs), width), np.float16)

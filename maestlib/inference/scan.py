@@ -340,13 +340,17 @@ def scan(
     return report
 
 # %% ../../nbs/inference/scan.ipynb #b4a0e016
+_MIN_COST_S = 600  # of audio; less is not worth a prediction
+
+
 def _scan_files(library, todo, model, report, dry_run, batch_size, num_workers, flush_s, progress) -> None:
     "Tell the costs of files, and read them."
     settings = library.settings
     batch_size = batch_size or auto_batch_size(model, settings.patchout)
     forward = make_embedder(model, library.blocks, settings.tokens, settings.patchout, settings.dtype, with_tags=True)
     seconds = _seconds_of(todo)
-    _log_costs(settings, seconds, todo["path"], model, forward, batch_size, num_workers)
+    if dry_run or seconds.sum() > _MIN_COST_S:
+        _log_costs(settings, seconds, todo["path"], model, forward, batch_size, num_workers)
     if not dry_run:
         expected = seconds if settings.excerpt_s is None else np.minimum(seconds, settings.excerpt_s)
         options = dict(batch_size=batch_size, num_workers=num_workers)

@@ -16,11 +16,13 @@ import numpy as np
 import polars as pl
 import torch
 
+from ..audio.mel import load_audio
 from ..core.extras import optional_import
 from ..core.files import atomic_write, resolve_path
 from .embedding import embed
 from .labels import rank_by_tags
 from .records import Library
+from .scan import load_library_model
 
 # %% ../../nbs/inference/similar.ipynb #b5a0e005
 _ROUNDING = 4e-3  # of a product of unit vectors in float16, generously
@@ -194,11 +196,13 @@ class SongIndex:
         row = song if isinstance(song, int) else self.find(song)
         if row is not None:
             return self.vectors[row]
-        from maestlib.inference.scan import load_library_model
-
         settings, model = self.library.settings, load_library_model(self.library)
         options = dict(tokens=settings.tokens, patchout=settings.patchout, hop_s=settings.hop_s, dtype=settings.dtype)
-        outside = embed(song, model, self.block, average=True, **options)["embedding"][0].to_numpy()
+        source = resolve_path(song)
+        if settings.excerpt_s is not None:
+            rate = model.config.mel.sample_rate
+            source = load_audio(source, duration_s=settings.excerpt_s, center=True, sample_rate=rate)
+        outside = embed(source, model, self.block, average=True, **options)["embedding"][0].to_numpy()
         return self.vectors.center(outside / np.linalg.norm(outside))
 
     def degrees(
