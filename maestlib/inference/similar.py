@@ -224,7 +224,7 @@ class SongIndex:
         "Find the songs nearest to others, or those that tags fit best; never a duplicate. Raises `ValueError`."
         if k < 1 or (per_artist is not None and per_artist < 1):
             raise ValueError(f"k={k}, per_artist={per_artist}: give 1 or more")
-        songs = [songs] if isinstance(songs, str | Path) else list(songs)
+        songs = [songs] if isinstance(songs, str | Path) else list(songs or ())
         if not songs and tags is None:
             raise ValueError("give songs, tags or both")
         degrees = None if tags is None else self.degrees(tags)
