@@ -12,7 +12,7 @@ LEAN |= {"fastcore"}
 BLOCKED = """
     timm torchvision huggingface_hub sklearn scipy joblib lxml PIL plotly jupyterlab ipykernel IPython ipywidgets
     anywidget traitlets papermill nbformat nbclient music21 symusic pretty_midi matplotlib pandas onnx onnxscript
-    onnxruntime tensorboard ray pyarrow
+    onnxruntime tensorboard ray pyarrow mutagen usearch shtab
 """.split()
 
 PREFIX = f"""
@@ -111,6 +111,7 @@ MISSING = [  # a call, and what it must name
     ("import maestlib as ml; ml.fit", "plotly", "demo"),
     ("import maestlib as ml; ml.recommend", "plotly", "demo"),
     ("import maestlib.train", "plotly", "demo"),
+    ("from maestlib.inference.write_tags import read_fields; read_fields('a.mp3')", "mutagen", "tags"),
     ("from maestlib.models.export import export_onnx; export_onnx(None, 'a.onnx')", "onnx", "onnx"),
     (
         "from maestlib.inference.ray import embed_with_ray; embed_with_ray('a.wav', 'maest-30s-tunes', 'out')",

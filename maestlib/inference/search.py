@@ -6,13 +6,15 @@
 __all__ = ['nearest']
 
 # %% ../../nbs/inference/search.ipynb #4ac9d544
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from ..core.files import resolve_path
+from .records import Library
+from .similar import SongIndex
 
 # %% ../../nbs/inference/search.ipynb #9826ffcf
 def _unit(
@@ -47,18 +49,28 @@ def _top_k(queries: np.ndarray, table: pl.LazyFrame, k: int, chunk_size: int) ->
 
 # %% ../../nbs/inference/search.ipynb #3694701c
 def nearest(
-    query: np.ndarray | pl.DataFrame,  # (dim,) or (queries, dim), or rows of an embedding table
-    embeddings: pl.DataFrame | pl.LazyFrame | str | Path,  # what `embed` returned, or its parquet file
+    query: np.ndarray | pl.DataFrame | str | Path | Sequence[str | Path],  # vectors or rows; songs of a library
+    embeddings: pl.DataFrame | pl.LazyFrame | str | Path | Library | SongIndex,  # what `embed` or `scan` made
     k: int = 10,  # neighbors of each query
     chunk_size: int = 16384,  # rows compared at a time
+    **options,  # of a library: tags, per_artist, as for `SongIndex.nearest`
 ) -> pl.DataFrame:  # query, rank (from 0), cosine, and the columns of `embeddings` without the vectors
-    """Find the nearest rows of a table by cosine, exactly, nearest first.
+    """Find the nearest rows of a table, or the nearest songs of a library, by cosine, nearest first.
 
-    Takes one query (dim,), several (queries, dim), or rows of an embedding table. Returns `query` (its number), `rank`
-    (from 0), `cosine` (-1 to 1) and the columns of `embeddings` without the vectors.
+    Of a table, takes one query (dim,), several (queries, dim), or rows of an embedding table. Returns `query` (its
+    number), `rank` (from 0), `cosine` (-1 to 1) and the columns of `embeddings` without the vectors.
 
-    Raises `ValueError` for queries of another width than the embeddings', for NaN, and for `k` below 1.
+    Of a `Library`, takes a song, several, or none with `tags="jazz & piano & !voice"`; `per_artist` limits the songs
+    of one artist. Returns `rank`, `cosine`, `degree` (to which the tags fit), `path`, `artist`, `album`, `title`.
+
+    Raises `ValueError` for queries of another width than the embeddings', for NaN, for `k` below 1, and for unknown
+    songs and tags.
     """
+    if isinstance(embeddings, Library | SongIndex):
+        index = SongIndex(embeddings) if isinstance(embeddings, Library) else embeddings
+        return index.nearest(query, k, **options)
+    if options:
+        raise ValueError(f"{', '.join(options)}: only for a library, which `maestlib.scan` makes")
     queries = np.atleast_2d(query["embedding"].to_numpy() if isinstance(query, pl.DataFrame) else np.asarray(query))
     if queries.ndim != 2 or not np.isfinite(queries).all():
         raise ValueError("query: give finite vectors, (dim,) or (queries, dim)")

@@ -60,16 +60,22 @@ def iter_windows(
     config: MelConfig,
     frames: int,  # of a full window
     hop_frames: int,  # from one start to the next, at most `frames`
+    excerpt_s: float | None = None,  # seconds in the middle of a file; None: all of it
 ) -> Iterator[tuple[float, float, torch.Tensor]]:  # start (s), end (s), normalized mel (n_mels, at most `frames`)
     "Cut a recording into windows that cover all of it; only what is shorter than a patch is padded."
-    frame_s = config.hop_length / config.sample_rate
+    frame_s, offset_s = config.hop_length / config.sample_rate, 0.0
+    if excerpt_s is not None:
+        offset_s = max(0.0, audio_duration(source) - excerpt_s) / 2
+        source = load_audio(source, duration_s=excerpt_s, center=True, sample_rate=config.sample_rate)
     buffer, first = torch.zeros(config.n_mels, 0), 0
     for part in stream_mel(source, config):
         buffer = torch.cat([buffer, part], 1)
         while buffer.shape[1] > frames:
-            yield first * frame_s, (first + frames) * frame_s, normalize(buffer[:, :frames], config)
+            start = offset_s + first * frame_s
+            yield start, start + frames * frame_s, normalize(buffer[:, :frames], config)
             buffer, first = buffer[:, hop_frames:], first + hop_frames
-    yield first * frame_s, (first + buffer.shape[1]) * frame_s, normalize(pad_to_patch(buffer), config)
+    start = offset_s + first * frame_s
+    yield start, start + buffer.shape[1] * frame_s, normalize(pad_to_patch(buffer), config)
 
 # %% ../../nbs/inference/windows.ipynb #223c3720
 def _next_items(job: Iterator, step: int) -> list:
@@ -151,12 +157,19 @@ def iter_results(
     hop_s: float | None,  # seconds from window to window; None: half a window
     batch_size: int,  # windows
     num_workers: int | None,  # decoding threads; None: one per core
+    excerpt_s: float | None = None,  # read so many seconds in the middle of each file; None: all
+    skip: Callable[[str], bool] | None = None,  # called in a decoding thread: whether a file need not be read
+    progress: bool = True,  # show a bar of windows
 ) -> Iterator[tuple[int, list | Exception]]:  # source number; (start s, end s, result) per window, or its error
-    "Run a model over every window of many recordings, and yield each recording once it is complete."
+    "Run a model over every window of many recordings, and yield each recording, or [] if skipped, once it is complete."
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give 1 or more")
     hop_frames = _hop_frames(hop_s, model.config)
     last = set()  # source of each group
+
+    def windows_of(source):
+        if skip is None or not skip(source):
+            yield from iter_windows(source, model.config.mel, model.config.num_frames, hop_frames, excerpt_s)
 
     def jobs():
         count = 0
@@ -164,10 +177,10 @@ def iter_results(
             count += len(group)
             last.add(count - 1)
             for source in group:
-                yield iter_windows(source, model.config.mel, model.config.num_frames, hop_frames)
+                yield windows_of(source)
 
     pending, ended, results = [], [], defaultdict(list)
-    bar = tqdm(unit="window", delay=2, disable=rank_and_world_size()[0] > 0)
+    bar = tqdm(unit="window", delay=2, disable=not progress or rank_and_world_size()[0] > 0)
     for i, windows in _prefetch(jobs(), batch_size, num_workers or worker_count()):
         is_last = False
         if isinstance(windows, list):
@@ -175,7 +188,7 @@ def iter_results(
         else:
             ended.append((i, windows))  # None, or the error
             is_last = i in last
-        if len(pending) < 4 * batch_size and not is_last:
+        if len(pending) < 4 * batch_size and len(ended) < 256 and not is_last:
             continue
         for batch in _equal_length_batches(pending, batch_size):
             outputs = forward(torch.stack([mel for *_, mel in batch]))

@@ -1,0 +1,349 @@
+"""A library of songs: bad files, kills, full disks, two scans, the command line. What a notebook cannot show."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import soundfile
+import torch
+from forks import start_python
+
+from maestlib.inference import collection, write_tags
+from maestlib.inference.cli import main
+from maestlib.inference.collection import read_identity
+from maestlib.inference.records import Library
+from maestlib.inference.scan import scan
+from maestlib.inference.similar import SongIndex, VectorIndex
+from maestlib.models.checkpoint import load_model, save_checkpoint
+
+PROJECT = Path(__file__).parents[1]
+LABELS = ["Jazz---Bop", "Jazz---Cool", "Rock---Surf", "Mood---calm"]
+POSIX = pytest.mark.skipif(os.name != "posix", reason="such names and links exist on POSIX")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def noise(seconds, seed=0, rate=16000, channels=1):
+    return np.random.default_rng(seed).normal(0, 0.1, (int(seconds * rate), channels)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = load_model("random", size="tiny", seconds=5, labels=LABELS)
+    model.thresholds = (0.5, 0.5, 0.5, 0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def music(tmp_path_factory, model):
+    "Twelve good files; a checkpoint beside them."
+    root = tmp_path_factory.mktemp("music")
+    for i in range(12):
+        (root / f"album {i % 3}").mkdir(exist_ok=True)
+        soundfile.write(root / f"album {i % 3}/{i:02}.{('wav', 'flac', 'mp3')[i % 3]}", noise(1 + i % 4, i), 16000)
+    save_checkpoint(model, root / "m.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(music, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert scan(music, out, model, progress=False).read == 12
+    return Library(out)
+
+
+def assert_complete(library, undisturbed):
+    "Nothing is lost, and nothing is there twice."
+    assert library.songs.drop("mtime_ns").equals(undisturbed.songs.drop("mtime_ns"))
+    chunks = [pl.read_parquet(file) for file in sorted((library.folder / "vectors").glob("*.parquet"))]
+    contents = pl.concat(chunks)["content"]
+    assert contents.is_unique().all() and set(contents) == undisturbed.contents()
+    assert np.allclose(library.vectors()[1], undisturbed.vectors()[1], atol=2e-3)
+    assert np.allclose(library.activations()[1], undisturbed.activations()[1], atol=2e-3)
+
+
+def test_bad_files_are_named_once(music, model, tmp_path):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    good = {"short.wav": noise(0.1), "high.wav": noise(1, rate=192_000), "eight.flac": noise(1, channels=8)}
+    for name, wave in good.items():
+        soundfile.write(folder / name, wave, 192_000 if name == "high.wav" else 16_000)
+    (folder / "text.mp3").write_text("not music at all\n" * 50)
+    (folder / "empty.wav").touch()
+    soundfile.write(folder / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    soundfile.write(folder / "cut.flac", noise(5), 16000)
+    cut = (folder / "cut.flac").read_bytes()
+    (folder / "cut.flac").write_bytes(cut[: len(cut) // 2])
+    bad = {"text.mp3", "empty.wav", "nan.wav", "cut.flac"}
+    if os.name == "posix":
+        shutil.copy(folder / "short.wav", folder / "two\nlines.wav")
+        shutil.copy(folder / "short.wav", os.fsencode(folder) + b"/caf\xe9.wav")
+        (folder / "dangling.wav").symlink_to(tmp_path / "nowhere.wav")
+        bad |= {"caf\\xe9.wav", "dangling.wav"}
+    report = scan(folder, tmp_path / "library", model, progress=False)
+    assert sorted(Path(path).name for path, _ in report.failed) == sorted(bad)
+    assert min(len(error) for _, error in report.failed) > 5
+    again = scan(folder, tmp_path / "library", progress=False)
+    assert (again.planned, again.failed_before) == (0, 4), "what is broken is not tried again"
+    soundfile.write(folder / "empty.wav", noise(1, 9), 16000)
+    mended = scan(folder, tmp_path / "library", model, progress=False)
+    assert mended.read == 1 and Library(tmp_path / "library").songs.filter(pl.col("error").is_not_null()).height == 3
+
+
+def test_a_folder_vanishes_and_a_disk_is_missing(music, model, undisturbed, tmp_path, monkeypatch, caplog):
+    copy, out = tmp_path / "music", tmp_path / "library"
+    shutil.copytree(music, copy)
+    scan(copy, out, model, progress=False)
+    scandir = os.scandir
+
+    def vanished(path):
+        if str(path).endswith("album 1"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return scandir(path)
+
+    monkeypatch.setattr(collection.os, "scandir", vanished)
+    report = scan(copy, out, prune=True, force=True, progress=False)
+    assert report.failed[0][0].endswith("album 1") and report.pruned == report.gone == 0
+    monkeypatch.undo()
+    shutil.rmtree(copy / "album 1")
+    report = scan(copy, out, prune=True, progress=False)
+    assert (report.pruned, report.gone) == (0, 4), "a third of the library is more than a tenth"
+    assert scan(copy, out, prune=True, force=True, progress=False).pruned == 4
+    assert len(Library(out).contents()) == 8
+    shutil.rmtree(copy)
+    with pytest.raises(FileNotFoundError, match="is its disk connected"):
+        scan(copy, out, prune=True, force=True)
+    assert len(Library(out).songs) == 8
+
+
+def test_a_full_disk(music, model, undisturbed, tmp_path, monkeypatch, capsys):
+    "What was written before is kept, and the next scan goes on."
+    append, calls = Library.append_vectors, []
+
+    def full(self, *arguments):
+        calls.append(1)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, *arguments)
+
+    monkeypatch.setattr(Library, "append_vectors", full)
+    with pytest.raises(OSError, match="No space left"):
+        scan(music, tmp_path, model, batch_size=1, flush_s=0, progress=False)
+    monkeypatch.undo()
+    assert 0 < len(Library(tmp_path).songs) < 12
+    assert scan(music, tmp_path, model, progress=False).unchanged > 0
+    assert_complete(Library(tmp_path), undisturbed)
+
+
+PROGRAM = """
+import sys, torch
+from maestlib.inference.scan import scan
+torch.set_num_threads(1)
+music, out = sys.argv[1:]
+scan(music, out, f"{music}/m.safetensors", batch_size=1, num_workers=1, flush_s=0, progress=False)
+"""
+KILLS = int(os.environ.get("MAESTLIB_KILLS", 2))
+
+
+def test_goes_on_after_sigkill(music, undisturbed, tmp_path):
+    "Killed once some chunks are there, at a random moment; the next scan takes over the claim at once."
+    program, out = tmp_path / "program.py", tmp_path / "library"
+    program.write_text(PROGRAM)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    rng, killed = np.random.default_rng(), 0
+    for _ in range(KILLS):
+        process, before = start_python([program, music, out], PROJECT, env), len(list(out.rglob("*.parquet")))
+        deadline = time.monotonic() + 300
+        while process.poll() is None and len(list(out.rglob("*.parquet"))) <= before and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        killed += process.poll() is None
+        process.kill()
+        process.communicate()
+        if not (out / "library.json").exists():
+            continue
+        songs = Library(out).songs
+        assert set(songs["content"]) <= Library(out).contents(), "vectors come before the songs that refer to them"
+        if len(songs) == 12:
+            shutil.rmtree(out)
+    assert killed
+    scan(music, out, str(music / "m.safetensors"), progress=False)
+    assert_complete(Library(out), undisturbed)
+    assert not [path.name for path in out.iterdir() if "claim" in path.name]
+
+
+def test_two_scans_at_once(music, model, undisturbed, tmp_path, capsys):
+    scan(music / "album 0", tmp_path, model, progress=False)
+    with Library(tmp_path).writing():
+        assert main(["scan", str(music), "--out", str(tmp_path)]) == 2
+    assert "another scan" in capsys.readouterr().err
+    scan(music, tmp_path, model, progress=False)
+    assert_complete(Library(tmp_path), undisturbed)
+
+
+def test_command_line(music, tmp_path, capsys, monkeypatch):
+    library = str(tmp_path / "library")
+    command = ["scan", "--out", library, "--model", str(music / "m.safetensors"), "--excerpt", "2", "--json", "--quiet"]
+    (tmp_path / "text.mp3").write_text("no music")
+    listed = b"\0".join(os.fsencode(path) for path in (music, tmp_path / "text.mp3"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed)))
+    assert main([*command, "--files-from", "-", "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["planned"] == 13 and not Path(library).exists()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed)))
+    assert main([*command, "--files-from", "-"]) == 1
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert (report["read"], len(report["failed"])) == (12, 1) and "text.mp3" in printed.err
+    assert main([*command, str(music)]) == 0 and json.loads(capsys.readouterr().out)["unchanged"] == 12
+    assert main(["scan", str(music), "--out", library, "--excerpt", "3"]) == 2
+    assert "excerpt_s=2" in capsys.readouterr().err
+    assert main(["scan", str(tmp_path / "nowhere"), "--out", library]) == 2
+    assert main(["search", "00", "--library", library, "-k", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 3
+    assert main(["search", "--tags", "jaz", "--library", library]) == 2
+    assert "did you mean jazz" in capsys.readouterr().err
+    assert main(["playlist", "00", "--to", "05", "-k", "4", "--library", library, "--out", f"{tmp_path}/a.m3u8"]) == 0
+    lines = [line for line in (tmp_path / "a.m3u8").read_text(encoding="utf8").splitlines() if line[0] != "#"]
+    assert all((tmp_path / line).samefile(tmp_path / line) and not Path(line).is_absolute() for line in lines)
+    assert "00" in lines[0] and "05" in lines[-1]
+    monkeypatch.setattr("maestlib.inference.scan.list_audio", lambda paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main([*command, str(music)]) == 130
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and "maestlib" in capsys.readouterr().out
+
+
+def test_completion(capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    assert "--keep-every" in capsys.readouterr().out
+
+
+def clustered(n, dim, seed):
+    "Vectors with a common component and a falling spectrum, as embeddings have."
+    rng = np.random.default_rng(seed)
+    spectrum = np.arange(1, 33) ** -0.7
+    vectors = rng.normal(size=(n, 32)) * spectrum @ rng.normal(size=(32, dim)) + 5 + 0.05 * rng.normal(size=(n, dim))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+
+def test_search_in_float16_is_exact():
+    vectors = clustered(20_000, 96, 0)
+    index = VectorIndex(vectors.copy())
+    full = index.vectors.numpy().astype(np.float64)
+    for row in range(0, 20_000, 2_000):
+        expected = np.sort(full @ full[row])[::-1][:10]
+        rows, cosines = index.top(index[row], 10)
+        assert np.allclose(full[rows] @ full[row], expected, atol=1e-6) and np.allclose(cosines, expected, atol=1e-5)
+
+
+def test_the_graph_finds_nearly_all(tmp_path):
+    pytest.importorskip("usearch")
+    vectors = clustered(3_000, 64, 1)
+    exact = VectorIndex(vectors.copy())
+    graph = VectorIndex(vectors.copy(), tmp_path / "a.usearch")
+    hits = [len({*exact.top(exact[i], 10)[0]} & {*graph.top(exact[i], 10)[0]}) for i in range(0, 3_000, 60)]
+    assert np.mean(hits) / 10 >= 0.98
+    stored = VectorIndex(vectors.copy(), tmp_path / "a.usearch")
+    assert np.array_equal(stored.top(exact[5], 10)[0], graph.top(exact[5], 10)[0])
+
+
+def test_a_song_from_outside_and_its_copy(music, undisturbed, tmp_path, monkeypatch, model):
+    monkeypatch.setattr("maestlib.inference.similar.load_library_model", lambda library: model)
+    index = SongIndex(undisturbed)
+    inside = index.find("album 0/03")
+    wave, rate = soundfile.read(index.songs["path"][inside])
+    soundfile.write(tmp_path / "copy.flac", wave, rate)
+    assert index.find(tmp_path / "copy.flac") is None
+    assert index.vector(tmp_path / "copy.flac") @ index.vectors[inside] > 0.99
+    assert index.nearest([index.songs["path"][inside]], k=50).height < 12, "not itself"
+
+
+def test_tags_of_a_calibrated_library(undisturbed):
+    index = SongIndex(undisturbed)
+    activations = dict(zip(index.songs["path"], undisturbed.activations()[1], strict=True))
+    table = index.nearest(tags="jazz & !surf", k=50)
+    expected = {path for path, a in activations.items() if max(a[0], a[1]) >= 0.5 > a[2]}
+    assert set(table["path"]) <= expected and (table["degree"] >= 0.5).all()
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_tags_of_both_versions_are_written_and_undone(version, music, model, tmp_path, monkeypatch):
+    mutagen = pytest.importorskip("mutagen")
+    from mutagen.id3 import ID3, TDRC, TIT2, TPE1, TYER
+
+    path = tmp_path / "music/song.mp3"
+    path.parent.mkdir()
+    shutil.copy(next(music.rglob("*.mp3")), path)
+    tags = ID3()
+    tags.add(TIT2(3, "Süd"))
+    tags.add(TPE1(3, ["A", "B"]))
+    tags.add(TYER(3, "1999") if version == 3 else TDRC(3, "1999"))
+    tags.save(path, v2_version=version, v23_sep=None)
+    before, content = ID3(path, translate=False), read_identity(path).content
+    scan(path.parent, tmp_path / "library", model, progress=False)
+    options = dict(threshold=0.0, dry_run=False)
+
+    written, errors = write_tags.write_tags(tmp_path / "library", **options)
+    assert not errors and set(written["field"]) == {"genre", "mood"}
+    after = ID3(path, translate=False)
+    assert after.version == (2, version, 0) and read_identity(path).content == content
+    mood = "TMOO" if version == 4 else "TXXX:MOOD"
+    assert set(after) == {*before, "TCON", mood} and after["TPE1"] == before["TPE1"]
+    assert write_tags.write_tags(tmp_path / "library", **options)[0].is_empty()
+    assert write_tags.write_tags(tmp_path / "library", replace=True, **options)[0].is_empty()
+    assert scan(path.parent, tmp_path / "library", progress=False).unchanged == 1
+    assert write_tags.undo_tags(tmp_path / "library") == (1, {})
+    assert dict(ID3(path, translate=False)) == dict(before) and mutagen.File(path).info.length > 0
+    with pytest.raises(ValueError, match="nothing to undo"):
+        write_tags.undo_tags(tmp_path / "library")
+
+
+def test_tags_that_would_change_the_sound_are_not_written(music, model, tmp_path, monkeypatch):
+    pytest.importorskip("mutagen")
+    shutil.copytree(music / "album 1", tmp_path / "music")
+    scan(tmp_path / "music", tmp_path / "library", model, progress=False)
+    files = {path: path.read_bytes() for path in (tmp_path / "music").iterdir()}
+    set_fields = write_tags._set_fields
+
+    def damage(file, fields):
+        set_fields(file, fields)
+        data = bytearray(Path(file.filename).read_bytes())
+        data[-200] ^= 255
+        Path(file.filename).write_bytes(data)
+
+    monkeypatch.setattr(write_tags, "_set_fields", damage)
+    assert main(["write-tags", "--library", str(tmp_path / "library"), "--threshold", "0", "--write"]) == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "music").iterdir()} == files
+
+
+@POSIX
+def test_links_to_folders_are_followed_once(music, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/loop").symlink_to(tmp_path)
+    (tmp_path / "b").symlink_to(music)
+    (tmp_path / "c").symlink_to(music)
+    files = collection.list_audio([tmp_path]).files
+    assert len(files) == 12 and files["path"].str.contains("/b/").all()
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    program = [sys.executable, "-m", "maestlib.inference.cli", "search", "x", "--library", str(tmp_path / "none")]
+    env = os.environ | {"PYTHONPATH": str(PROJECT)}
+    child = subprocess.run(program, capture_output=True, encoding="utf8", env=env)
+    assert child.returncode == 2 and "no library" in child.stderr and not child.stdout
