@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDS', 'INNER_FOLDS', 'STRENGTHS', 'composer_folds', 'probe_by_composer', 'block_alternatives', 'compare_features',
-           'plot_transfer']
+           'plot_model_differences']
 
 # %% ../../nbs/probing/transfer_tests.ipynb #b92d6788
 import numpy as np
@@ -95,9 +95,7 @@ def block_alternatives(
 
 # %% ../../nbs/probing/transfer_tests.ipynb #0bd337eb
 def compare_features(
-    features: dict[
-        str, dict[str, np.ndarray]
-    ],  # model: its alternatives, see `probe_by_composer`; the first is compared
+    features: dict[str, dict[str, np.ndarray]],  # model: its alternatives, see `probe_by_composer`; the first is compared
     targets: np.ndarray,  # (tracks, labels) 0 or 1
     labels: list[str],  # `Group---Tag`
     composers: np.ndarray,  # (tracks,)
@@ -116,8 +114,8 @@ def compare_features(
             rows.append(values | {"chosen": ", ".join(sorted({choice for choice, _ in chosen}))})
     return pl.DataFrame(rows)
 
-# %% ../../nbs/probing/transfer_tests.ipynb #c2cf07ce
-def plot_transfer(
+# %% ../../nbs/probing/transfer_tests.ipynb #27f038f2
+def plot_model_differences(
     table: pl.DataFrame,  # from `compare_features`
     metric: str = "map",  # or roc_auc
 ):  # a plotly figure
