@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # %% ../../nbs/inference/commands.ipynb #b8a0e005
-DEFAULT_MODEL = "discogs-maest-30s-pw-129e"
+DEFAULT_MODEL = "maest-10s-scores"  # as `checkpoint.BUNDLED_MODEL`, which only torch can import
 AddOption = Callable[..., argparse.Action]
 
 

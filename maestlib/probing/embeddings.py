@@ -28,7 +28,7 @@ from ..datasets.batches import Corpus
 from ..datasets.table import SPLITS
 from ..inference.library import model_fingerprint
 from ..inference.windows import make_forward
-from ..models.checkpoint import BUNDLED_MODEL, load_model
+from ..models.checkpoint import TUNES_MODEL, load_model
 from ..models.effnet import EffNet
 from ..models.maest import MAEST, auto_batch_size
 from ..models.patchout import Patchout, pad_to_patch
@@ -54,9 +54,9 @@ def probe_target(
 ) -> tuple[MAEST | EffNet, str]:  # the model in evaluation mode on the default device, and its name
     "Load the model to probe. Raises what `load_model` raises."
     if run == "auto":
-        run = [BUNDLED_MODEL, *find_runs("maest").values()][-1]
-        if run == BUNDLED_MODEL:
-            log.info(f"no MAEST in runs/: using the bundled model {BUNDLED_MODEL}; train one with nbs/train.ipynb")
+        run = [TUNES_MODEL, *find_runs("maest").values()][-1]
+        if run == TUNES_MODEL:
+            log.info(f"no MAEST in runs/: using the bundled model {TUNES_MODEL}; train one with nbs/train.ipynb")
     model = load_model(run, size=size) if str(run) == "random" else load_model(run)
     return model.to(default_device()), Path(run).name
 

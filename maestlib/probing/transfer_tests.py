@@ -95,7 +95,9 @@ def block_alternatives(
 
 # %% ../../nbs/probing/transfer_tests.ipynb #0bd337eb
 def compare_features(
-    features: dict[str, dict[str, np.ndarray]],  # model: its alternatives, see `probe_by_composer`; the first is compared
+    features: dict[
+        str, dict[str, np.ndarray]
+    ],  # model: its alternatives, see `probe_by_composer`; the first is compared
     targets: np.ndarray,  # (tracks, labels) 0 or 1
     labels: list[str],  # `Group---Tag`
     composers: np.ndarray,  # (tracks,)

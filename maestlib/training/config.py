@@ -20,7 +20,7 @@ from ..core.device import default_device, default_dtype
 from ..core.files import log, rank_and_world_size, read_json, resolve_path, runs_dir
 from ..datasets import registry
 from ..datasets.benchmarks import BENCHMARKS
-from ..models.checkpoint import BUNDLED_MODEL
+from ..models.checkpoint import BUNDLED_MODEL, TUNES_MODEL
 from ..models.effnet import EffNet, EffNetConfig
 from ..models.hub import RELEASED_MODELS
 from ..models.maest import MAEST, SIZES, MAESTConfig
@@ -280,7 +280,7 @@ def _check_patchout(config):
 def _check_paths(config):
     if (resolve_path(config.out_dir) / "config.json").exists():
         raise FileExistsError(f"out_dir={config.out_dir}: holds a run already; give another name, or auto")
-    known = ("", "random", BUNDLED_MODEL, *INIT_CHECKPOINTS, *RELEASED_MODELS)
+    known = ("", "random", BUNDLED_MODEL, TUNES_MODEL, *INIT_CHECKPOINTS, *RELEASED_MODELS)
     for name in ("init", "teacher"):
         value = getattr(config, name)
         if value not in known and not resolve_path(value).exists():
