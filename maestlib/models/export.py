@@ -8,7 +8,7 @@ __all__ = ['LogMel', 'ExportableMAEST', 'export_torch', 'export_onnx']
 # %% ../../nbs/models/export.ipynb #eb7888a1
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,38 +50,58 @@ class LogMel(nn.Module):
 
 # %% ../../nbs/models/export.ipynb #13ac01e5
 class ExportableMAEST(nn.Module):
-    "A MAEST without branches: mel → logits, or waveform → activations. Raises `ValueError` for random patchout."
+    """A MAEST without branches: mel → logits, or waveform → activations; embeddings beside them, or alone.
+
+    Raises `ValueError` for random patchout, a block that does not exist, and where no output is left.
+    """
 
     def __init__(
         self,
         model: MAEST,  # whose weights are shared
         patchout: Patchout | None = None,  # built in
         include_frontend: bool = False,  # start from a waveform and end in activations
+        blocks: tuple[int, ...] | None = None,  # after which blocks to embed, numbered from 0; None: no embeddings
+        include_head: bool = True,  # False: embeddings alone; blocks after the last of them are left out
     ):
         super().__init__()
         patchout = patchout or Patchout()
         if patchout.random_rows or patchout.random_columns:
             raise ValueError(f"{patchout}: random; only keep_every and drop_rows can be exported")
-        self.model, self.keep_every = model, patchout.keep_every
+        if blocks is not None:
+            model.check_blocks(blocks)
+        elif not include_head:
+            raise ValueError("include_head=False: leaves no output; give blocks=… too")
+        self.model, self.patchout, self.blocks = model, patchout, blocks
         self.rows = select_patches(model.config.grid, patchout)[0].tolist() if patchout.drop_rows else None
         self.frontend = LogMel(model.config.mel) if include_frontend else None
+        self.input_name = "wave" if include_frontend else "mel"
+        tags = "activations" if include_frontend else "logits"
+        self.output_names = (tags,) * include_head + ("embeddings",) * (blocks is not None)
 
     def forward(
         self,
         x: torch.Tensor,  # (batch, n_mels, frames) normalized mel, or (batch, samples) waveform
-    ) -> torch.Tensor:  # (batch, labels) logits of a mel, activations (after the sigmoid) of a waveform
-        "Compute tags."
-        model, conv = self.model, self.model.patch_embed["proj"]
-        mel = x if self.frontend is None else self.frontend(x)
-        x = F.conv2d(mel[:, None], conv.weight, conv.bias, (STRIDE, STRIDE * self.keep_every))  # kept columns only
-        x = x + model.freq_new_pos_embed + model.time_new_pos_embed[..., :: self.keep_every][..., : x.shape[3]]
+    ) -> tuple[torch.Tensor, ...]:  # (batch, labels) tags; (batch, len(blocks), 3, embed_dim) as `MAEST.embed`
+        "Compute `output_names`: logits of a mel or activations (after the sigmoid) of a waveform, and embeddings."
+        x, embeddings = self._embed_patches(x if self.frontend is None else self.frontend(x)), {}
+        include_head = self.output_names[0] != "embeddings"
+        for i, block in enumerate(self.model.blocks if include_head else self.model.blocks[: max(self.blocks) + 1]):
+            x = block(x)
+            if i in (self.blocks or ()):
+                embeddings[i] = torch.stack([x[:, 0], x[:, 1], x[:, 2:].mean(1)], 1)
+        outputs = ()
+        if include_head:
+            logits = self._head(self.model.norm(x[:, :2]))
+            outputs = (logits if self.frontend is None else logits.sigmoid(),)
+        return outputs + ((torch.stack([embeddings[b] for b in self.blocks], 1),) if embeddings else ())
+
+    def _embed_patches(self, mel):
+        model, conv, keep_every = self.model, self.model.patch_embed["proj"], self.patchout.keep_every
+        x = F.conv2d(mel[:, None], conv.weight, conv.bias, (STRIDE, STRIDE * keep_every))  # kept columns only
+        x = x + model.freq_new_pos_embed + model.time_new_pos_embed[..., ::keep_every][..., : x.shape[3]]
         x = (x if self.rows is None else x[:, :, self.rows]).flatten(2).mT
         cls_dist = torch.cat([model.cls_token, model.dist_token], 1) + model.new_pos_embed
-        x = torch.cat([cls_dist.expand(x.shape[0], -1, -1), x], 1)
-        for block in model.blocks:
-            x = block(x)
-        logits = self._head(model.norm(x[:, :2]))
-        return logits if self.frontend is None else logits.sigmoid()
+        return torch.cat([cls_dist.expand(x.shape[0], -1, -1), x], 1)
 
     def _head(self, features):
         cls, dist = features.unbind(1)
@@ -90,24 +110,25 @@ class ExportableMAEST(nn.Module):
         return self.model.head((cls + dist) / 2)
 
 # %% ../../nbs/models/export.ipynb #665b90fc
-def _min_frames(patchout: Patchout | None) -> int:
+def _min_frames(exportable: ExportableMAEST) -> int:
     "Frames that leave two columns of patches."
-    return PATCH + STRIDE * (patchout.keep_every if patchout else 1)
+    return PATCH + STRIDE * exportable.patchout.keep_every
 
 
-def _export_program(model: MAEST, include_frontend: bool, patchout: Patchout | None) -> torch.export.ExportedProgram:
+def _export_program(exportable: ExportableMAEST) -> torch.export.ExportedProgram:
     "Record the operations with variable batch size and length."
+    model, config = exportable.model, exportable.model.config
     placement = {p.dtype for p in model.parameters()} | {p.device.type for p in model.parameters()}
     if placement != {torch.float32, "cpu"}:
         raise ValueError("model: export needs float32 weights on the CPU; load it so")
-    config = model.config
-    samples = config.mel.hop_length if include_frontend else 1  # of the input per frame
-    shape = (2, config.num_frames * samples) if include_frontend else (2, config.mel.n_mels, config.num_frames)
+    samples = config.mel.hop_length if exportable.frontend else 1  # of the input per frame
+    shape = (2, config.num_frames * samples) if exportable.frontend else (2, config.mel.n_mels, config.num_frames)
     batch = torch.export.Dim("batch", min=1, max=4096)
-    length = torch.export.Dim("length", min=_min_frames(patchout) * samples, max=(config.num_frames + 1) * samples - 1)
+    min_length, max_length = _min_frames(exportable) * samples, (config.num_frames + 1) * samples - 1
+    length = torch.export.Dim("length", min=min_length, max=max_length)
     with torch.no_grad():
         return torch.export.export(
-            ExportableMAEST(model, patchout, include_frontend).eval(),
+            exportable.eval(),
             (torch.zeros(shape),),
             dynamic_shapes=({0: batch, len(shape) - 1: length},),
             prefer_deferred_runtime_asserts_over_guards=True,
@@ -115,20 +136,27 @@ def _export_program(model: MAEST, include_frontend: bool, patchout: Patchout | N
 
 # %% ../../nbs/models/export.ipynb #e081d7f0
 @torch.no_grad()
-def _max_difference(
-    model: MAEST, include_frontend: bool, patchout: Patchout | None, run: Callable[[torch.Tensor], torch.Tensor]
-) -> float:
-    "Compare `run` with the model on a long and a short clip. Raises `RuntimeError` for a difference of 0.001 or more."
-    generator, mel_config = torch.Generator().manual_seed(0), model.config.mel
+def _max_difference(exportable: ExportableMAEST, run: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> float:
+    """Compare `run` with the model on a long and a short clip; embeddings relative to their largest value.
+
+    Raises `RuntimeError` for a difference of 0.001 or more.
+    """
+    model, patchout, mel_config = exportable.model, exportable.patchout, exportable.model.config.mel
+    generator = torch.Generator().manual_seed(0)
     max_frames, largest = model.config.num_frames, 0.0
-    for batch_size, frames in ((1, max_frames), (3, max(max_frames // 3, _min_frames(patchout)))):
-        if include_frontend:
+    for batch_size, frames in ((1, max_frames), (3, max(max_frames // 3, _min_frames(exportable)))):
+        if exportable.frontend:
             x = 0.1 * torch.randn(batch_size, frames * mel_config.hop_length, generator=generator)
-            expected = model(normalize(logmel(x, mel_config), mel_config)[..., :frames], patchout).sigmoid()
+            mel = normalize(logmel(x, mel_config), mel_config)[..., :frames]
         else:
-            x = torch.randn(batch_size, mel_config.n_mels, frames, generator=generator)
-            expected = model(x, patchout)
-        largest = max(largest, float((run(x) - expected).abs().max()))
+            x = mel = torch.randn(batch_size, mel_config.n_mels, frames, generator=generator)
+        for name, output in zip(exportable.output_names, run(x), strict=True):
+            if name == "embeddings":
+                expected = model.embed(mel, exportable.blocks, patchout)
+                largest = max(largest, float((output - expected).abs().max() / expected.abs().max()))
+            else:
+                expected = model(mel, patchout).sigmoid() if exportable.frontend else model(mel, patchout)
+                largest = max(largest, float((output - expected).abs().max()))
     if not largest < 1e-3:
         raise RuntimeError(f"the exported model differs by {largest:.1e}; nothing was written")
     return largest
@@ -139,19 +167,22 @@ def export_torch(
     path: str | Path,  # ends in .pt2
     include_frontend: bool = False,  # (batch, samples) → activations, instead of mel (batch, n_mels, frames) → logits
     patchout: Patchout | None = None,  # built in
+    blocks: tuple[int, ...] | None = None,  # add the embeddings after these blocks, numbered from 0
+    include_head: bool = True,  # False: embeddings alone, which cost no more than their last block
 ) -> float:  # largest difference between the file and the model
-    """Write a program for `torch.export.load`.
+    """Write a program for `torch.export.load`. It returns a tuple: logits or activations, then embeddings.
 
-    Raises `ValueError` for random patchout, and for a model of another dtype or device; `RuntimeError` for a program
-    that differs from the model.
+    Raises `ValueError` as `ExportableMAEST` does, and for a model of another dtype or device; `RuntimeError` for a
+    program that differs from the model.
     """
-    program = _export_program(model, include_frontend, patchout)
+    exportable = ExportableMAEST(model, patchout, include_frontend, blocks, include_head)
+    program = _export_program(exportable)
     with atomic_write(path) as temporary:
         with open(temporary, "wb") as f:
             torch.export.save(program, f, extra_files={"config.json": json.dumps(model.config.to_dict())})
         with open(temporary, "rb") as f:
             run = torch.export.load(f).module()
-        return _max_difference(model, include_frontend, patchout, run)
+        return _max_difference(exportable, run)
 
 # %% ../../nbs/models/export.ipynb #71a323c5
 def export_onnx(
@@ -159,6 +190,8 @@ def export_onnx(
     path: str | Path,  # ends in .onnx
     include_frontend: bool = False,  # (batch, samples) → activations, instead of mel (batch, n_mels, frames) → logits
     patchout: Patchout | None = None,  # built in
+    blocks: tuple[int, ...] | None = None,  # add the embeddings after these blocks, numbered from 0
+    include_head: bool = True,  # False: embeddings alone, which cost no more than their last block
 ) -> float:  # largest difference between onnxruntime and the model
     "Write an ONNX file. Raises `ImportError` where the extra `onnx` is not installed; otherwise as `export_torch`."
     with optional_import("onnx"):
@@ -166,17 +199,16 @@ def export_onnx(
         import onnxruntime
         import onnxscript  # noqa: F401
 
-    input_name, output_name = ("wave", "activations") if include_frontend else ("mel", "logits")
-    program = _export_program(model, include_frontend, patchout)
-    names = dict(input_names=(input_name,), output_names=(output_name,))
-    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    onnx_program.model.metadata_props["labels"] = json.dumps(model.config.labels, ensure_ascii=False)
-    onnx_program.model.metadata_props["config"] = json.dumps(model.config.to_dict(), ensure_ascii=False)
+    exportable = ExportableMAEST(model, patchout, include_frontend, blocks, include_head)
+    names = dict(input_names=(exportable.input_name,), output_names=exportable.output_names)
+    onnx_program = torch.onnx.export(_export_program(exportable), dynamo=True, verbose=False, **names)
+    for key, value in {"labels": model.config.labels, "config": model.config.to_dict(), "blocks": blocks}.items():
+        onnx_program.model.metadata_props[key] = json.dumps(value, ensure_ascii=False)
     with atomic_write(path) as temporary:
         onnx_program.save(temporary)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
 
-        def run(x: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(session.run(None, {input_name: x.numpy()})[0])
+        def run(x: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.from_numpy(output) for output in session.run(None, {exportable.input_name: x.numpy()})]
 
-        return _max_difference(model, include_frontend, patchout, run)
+        return _max_difference(exportable, run)
