@@ -101,7 +101,6 @@ def test_onnx_embeddings_from_waveform(model, tmp_path):
     patchout, blocks, (float32, int8) = Patchout(keep_every=2), (1, 0), (tmp_path / "f.onnx", tmp_path / "i.onnx")
     assert export_onnx(model, float32, include_frontend=True, patchout=patchout, blocks=blocks) < 1e-4
     quantize_onnx(float32, int8, min_cosine=0.99)  # random weights of 96 channels turn further than trained ones
-    assert int8.stat().st_size < 0.7 * float32.stat().st_size
     wave = 0.2 * torch.randn(2, 40_000, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         expected = model.embed(normalize(logmel(wave))[..., : 40_000 // 256], blocks, patchout)
@@ -123,6 +122,7 @@ def test_int8_of_trained_weights(tmp_path):
     model, blocks = load_model(BUNDLED_MODEL, seconds=5), (2, 5)
     export_onnx(model, tmp_path / "f.onnx", blocks=blocks, include_head=False)
     assert quantize_onnx(tmp_path / "f.onnx", tmp_path / "i.onnx") >= 0.999
+    assert (tmp_path / "i.onnx").stat().st_size < 0.4 * (tmp_path / "f.onnx").stat().st_size
     wave = sum(torch.sin(torch.arange(80_000) * 0.0864 * k) / k for k in range(1, 12)) / 4  # 220 Hz
     mel = normalize(logmel(wave, model.config.mel), model.config.mel)[None, :, :312]
     session = onnxruntime.InferenceSession(tmp_path / "i.onnx", providers=["CPUExecutionProvider"])

@@ -72,7 +72,13 @@ class ExportableMAEST(nn.Module):
             model.check_blocks(blocks)
         elif not include_head:
             raise ValueError("include_head=False: leaves no output; give blocks=… too")
-        self.model, self.patchout, self.blocks = model, patchout, blocks
+        self.config, self.patchout, self.embed_after = model.config, patchout, tuple(blocks or ())
+        self.patch_embed, self.include_head = model.patch_embed, include_head
+        for name in ("cls_token", "dist_token", "new_pos_embed", "freq_new_pos_embed", "time_new_pos_embed"):
+            setattr(self, name, getattr(model, name))
+        self.blocks = model.blocks if include_head else model.blocks[: max(blocks) + 1]
+        if include_head:
+            self.norm, self.head, self.head_dist = model.norm, model.head, model.head_dist
         self.rows = select_patches(model.config.grid, patchout)[0].tolist() if patchout.drop_rows else None
         self.frontend = LogMel(model.config.mel) if include_frontend else None
         self.input_name = "wave" if include_frontend else "mel"
@@ -85,30 +91,29 @@ class ExportableMAEST(nn.Module):
     ) -> tuple[torch.Tensor, ...]:  # (batch, labels) tags; (batch, len(blocks), 3, embed_dim) as `MAEST.embed`
         "Compute `output_names`: logits of a mel or activations (after the sigmoid) of a waveform, and embeddings."
         x, embeddings = self._embed_patches(x if self.frontend is None else self.frontend(x)), {}
-        include_head = self.output_names[0] != "embeddings"
-        for i, block in enumerate(self.model.blocks if include_head else self.model.blocks[: max(self.blocks) + 1]):
+        for i, block in enumerate(self.blocks):
             x = block(x)
-            if i in (self.blocks or ()):
+            if i in self.embed_after:
                 embeddings[i] = torch.stack([x[:, 0], x[:, 1], x[:, 2:].mean(1)], 1)
         outputs = ()
-        if include_head:
-            logits = self._head(self.model.norm(x[:, :2]))
+        if self.include_head:
+            logits = self._head(self.norm(x[:, :2]))
             outputs = (logits if self.frontend is None else logits.sigmoid(),)
-        return outputs + ((torch.stack([embeddings[b] for b in self.blocks], 1),) if embeddings else ())
+        return outputs + ((torch.stack([embeddings[b] for b in self.embed_after], 1),) if embeddings else ())
 
     def _embed_patches(self, mel):
-        model, conv, keep_every = self.model, self.model.patch_embed["proj"], self.patchout.keep_every
+        conv, keep_every = self.patch_embed["proj"], self.patchout.keep_every
         x = F.conv2d(mel[:, None], conv.weight, conv.bias, (STRIDE, STRIDE * keep_every))  # kept columns only
-        x = x + model.freq_new_pos_embed + model.time_new_pos_embed[..., ::keep_every][..., : x.shape[3]]
+        x = x + self.freq_new_pos_embed + self.time_new_pos_embed[..., ::keep_every][..., : x.shape[3]]
         x = (x if self.rows is None else x[:, :, self.rows]).flatten(2).mT
-        cls_dist = torch.cat([model.cls_token, model.dist_token], 1) + model.new_pos_embed
+        cls_dist = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed
         return torch.cat([cls_dist.expand(x.shape[0], -1, -1), x], 1)
 
     def _head(self, features):
         cls, dist = features.unbind(1)
-        if self.model.config.separate_heads:
-            return (self.model.head(cls) + self.model.head_dist(dist)) / 2
-        return self.model.head((cls + dist) / 2)
+        if self.config.separate_heads:
+            return (self.head(cls) + self.head_dist(dist)) / 2
+        return self.head((cls + dist) / 2)
 
 # %% ../../nbs/models/export.ipynb #665b90fc
 def _min_frames(exportable: ExportableMAEST) -> int:
@@ -118,8 +123,8 @@ def _min_frames(exportable: ExportableMAEST) -> int:
 
 def _export_program(exportable: ExportableMAEST) -> torch.export.ExportedProgram:
     "Record the operations with variable batch size and length."
-    model, config = exportable.model, exportable.model.config
-    placement = {p.dtype for p in model.parameters()} | {p.device.type for p in model.parameters()}
+    config, parameters = exportable.config, list(exportable.parameters())
+    placement = {p.dtype for p in parameters} | {p.device.type for p in parameters}
     if placement != {torch.float32, "cpu"}:
         raise ValueError("model: export needs float32 weights on the CPU; load it so")
     samples = config.mel.hop_length if exportable.frontend else 1  # of the input per frame
@@ -137,12 +142,14 @@ def _export_program(exportable: ExportableMAEST) -> torch.export.ExportedProgram
 
 # %% ../../nbs/models/export.ipynb #e081d7f0
 @torch.no_grad()
-def _max_difference(exportable: ExportableMAEST, run: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> float:
+def _max_difference(
+    model: MAEST, exportable: ExportableMAEST, run: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+) -> float:
     """Compare `run` with the model on a long and a short clip; embeddings relative to their largest value.
 
     Raises `RuntimeError` for a difference of 0.001 or more.
     """
-    model, patchout, mel_config = exportable.model, exportable.patchout, exportable.model.config.mel
+    patchout, mel_config = exportable.patchout, model.config.mel
     generator = torch.Generator().manual_seed(0)
     max_frames, largest = model.config.num_frames, 0.0
     for batch_size, frames in ((1, max_frames), (3, max(max_frames // 3, _min_frames(exportable)))):
@@ -153,7 +160,7 @@ def _max_difference(exportable: ExportableMAEST, run: Callable[[torch.Tensor], S
             x = mel = torch.randn(batch_size, mel_config.n_mels, frames, generator=generator)
         for name, output in zip(exportable.output_names, run(x), strict=True):
             if name == "embeddings":
-                expected = model.embed(mel, exportable.blocks, patchout)
+                expected = model.embed(mel, exportable.embed_after, patchout)
                 largest = max(largest, float((output - expected).abs().max() / expected.abs().max()))
             else:
                 expected = model(mel, patchout).sigmoid() if exportable.frontend else model(mel, patchout)
@@ -183,7 +190,7 @@ def export_torch(
             torch.export.save(program, f, extra_files={"config.json": json.dumps(model.config.to_dict())})
         with open(temporary, "rb") as f:
             run = torch.export.load(f).module()
-        return _max_difference(exportable, run)
+        return _max_difference(model, exportable, run)
 
 # %% ../../nbs/models/export.ipynb #71a323c5
 def export_onnx(
@@ -212,7 +219,7 @@ def export_onnx(
         def run(x: torch.Tensor) -> list[torch.Tensor]:
             return [torch.from_numpy(output) for output in session.run(None, {exportable.input_name: x.numpy()})]
 
-        return _max_difference(exportable, run)
+        return _max_difference(model, exportable, run)
 
 # %% ../../nbs/models/export.ipynb #5e0a1c11
 def quantize_onnx(
