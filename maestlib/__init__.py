@@ -19,6 +19,7 @@ _load, __dir__, __all__ = lazy_loader.attach(
         "models.maest": ["MAEST", "MAESTConfig"],
         "models.hub": ["list_models"],
         "models.checkpoint": ["load_model", "save_checkpoint"],
+        "models.publish": ["save_pretrained", "push_to_hub"],
         "inference.embedding": ["embed", "tag"],
         "inference.records": ["Library"],
         "inference.scan": ["scan"],

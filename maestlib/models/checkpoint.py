@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from ..audio.mel import MelConfig
 from ..core.files import asset_path, atomic_write, log, resolve_path
 from .effnet import EffNet, EffNetConfig
-from .hub import RELEASED_MODELS, download, label_names
+from .hub import RELEASED_MODELS, download, download_from_hub, is_hub_name, label_names
 from .layouts import adapt_positions, extract_state_dict, infer_config, to_released_layout
 from .maest import MAEST, MAESTConfig
 
@@ -118,9 +118,11 @@ def find_checkpoint(
         if not files:
             raise FileNotFoundError(f"{path}: none of {', '.join(candidates)} in this folder")
         return files[0]
+    if is_hub_name(name) and not path.parent.exists():
+        return download_from_hub(name)
     if not path.exists():
         similar = difflib.get_close_matches(str(name), [*RELEASED_MODELS, BUNDLED_MODEL, TUNES_MODEL, "random"], 1, 0.5)
-        hint = "give a file, a folder, a name of `maestlib models`, or 'random'"
+        hint = "give a file, a folder, a name of `maestlib models`, a Hugging Face name, or 'random'"
         if similar:
             hint = f"did you mean {similar[0]!r}?"
         raise FileNotFoundError(f"{path}: no such checkpoint; {hint}")
@@ -197,7 +199,7 @@ def check_head(
 
 # %% ../../nbs/models/checkpoint.ipynb #6edc979f
 def load_model(
-    name: str | Path = BUNDLED_MODEL,  # a bundled or released model (`maestlib models`), a file, a folder, or "random"
+    name: str | Path = BUNDLED_MODEL,  # of `maestlib models` or Hugging Face, a bundled one, a file, a folder, or "random"
     *,
     seconds: float | None = None,  # maximum length of the input; None: as trained (random, DeiT: 30)
     labels: list[str] | tuple[str, ...] | None = None,  # in output order; None: those of the file
