@@ -126,7 +126,8 @@ def test_artists_in_two_splits_are_counted():
 
 
 def test_benchmarks_and_the_demo_corpus_are_registered():
-    assert set(registry.DATASETS) == {"tunes", "tunes-confirmation", *protocol.PAPER_COUNTS}
+    assert set(registry.DATASETS) == {*registry.RENDERED, *protocol.PAPER_COUNTS}
+    assert {"tunes", "tunes-confirmation", "scores", "heldout"} == set(registry.RENDERED)
     with pytest.raises(ValueError, match="msd-cals"):
         registry.load_dataset("mtg-gender")
 

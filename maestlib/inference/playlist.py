@@ -52,7 +52,7 @@ def write_playlist(
 
 # %% ../../nbs/inference/playlist.ipynb #b6a0e008
 def playlist(
-    library: Library | SongIndex | str | Path,
+    library: Library | SongIndex | str | Path,  # or its folder
     songs: str | Path | Iterable[str | Path] = (),  # paths, or parts of path, artist and title
     to: str | Path | None = None,  # a song to which the playlist leads, from the only one in `songs`
     tags: str | None = None,  # an expression such as "jazz & piano & !voice"

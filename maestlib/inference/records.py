@@ -69,7 +69,7 @@ class Library:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path,  # of the library
     ):
         self.folder = resolve_path(folder)
         file = self.folder / "library.json"
@@ -88,7 +88,7 @@ class Library:
     @classmethod
     def create(
         cls,
-        folder: str | Path,
+        folder: str | Path,  # of the library
         settings: LibrarySettings,
         fingerprint: str,  # of the model
         blocks: Sequence[int],  # after which the vectors are

@@ -216,7 +216,7 @@ def _apply(library: Library, changes: Sequence[tuple[str, dict]], journal: Path 
 
 
 def write_tags(
-    library: Library | str | Path,
+    library: Library | str | Path,  # or its folder
     mapping: str | Path | None = None,  # a csv: label, field, value; None: `mapping.csv` of the library
     threshold: float | None = None,  # lowest activation; None: the thresholds of the model
     top: int = 3,  # values of a field at most
@@ -251,7 +251,7 @@ def _journal(file: Path) -> Iterator[dict]:
 
 
 def undo_tags(
-    library: Library | str | Path,
+    library: Library | str | Path,  # or its folder
 ) -> tuple[int, dict[str, str]]:  # how many files were restored; {path: error}
     "Undo the latest `write_tags` of a library. Raises `ValueError` where there is nothing to undo, and `OSError`."
     library = library if isinstance(library, Library) else Library(library)
