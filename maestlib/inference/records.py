@@ -93,7 +93,7 @@ class Library:
         fingerprint: str,  # of the model
         blocks: Sequence[int],  # after which the vectors are
         dim: int,  # of a vector
-        labels: Sequence[str],
+        labels: Sequence[str],  # of the tags
         thresholds: Sequence[float] | None = None,  # of each label; None: uncalibrated
     ) -> "Library":
         "Make an empty library. Raises `OSError` if the folder cannot be written."
@@ -169,7 +169,7 @@ class Library:
 
     def remove(
         self,
-        paths: Sequence[str],
+        paths: Sequence[str],  # of songs, absolute
     ) -> None:
         "Remove files, and the vectors that no other file needs. Raises `OSError`."
         self.save_songs(self.songs.filter(~pl.col("path").is_in(list(paths))))

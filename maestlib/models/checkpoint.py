@@ -199,8 +199,7 @@ def check_head(
 
 # %% ../../nbs/models/checkpoint.ipynb #6edc979f
 def load_model(
-    name: str
-    | Path = BUNDLED_MODEL,  # of `maestlib models` or Hugging Face, a bundled one, a file, a folder, or "random"
+    name: str | Path = BUNDLED_MODEL,  # of `maestlib models` or Hugging Face, a bundled one, a file, a folder, random
     *,
     seconds: float | None = None,  # maximum length of the input; None: as trained (random, DeiT: 30)
     labels: list[str] | tuple[str, ...] | None = None,  # in output order; None: those of the file

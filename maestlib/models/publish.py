@@ -19,7 +19,7 @@ from .maest import MAEST
 
 # %% ../../nbs/models/publish.ipynb #9b3de005
 def model_card(
-    model: MAEST | EffNet,
+    model: MAEST | EffNet,  # on any device
     name: str,  # by which it is loaded: owner/name, or a folder
     license: str,  # identifier at Hugging Face: apache-2.0, cc-by-nc-sa-4.0, other
     text: str = "",  # Markdown: training data, test scores, limits
@@ -92,7 +92,7 @@ ml.tag("song.mp3", model, top=5)
 
 # %% ../../nbs/models/publish.ipynb #9b3de008
 def save_pretrained(
-    model: MAEST | EffNet,
+    model: MAEST | EffNet,  # on any device
     folder: str | Path,  # is created; files of the same names are replaced
     *,
     license: str,  # identifier at Hugging Face, see `model_card`
@@ -115,7 +115,7 @@ def save_pretrained(
 
 # %% ../../nbs/models/publish.ipynb #9b3de011
 def push_to_hub(
-    model: MAEST | EffNet,
+    model: MAEST | EffNet,  # on any device
     repo_id: str,  # owner/name; is created if it does not exist
     *,
     license: str,  # identifier at Hugging Face, see `model_card`
