@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 import torch
 
+from maestlib.audio.channels import encode_decode
 from maestlib.core.files import asset_path
 from maestlib.datasets.batches import Corpus
 from maestlib.inference.cli import main
@@ -15,7 +16,7 @@ from maestlib.models.reduction import ReducedMAEST, quantize_int8
 from maestlib.probing.embeddings import Embeddings
 from maestlib.probing.probe import ProbeConfig
 from maestlib.probing.retrieval import hubness, k_occurrence, label_relevance, rank_neighbors, retrieval_scores
-from maestlib.probing.robustness import TRANSFORMS, encode_decode
+from maestlib.probing.robustness import TRANSFORMS
 from maestlib.probing.transfer import join_splits, map_labels, read_tag_map, run_transfer
 from maestlib.training.errors import confusions, hardest_tracks
 from maestlib.training.thresholds import fit_thresholds, store_thresholds, threshold_scores

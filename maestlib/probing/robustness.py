@@ -18,23 +18,15 @@ import polars as pl
 import torch
 from tqdm.auto import tqdm
 
-from maestlib.audio.channels import (
-    add_reverb,
-    add_white_noise,
-    change_gain,
-    clip_peaks,
-    encode_decode,
-    limit_band,
-    shift_pitch,
-    stretch_time,
-)
+from ..audio import channels
 from ..audio.mel import load_audio
 from ..core.device import worker_count
 from ..core.extras import optional_import
 from ..core.files import named_rng
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
-from ..inference.windows import iter_results, make_forward
+from ..inference.embedding import make_embedder, weighted_mean
+from ..inference.windows import iter_results
 from ..models.maest import MAEST, auto_batch_size
 from ..models.patchout import Patchout
 from .embeddings import Embeddings
@@ -45,21 +37,21 @@ from ..training.significance import paired_bootstrap
 # %% ../../nbs/probing/robustness.ipynb #6ce8b770
 Transform = Callable[[torch.Tensor], torch.Tensor]  # (samples,) → (samples,)
 TRANSFORMS: dict[str, Transform] = {
-    "MP3, 64 kbit/s": partial(encode_decode, codec="libmp3lame", kbps=64),
-    "MP3, 16 kbit/s": partial(encode_decode, codec="libmp3lame", kbps=16),
-    "Opus, 16 kbit/s": partial(encode_decode, codec="libopus", kbps=16),
-    "noise, 30 dB": partial(add_white_noise, snr_db=30),
-    "noise, 10 dB": partial(add_white_noise, snr_db=10),
-    "low-pass, 4 kHz": partial(limit_band, high_hz=4000),
-    "telephone, 300 to 3,400 Hz": partial(limit_band, low_hz=300, high_hz=3400),
-    "gain, -12 dB": partial(change_gain, db=-12),
-    "clipping, 12 dB": partial(clip_peaks, db=12),
-    "room, 0.5 s": partial(add_reverb, rt60_s=0.5),
-    "room, 2 s": partial(add_reverb, rt60_s=2.0, wet_db=0),
-    "pitch, 100 cents": partial(shift_pitch, cents=100),
-    "pitch, -300 cents": partial(shift_pitch, cents=-300),
-    "tempo × 1.05": partial(stretch_time, ratio=1.05),
-    "tempo × 0.8": partial(stretch_time, ratio=0.8),
+    "MP3, 64 kbit/s": partial(channels.encode_decode, codec="libmp3lame", kbps=64),
+    "MP3, 16 kbit/s": partial(channels.encode_decode, codec="libmp3lame", kbps=16),
+    "Opus, 16 kbit/s": partial(channels.encode_decode, codec="libopus", kbps=16),
+    "noise, 30 dB": partial(channels.add_white_noise, snr_db=30),
+    "noise, 10 dB": partial(channels.add_white_noise, snr_db=10),
+    "low-pass, 4 kHz": partial(channels.limit_band, high_hz=4000),
+    "telephone, 300 to 3,400 Hz": partial(channels.limit_band, low_hz=300, high_hz=3400),
+    "gain, -12 dB": partial(channels.change_gain, db=-12),
+    "clipping, 12 dB": partial(channels.clip_peaks, db=12),
+    "room, 0.5 s": partial(channels.add_reverb, rt60_s=0.5),
+    "room, 2 s": partial(channels.add_reverb, rt60_s=2.0, wet_db=0),
+    "pitch, 100 cents": partial(channels.shift_pitch, cents=100),
+    "pitch, -300 cents": partial(channels.shift_pitch, cents=-300),
+    "tempo × 1.05": partial(channels.stretch_time, ratio=1.05),
+    "tempo × 0.8": partial(channels.stretch_time, ratio=0.8),
 }
 
 
@@ -80,26 +72,22 @@ def transformed_outputs(
 ) -> ModelOutputs:  # means over half-overlapping windows (§3.3), weighted by seconds
     "Embed and tag changed recordings. Raises what `load_audio` raises."
     block = model.config.middle_block if block is None else block
-    width = 3 * model.config.embed_dim
-
-    def compute(mels):
-        embedding = model.embed(mels, (block,), patchout).flatten(1)
-        return torch.cat([embedding.float(), model(mels, patchout).float().sigmoid()], 1)
+    width = len(model.config.labels)  # the activations come first
+    forward = make_embedder(model, (block,), "cdt", patchout, "auto", with_tags=True)
 
     def read(path):
         wave = load_audio(path, sample_rate=model.config.mel.sample_rate)
         return transform(wave) if transform else wave
 
-    forward, batch_size, values = make_forward(model, "auto", compute), auto_batch_size(model, patchout), []
+    batch_size, values = auto_batch_size(model, patchout), []
     with ThreadPoolExecutor(worker_count()) as pool:
         groups = (list(pool.map(read, paths[i : i + 16])) for i in range(0, len(paths), 16))
         for _, windows in iter_results(groups, model, forward, None, batch_size, None):
             if isinstance(windows, Exception):
                 raise windows
-            seconds = [end - start for start, end, _ in windows]
-            values.append(np.average([value for *_, value in windows], 0, seconds))
+            values.append(weighted_mean(windows))
     values = np.stack(values)
-    return ModelOutputs(values[:, :width].reshape(len(values), 3, -1), values[:, width:])
+    return ModelOutputs(values[:, width:].reshape(len(values), 3, -1), values[:, :width])
 
 # %% ../../nbs/probing/robustness.ipynb #83129c8e
 def probe_outputs(
