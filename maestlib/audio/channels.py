@@ -130,6 +130,10 @@ def add_reverb(
     return torch.fft.irfft(torch.fft.rfft(wave, n) * torch.fft.rfft(room, n), n)[: len(wave)]
 
 # %% ../../nbs/audio/channels.ipynb #dc0271e7
+def _add_at_snr(wave, other, snr_db):  # (samples,) each → (samples,)
+    return wave + other * (wave.square().mean() / other.square().mean()).sqrt() * 10 ** (-snr_db / 20)
+
+
 def compress(
     wave: torch.Tensor,  # (samples,)
     ratio: float = 4,  # decibels above the threshold become so many times fewer
@@ -152,7 +156,7 @@ def add_hum(
     "Add the hum of the mains: its frequency and three odd harmonics."
     phase = 2 * torch.pi * hz * torch.arange(len(wave)) / sample_rate
     hum = sum(torch.sin(k * phase) / k for k in (1, 3, 5, 7))
-    return wave + hum * (wave.square().mean() / hum.square().mean()).sqrt() * 10 ** (-snr_db / 20)
+    return _add_at_snr(wave, hum, snr_db)
 
 
 def add_wow(
@@ -181,4 +185,4 @@ def add_crowd(
     steps = torch.from_numpy(rng.uniform(0.2, 1, len(wave) * 8 // sample_rate + 2).astype(np.float32))
     level = torch.nn.functional.interpolate(steps[None, None], len(wave), mode="linear")[0, 0]
     crowd = limit_band(noise, 200, 3500, sample_rate) * level
-    return wave + crowd * (wave.square().mean() / crowd.square().mean()).sqrt() * 10 ** (-snr_db / 20)
+    return _add_at_snr(wave, crowd, snr_db)

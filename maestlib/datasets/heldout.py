@@ -14,13 +14,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ..audio.extract import extract_mels
-from ..audio.store import MelStore
 from ..audio.workers import time_limit
-from ..core.device import cpu_count
 from ..core.files import atomic_write, cache_path, file_lock, log, named_rng
 from .scores import SCORE_TIMEOUT_S, excerpt_score, measure_notes, mix_parts
-from .sounds import SAMPLE_RATE, find_font
+from .sounds import find_font
+from .tunes import draw_split, render_mels
 from .works import PERIODS, read_scores, score_files
 
 # %% ../../nbs/datasets/heldout.ipynb #8f217802
@@ -39,11 +37,6 @@ def _composer(name: str) -> str:
     return {"ciconia": "Johannes Ciconia"}.get(name, name.split("(")[0].strip())
 
 
-def _split(composer: str) -> str:
-    draw = named_rng(_SEED, "heldout", "split", composer).random()
-    return "train" if draw < 0.6 else "validation" if draw < 0.8 else "test"
-
-
 def plan_excerpts(
     works: pl.DataFrame,  # from `works.read_scores`
 ) -> pl.DataFrame:  # a row for each excerpt: track_id, artist (the composer), labels, split, title, period, instruments
@@ -51,6 +44,7 @@ def plan_excerpts(
     rows = []
     for work in works.iter_rows(named=True):
         notes, composer = sum(map(len, json.loads(work["parts"]))), _composer(work["composer"])
+        split = draw_split(named_rng(_SEED, "heldout", "split", composer), 0.6, 0.8)
         for number in range(min(_MAX_PER_WORK, max(1, notes // 150))):
             name = f"{work['collection']}-{work['title']}-{number}"
             rng = named_rng(_SEED, "heldout", name)
@@ -58,11 +52,8 @@ def plan_excerpts(
             period = PERIODS[work["collection"]]
             labels = sorted([f"Period---{period}", *(f"Instrument---{instrument}" for instrument in instruments)])
             row = {"name": name, "artist": composer, "labels": labels, "title": work["title"]}
-            rows.append(
-                row
-                | {"collection": work["collection"], "period": period, "split": _split(composer)}
-                | {"instruments": instruments}
-            )
+            row |= {"collection": work["collection"], "period": period, "split": split, "instruments": instruments}
+            rows.append(row)
     order = named_rng(_SEED, "heldout").permutation(len(rows))
     table = pl.DataFrame([rows[i] for i in order]).filter(pl.int_range(pl.len()).over("artist") < _MAX_PER_COMPOSER)
     return table.with_columns(track_id=pl.format("heldout-{}", pl.int_range(pl.len())))
@@ -121,9 +112,7 @@ def build_heldout(
                     table.write_parquet(temporary)
             log.info(f"heldout: rendering {len(excerpts)} excerpts, once")
             load = functools.partial(_render_excerpt, font=font)
-            failed = extract_mels(excerpts, store, num_workers=workers or cpu_count(), load=load)
-            for error in failed["error"].head(5):
-                log.info(f"left out: {error}")
+            render_mels(excerpts, store, load, workers)
     return store
 
 

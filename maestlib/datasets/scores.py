@@ -18,14 +18,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ..audio import channels
-from ..audio.extract import extract_mels
-from ..audio.store import MelStore
 from ..audio.workers import process_pool, time_limit
 from ..core.device import cpu_count
 from ..core.files import atomic_write, cache_path, file_lock, log, named_rng
 from .sounds import SAMPLE_RATE, VOICES, find_font, play_font, play_voice
 from .synth import BAR_S, choose_chord
 from .textures import TEXTURES, Bar, draw_style
+from .tunes import draw_split, render_mels
 from .works import training_works
 
 # %% ../../nbs/datasets/scores.ipynb #90869374
@@ -43,7 +42,7 @@ def _set_tune(work: dict, rng: np.random.Generator) -> tuple[str, dict[str, list
     while time < SCORE_CLIP_S:
         melody = [(start, length, pitch + transpose) for start, length, pitch in bars[number % len(bars)]]
         chord = choose_chord(melody, (work["tonic"] + transpose) % 12, work["mode"])
-        for note in TEXTURES[texture](Bar(melody, chord, _BEATS[work["metre"]], number, before), style):
+        for note in TEXTURES[texture](Bar(melody, chord, _BEATS[work["metre"]], before), style):
             row = (time + note.start * bar_s, note.length * bar_s, note.pitch, note.velocity)
             parts.setdefault(note.part, []).append(row)
         time, number, before = time + bar_s * float(np.exp(rng.normal(0, 0.01))), number + 1, melody
@@ -75,9 +74,7 @@ def draw_music(
     work: dict,  # a row of `works.training_works`
     seed: int,
     pair: int,
-) -> tuple[
-    dict, dict[str, np.ndarray]
-]:  # texture, tempo and key; notes of each part (notes, 4), as `sounds` plays them
+) -> tuple[dict, dict[str, np.ndarray]]:  # texture, tempo and key; notes of each part, (notes, 4)
     "Draw the music of a pair of clips."
     rng = named_rng(seed, "scores", "music", pair)
     facts = {"texture": "Polyphony", "beat_s": None, "tonic": None, "mode": None, "metre": None, "dance": None}
@@ -187,10 +184,12 @@ _TONICS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A
 
 def measure_notes(
     parts: dict[str, np.ndarray],  # from `draw_music`; drums are not counted
-) -> dict[
-    str, float
-]:  # notes per s, mean number of sounding notes, mean pitch, median length in s, notes per onset, semitones
-    "Measure density, polyphony, register, note length, simultaneity and range of the notes; empty without any."
+) -> dict[str, float]:  # empty without notes
+    """Measure the notes.
+
+    Density is onsets per second, polyphony the mean number of notes that sound, register the mean MIDI pitch, note
+    length a median in seconds, simultaneity notes per onset, range semitones.
+    """
     pitched = [notes for part, notes in parts.items() if part != "drums"]
     if not pitched:
         return {}
@@ -306,11 +305,6 @@ def _render_path(path: str, works_file: str, fonts: tuple[str, ...], seed: int, 
         return render_score_clip(plan_score_clip(clip, _read_works(works_file), fonts, seed), seed, clip)
 
 
-def _split(family: str, seed: int) -> str:
-    draw = named_rng(seed, "scores", "split", family).random()
-    return "train" if draw < 0.9 else "validation" if draw < 0.95 else "test"
-
-
 def _draw_table(folder: Path, clips: int, fonts: tuple[str, ...], seed: int, workers: int) -> pl.DataFrame:
     "Draw the table of all clips, without labels that are rare."
     draw = functools.partial(_clip_row, works_file=str(folder / "works.parquet"), fonts=fonts, seed=seed)
@@ -321,7 +315,7 @@ def _draw_table(folder: Path, clips: int, fonts: tuple[str, ...], seed: int, wor
     kept = set(counts.filter(counts["count"] >= min(MIN_CLIPS, clips // 20))[counts.columns[0]])
     for row in rows:
         row["labels"] = [label for label in row["labels"] if label in kept]
-        row["split"] = _split(row["artist"], seed)
+        row["split"] = draw_split(named_rng(seed, "scores", "split", row["artist"]), 0.9, 0.95)
         row["path"] = str(folder / f"{row['track_id']}.flac")
     return pl.DataFrame(rows)
 
@@ -355,7 +349,5 @@ def build_scores(
             log.info(f"scores: rendering {clips:,} clips, once")
             table = _draw_table(folder, clips, fonts, seed, workers)
             load = functools.partial(_render_path, works_file=str(works_file), fonts=fonts, seed=seed)
-            failed = extract_mels(table, store, num_workers=workers, load=load)
-            for error in failed["error"].head(5):
-                log.info(f"left out: {error}")
+            render_mels(table, store, load, workers)
     return store

@@ -143,7 +143,7 @@ class _Voice:
 
         period = max(2, round(SAMPLE_RATE / hz - 0.5))
         noise = np.zeros(samples)
-        noise[:period] = self.rng.uniform(-1, 1, min(period, samples))[: min(period, samples)]
+        noise[:period] = self.rng.uniform(-1, 1, min(period, samples))
         feedback = np.zeros(period + 2)
         feedback[0], feedback[period], feedback[period + 1] = 1, -self.damping / 2, -self.damping / 2
         return lfilter([1], feedback, noise)

@@ -31,7 +31,6 @@ class Bar:
     melody: list[tuple[float, float, int]]  # start and length (fractions of the bar), MIDI pitch
     chord: tuple[int, int, int]  # pitch classes of root, third and fifth
     beats: int  # of the bar: 2, 3 or 4
-    number: int  # from 0
     before: list[tuple[float, float, int]]  # the melody of the bar before
 
 

@@ -60,9 +60,7 @@ def _part_notes(part) -> list[tuple[float, float, int]]:  # start and length in 
 
 def read_score(
     path: str | Path,  # a file that music21 reads
-) -> tuple[
-    str, list[list[tuple[float, float, int]]]
-]:  # composer; for each part start and length (quarters), MIDI pitch
+) -> tuple[str, list[list[tuple[float, float, int]]]]:  # composer; of each part start, length (quarters), MIDI pitch
     "Read the notes of a score. Raises `ValueError` for a file that music21 cannot read or without notes."
     from music21 import converter
 

@@ -86,7 +86,7 @@ def probe_by_composer(
 def block_alternatives(
     values: np.ndarray,  # (tracks, blocks, tokens, embed_dim), from `extract_embeddings`
 ) -> dict[str, np.ndarray]:  # name: (tracks, values)
-    "List every block with all its tokens, the middle blocks together, and the mean of the patches alone."
+    "List every block with all its tokens, and the middle blocks together."
     depth = values.shape[1]
     flat = values.astype(np.float32).reshape(len(values), depth, -1)
     alternatives = {f"block {block}": flat[:, block] for block in range(depth)}
