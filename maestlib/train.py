@@ -124,7 +124,7 @@ def _shared_config(params: dict) -> TrainConfig:
 
 
 def _fit_and_report(config: TrainConfig):
-    corpus = load_corpus(config.dataset, audio=config.audio)
+    corpus = load_corpus(config.dataset, audio=config.audio, columns=config.column_weight > 0)
     teacher = load_model(config.teacher) if config.teacher else None
     metrics = fit(config, corpus, create_model(config, corpus), teacher)
     rank, _ = rank_and_world_size()

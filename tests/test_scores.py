@@ -1,14 +1,23 @@
 """The corpora `scores` and `heldout`: exact labels, the same clips from the same seed, nothing shared between them."""
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
+import torch
+import torch.nn.functional as F
 
 pytest.importorskip("music21")
 pytest.importorskip("symusic")
 
 from maestlib.audio.store import MelStore, verify_store
-from maestlib.datasets import heldout, scores, sounds, works
+from maestlib.datasets import batches, heldout, scores, sounds, tunes, works
+from maestlib.datasets.abc import tune_catalogue
+from maestlib.training import trainer
 from maestlib.training.config import TrainConfig
 
 FONTS = ("TimGM6mb",)
@@ -71,6 +80,62 @@ def test_nothing_held_out_is_trained_on(table):
     trained = {path.parts[-2] for path in works.score_files((works.TRAINING_COMPOSER,))}
     assert not trained & set(works.PERIODS) and not {"bach", "handel"} & (trained | set(works.PERIODS))
     assert heldout.HELD_OUT_FONT not in scores.TRAINING_FONTS
+
+
+def test_tunes_that_others_are_tested_with_are_left_out(table):
+    held_out = tunes.held_out_families(tune_catalogue())
+    assert held_out and not set(table["family"]) & {f"tune-{family}" for family in held_out}
+
+
+RENDER = """
+import hashlib, numpy as np
+from maestlib.datasets.sounds import play_font
+notes = np.array([[0.2 * i, 0.5, 35 + 6 * i, 90] for i in range(9)])
+print([hashlib.sha256(play_font(notes, p, shift=s, seconds=2)).hexdigest() for p in (19, 48, 65, 94) for s in (0, 4)])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc fills memory, where it is told to")
+def test_sounds_do_not_depend_on_what_memory_holds():
+    filled = [os.environ | {"MALLOC_PERTURB_": value} for value in ("85", "190")]
+    first, second = (subprocess.check_output([sys.executable, "-c", RENDER], env=env, text=True) for env in filled)
+    assert first == second
+    with pytest.raises(ValueError, match="program=78"):
+        sounds.play_font(np.array([[0, 1, 60, 90]]), 78)
+
+
+def test_what_sounds_in_each_column_is_learned(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "_check_splits", lambda *_: None)  # 24 clips are too few for all three
+    corpus = batches.load_corpus("scores", columns=True, quiet=True, clips=24, works=4, fonts=FONTS)
+    names, clip = corpus.column_labels, corpus.batch_targets(np.array([0]))[0, len(corpus.labels) :].view(61, -1)
+    families = {name for name, heard in zip(names, clip.any(0), strict=True) if heard and name.startswith("Family")}
+    plan = scores.plan_score_clip(int(corpus.table["track_id"][0].split("-")[1]), works.training_works(4), FONTS)
+    assert families == {label for label in plan["labels"] if label.startswith("Family")}
+
+    for scope in ("batch", "clip"):
+        settings = TrainConfig(preset="bundled", max_steps=2, batch_size=4, mixup=0, equalizer=0, patchout_scope=scope)
+        config = replace(settings, out_dir=str(tmp_path / scope)).resolve_auto()
+        training = trainer.Trainer(config, corpus, trainer.create_model(config, corpus))
+        crops, targets = training.batches[0]
+        mel = (crops.float() - corpus.mel.mean) / corpus.mel.std / 2
+        patches = training.draw(0).patches
+        loss = trainer.compute_loss(training, mel, targets.float(), patches)
+        logits, heard = training.model(mel, patches, columns=True)
+        wanted = targets[:, len(corpus.labels) :].view(4, 61, -1).float()
+        columns = patches.columns.expand(4, -1)
+        kept = torch.stack([clip[column] for clip, column in zip(wanted, columns, strict=True)])
+        bce = F.binary_cross_entropy_with_logits
+        expected = bce(logits, targets[:, : len(corpus.labels)].float()) + bce(heard, kept)
+        assert torch.allclose(loss, expected, rtol=1e-4)
+        training.train_step(*training.batches[0])
+        assert training.optimizer.state[training.model.column_head[1].weight], "its head is trained"
+
+
+def test_columns_are_asked_only_of_a_corpus_that_knows_them(tmp_path):
+    with pytest.raises(ValueError, match="dataset=tunes: what sounds"):
+        batches.load_corpus("tunes", columns=True, first=20)
+    with pytest.raises(ValueError, match="column_weight=1: not with a teacher"):
+        TrainConfig(column_weight=1, teacher="maest-10s-scores").resolve_auto()
 
 
 def test_excerpts_of_a_composer_are_few_and_instruments_are_drawn_without_regard_to_the_period(cache):

@@ -40,6 +40,8 @@ class Corpus:
     labels: list[str]  # vocabulary, in output order
     targets: np.ndarray  # (tracks, labels) uint8, 0 or 1
     mel: MelConfig  # the store's, with the mean and standard deviation of the training split
+    column_labels: tuple[str, ...] = ()  # what may sound in a column of patches
+    columns: np.ndarray | None = None  # (tracks, columns, bytes) uint8: what sounds, packed bits
 
     def indices(
         self,
@@ -47,6 +49,16 @@ class Corpus:
     ) -> np.ndarray:  # rows of the table
         "Return the rows of a split, for training on it or for scoring it."
         return np.flatnonzero((self.table["split"] == split).to_numpy())
+
+    def batch_targets(
+        self,
+        rows: np.ndarray,  # (batch,) of the table
+    ) -> torch.Tensor:  # (batch, labels + columns * column labels) uint8: what sounds in each column comes last
+        "Read the targets of a training batch."
+        if self.columns is None:
+            return torch.from_numpy(self.targets[rows])
+        bits = np.unpackbits(self.columns[rows], axis=2, count=len(self.column_labels))
+        return torch.from_numpy(np.concatenate([self.targets[rows], bits.reshape(len(rows), -1)], 1))
 
     def artists(
         self,
@@ -123,13 +135,14 @@ def load_corpus(
     quiet: bool = False,  # do not log which labels have no score
     audio: str | Path = "",  # folder of the audio, for a public benchmark
     stored_s: float | None = STORED_S,  # seconds to keep from the middle of each track; None: whole tracks
+    columns: bool = False,  # load, too, what sounds in each column of patches
     **options,  # as `registry.load_dataset` takes them
 ) -> Corpus:  # without the tracks whose audio could not be read, which are logged
     """Load the table, targets and mel-spectrograms of a dataset; computes the mel-spectrograms the first time.
 
     A dataset that is a mel store, or is rendered with one, has the length it has, whatever `stored_s` says.
-    Raises `ValueError` where a split is empty, there are no labels or audio files are missing, and what
-    `registry.load_dataset` raises.
+    Raises `ValueError` where a split is empty, there are no labels, audio files are missing, or a dataset does not know
+    its columns, and what `registry.load_dataset` raises.
     """
     options |= {"audio": audio} if audio else {}
     table, mels = registry.load_dataset(dataset, **options), registry.find_mels(dataset, **options)
@@ -143,7 +156,8 @@ def load_corpus(
         _log_labels_without_positives(table, labels)
     in_vocabulary = pl.col("labels").list.set_intersection(pl.lit(labels, dtype=pl.List(pl.String)))
     targets = multi_hot(table.with_columns(in_vocabulary), labels)
-    corpus = Corpus(table, store, store.lookup(table["track_id"]), labels, targets, store.config)
+    known = registry.load_columns(dataset, table["track_id"].to_list(), **options) if columns else ()
+    corpus = Corpus(table, store, store.lookup(table["track_id"]), labels, targets, store.config, *known)
     sample = corpus.read_sample(500, seconds=10)
     corpus.mel = replace(store.config, mean=float(sample.mean()), std=float(sample.std()))
     return corpus
@@ -242,11 +256,11 @@ class BatchDataset:
     def __getitem__(
         self,
         step: int,  # from 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # crops (batch, n_mels, frames) float16, targets (batch, labels) uint8
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # crops (batch, n_mels, frames) float16, targets from `batch_targets`
         "Read this process' slice of the batch of a step."
         rows, positions = self.plan(step)
         reader = _CropReader(self.corpus.store, self.num_frames)
-        return reader[step, self.corpus.store_rows[rows], positions][0], torch.from_numpy(self.corpus.targets[rows])
+        return reader[step, self.corpus.store_rows[rows], positions][0], self.corpus.batch_targets(rows)
 
     def loader(
         self,
@@ -269,4 +283,4 @@ class BatchDataset:
             num_workers=num_workers, prefetch_factor=4 if num_workers else None, pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_interrupts)  # fmt: skip
         for crops, drawn in batches:
-            yield crops, torch.from_numpy(self.corpus.targets[rows_ahead.popleft()]), drawn
+            yield crops, self.corpus.batch_targets(rows_ahead.popleft()), drawn

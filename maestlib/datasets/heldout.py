@@ -100,7 +100,7 @@ def build_heldout(
 ) -> Path:  # its mel store
     "Render the held-out works and their mels into the cache, unless they are there. Raises as `scores.build_scores`."
     find_font(font)
-    folder = cache_path("heldout", f"{len(composers)}-{font}-{first or 'all'}-v1")
+    folder = cache_path("heldout", f"{len(composers)}-{font}-{first or 'all'}-v2")
     store = folder / "mels"
     with file_lock(folder):
         if not (store / "SHA256SUMS").exists():

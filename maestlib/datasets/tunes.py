@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_CLIPS_PER_SPLIT', 'RENDER_TIMEOUT_S', 'CLIPS', 'CONFIRMATION_SEED', 'draw_split', 'write_clip', 'load_or_render',
-           'render_mels', 'load_clips', 'build_tunes', 'build_confirmation']
+           'render_mels', 'load_clips', 'build_tunes', 'build_confirmation', 'held_out_families']
 
 # %% ../../nbs/datasets/tunes.ipynb #d70814cb
 import contextlib
@@ -245,3 +245,11 @@ def build_confirmation(
     "Render the corpus `tunes-confirmation` and its mels into the cache, unless it is there. Raises as `build_tunes`."
     folder = cache_path("tunes-confirmation", f"{CONFIRMATION_SEED}-v1")
     return _find_or_build(folder, lambda: _plan_confirmation(tune_catalogue()), CLIPS, first, workers)
+
+# %% ../../nbs/datasets/tunes.ipynb #f00d0002
+def held_out_families(
+    tunes: pl.DataFrame,  # from `abc.tune_catalogue`
+) -> set[int]:  # numbers of families
+    "List the families of tunes that `tunes` and `tunes-confirmation` validate or test with."
+    plans = _plan_clips(tunes, CLIPS, seed=0) + _plan_confirmation(tunes)
+    return {plan["family"] for plan in plans if plan["split"] != "train"}

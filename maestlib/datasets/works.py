@@ -16,6 +16,7 @@ from ..audio.workers import process_pool
 from ..core.device import cpu_count
 from ..core.files import atomic_write, cache_path, file_lock, log
 from .abc import package_dir, tune_catalogue
+from .tunes import held_out_families
 
 # %% ../../nbs/datasets/works.ipynb #38cfde61
 PERIODS = {  # folder of music21's corpus: period
@@ -115,8 +116,13 @@ def training_works(
     scores: int = 600,  # movements of Palestrina to read; 0: tunes only
     workers: int | None = None,  # processes; None: one for each core
 ) -> pl.DataFrame:  # title, collection, family, metre, mode, tonic, dance, bars, parts; a tune has bars, a score parts
-    "The works that the corpus `scores` is made from: all tunes, and movements by Palestrina."
-    tunes = tune_catalogue().select(
+    """The works that the corpus `scores` is made from: tunes, and movements by Palestrina.
+
+    Families that `tunes` or `tunes-confirmation` validate or test with are left out: a model that was trained on
+    `scores` can be tuned and tested on these.
+    """
+    catalogue = tune_catalogue()
+    tunes = catalogue.filter(~pl.col("family").is_in(held_out_families(catalogue))).select(
         "title", "collection", "metre", "mode", "tonic", "dance", "bars", family=pl.format("tune-{}", "family")
     )
     if not scores:

@@ -40,9 +40,13 @@ class MAESTConfig:
     depth: int = 12  # number of blocks, numbered from 0
     separate_heads: bool = False  # teacher-student model: cls and dist have a head each
     mel: MelConfig = field(default_factory=MelConfig)  # front end that the model was trained on
+    column_labels: tuple[
+        str, ...
+    ] = ()  # what a further head hears in each column of patches; (): there is no such head
 
     def __post_init__(self):
-        object.__setattr__(self, "labels", tuple(self.labels))
+        for name in ("labels", "column_labels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if patch_grid(self.num_frames)[1] <= 0 or not self.seconds <= 600:
             raise ValueError(f"seconds={self.seconds}: give a length up to 600")
         if self.num_heads <= 0 or self.embed_dim % self.num_heads != 0:
@@ -73,7 +77,11 @@ class MAESTConfig:
 
     def to_dict(self) -> dict:
         "Convert to plain values, for JSON."
-        return asdict(self) | {"mel": self.mel.to_dict(), "labels": list(self.labels)}
+        return asdict(self) | {
+            "mel": self.mel.to_dict(),
+            "labels": list(self.labels),
+            "column_labels": list(self.column_labels),
+        }
 
     @classmethod
     def from_dict(cls, values: dict) -> "MAESTConfig":
@@ -221,6 +229,8 @@ class MAEST(Encoder):
         embed_dim, num_labels = config.embed_dim, max(1, len(config.labels))
         self.head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_labels))
         self.head_dist = nn.Linear(embed_dim, num_labels)
+        if config.column_labels:
+            self.column_head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, len(config.column_labels)))
 
     def init_weights(
         self,
@@ -236,8 +246,11 @@ class MAEST(Encoder):
         patchout: Patchout | None = None,  # which patches to drop
         generator: torch.Generator | None = None,  # see `embed_patches`
         separate: bool = False,  # return the logits of both heads, see `forward_separate`
+        columns: bool = False,  # return logits of the columns, too, see `forward_columns`
     ) -> torch.Tensor:  # (batch, labels) logits
         "Compute tag logits. Raises `ValueError` as `embed_patches` does."
+        if columns:
+            return self.forward_columns(mel, patchout, generator)
         if separate:
             return self.forward_separate(mel, patchout, generator)
         return self.forward_head(self.forward_features(mel, patchout, generator))
@@ -260,6 +273,29 @@ class MAEST(Encoder):
         "Compute the logits of cls through `head` and of dist through `head_dist` (teacher-student training)."
         cls, dist = self.forward_features(mel, patchout, generator).unbind(1)
         return self.head(cls), self.head_dist(dist)
+
+    def forward_columns(
+        self,
+        mel: torch.Tensor,  # (batch, n_mels, frames), normalized
+        patchout: Patchout | PatchSelection | None = None,  # what to drop
+        generator: torch.Generator | None = None,  # of random patchout, see `embed_patches`
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (batch, labels) logits; (batch, kept columns, column labels) logits
+        """Compute tag logits, and what sounds when: logits of each column of patches after the middle block.
+
+        Raises `ValueError` for a model without `column_labels`, and as `embed_patches` does.
+        """
+        if not self.config.column_labels:
+            raise ValueError("this model has no column_labels: it does not hear what sounds when")
+        if not isinstance(patchout, PatchSelection):
+            grid = patch_grid(mel.shape[2], mel.shape[1])
+            patchout = draw_patches(grid, patchout, len(mel), generator, 0)
+        x = self.embed_patches(mel, patchout)
+        for i, block in enumerate(self.blocks[:-1]):
+            x = block(x)
+            if i == self.config.middle_block:
+                heard = x[:, 2:].unflatten(1, (patchout.rows.shape[-1], -1)).mean(1)
+        features = self.norm(self.blocks[-1](x, 2))
+        return self.forward_head(features), self.column_head(heard)
 
 # %% ../../nbs/models/maest.ipynb #f373d136
 def count_flops(

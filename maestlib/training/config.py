@@ -35,18 +35,18 @@ PAPER_PRESET = {
     "size": "base", "depth": 12, "patchout_rows": 3, "mixup": 0.3, "time_masks": 20, "frequency_masks": 5,
     "equalizer": 0, "balanced_sampling": True, "swa": True, "schedule": "recipe", "epochs": EPOCHS, "max_minutes": None,
     "max_steps": 0, "batch_size": 48, "learning_rate": 2e-5, "weight_decay": 1e-4, "head_lr_scale": 1,
-    "num_validations": EPOCHS, "validation_keep_every": 1, "test_keep_every": 1,
+    "num_validations": EPOCHS, "validation_keep_every": 1, "test_keep_every": 1, "column_weight": 0,
 }  # fmt: skip
 LAPTOP_PRESET = {
     "size": "tiny", "depth": 4, "patchout_rows": 0, "mixup": 0, "time_masks": 0, "frequency_masks": 0,
     "equalizer": 0.15, "balanced_sampling": False, "swa": False, "schedule": "cosine", "epochs": EPOCHS,
     "max_steps": 2300, "batch_size": 16, "learning_rate": 4e-4, "weight_decay": 1e-4, "head_lr_scale": 10,
-    "num_validations": 4, "validation_keep_every": 6, "test_keep_every": 2,
+    "num_validations": 4, "validation_keep_every": 6, "test_keep_every": 2, "column_weight": 0,
 }  # fmt: skip
 PRESETS = {f"maest-{s}s": PAPER_PRESET | {"seconds": s, "patchout_columns": c} for s, c in PAPER_COLUMNS.items()}
 PRESETS["laptop"] = LAPTOP_PRESET
-PRESETS["bundled"] = LAPTOP_PRESET | {  # of the model that comes with the package
-    "dataset": "scores", "seconds": 10, "depth": 8, "mixup": 0.3, "max_steps": 3600, "batch_size": 32,
+PRESETS["bundled"] = LAPTOP_PRESET | {"dataset": "scores",  # of the model that comes with the package
+    "seconds": 10, "depth": 8, "mixup": 0.3, "max_steps": 3600, "batch_size": 32, "column_weight": 1,
     "learning_rate": 6e-4, "head_lr_scale": 3, "num_validations": 6, "validation_keep_every": 4, "test_keep_every": 1,
 }  # fmt: skip
 EFFNET_PRESET = {"learning_rate": 1e-3, "head_lr_scale": 1}  # PSLA's rate; replaces that of any preset
@@ -71,7 +71,7 @@ POSITIVE = (
 )  # fmt: skip
 NON_NEGATIVE = (
     "patchout_rows", "patchout_columns", "mixup", "time_masks", "frequency_masks", "equalizer", "weight_decay",
-    "num_workers", "max_steps", "seed", "freeze_blocks", "micro_batch_size",
+    "num_workers", "max_steps", "seed", "freeze_blocks", "micro_batch_size", "column_weight",
 )  # fmt: skip
 POSITIVE_OR_NONE = ("max_minutes", "tracks_per_epoch")
 FREE_ON_RESUME = ("max_minutes", "gpus", "nodes", "num_workers", "compile", "micro_batch_size")
@@ -136,6 +136,7 @@ class TrainConfig:
     time_masks: int | str = "auto"  # SpecAugment: masks of up to 8 frames for each clip
     frequency_masks: int | str = "auto"  # SpecAugment: masks of up to 8 mel bands for each clip
     equalizer: float | str = "auto"  # strength of a random gain and equalization of each clip; 0: none
+    column_weight: float | str = "auto"  # of the loss of what sounds in each patch column, where it is known; 0: none
     balanced_sampling: bool | str = "auto"  # sample tracks with rare labels more often
     tracks_per_epoch: int | str | None = "auto"  # auto: all; with balanced sampling 200,000, at most half of them
     swa: bool | str = "auto"  # average the weights over the last part of the run
@@ -194,9 +195,7 @@ class TrainConfig:
 
 # %% ../../nbs/training/config.ipynb #a4386d52
 def _auto_seconds(config) -> float:
-    if config.seconds != "auto":
-        return config.seconds
-    return PRESETS.get(config.preset, {}).get("seconds", 30)
+    return PRESETS.get(config.preset, {}).get("seconds", 30) if config.seconds == "auto" else config.seconds
 
 
 def _auto_preset(config, seconds: float) -> str:
@@ -210,7 +209,7 @@ def _auto_preset(config, seconds: float) -> str:
 def _auto_patchout(config, preset: str, seconds: float) -> dict:  # patchout_columns; for a CNN patchout_rows, too
     "Keep five columns on a laptop; remove the paper's number of columns elsewhere, or 48 % for other lengths."
     if config.model == "effnet-b0":
-        return {"patchout_rows": 0, "patchout_columns": 0, "test_keep_every": 1}
+        return {"patchout_rows": 0, "patchout_columns": 0, "test_keep_every": 1, "column_weight": 0}
     _, columns = patch_grid(MelConfig().num_frames(seconds))
     if preset in KEPT_COLUMNS:
         return {"patchout_columns": max(0, columns - KEPT_COLUMNS[preset])}
@@ -261,15 +260,16 @@ def _check_gpus(config):
 def _check_effnet(config):
     if config.model != "effnet-b0":
         return
-    for name in ("patchout_rows", "patchout_columns", "freeze_blocks"):
-        value = getattr(config, name)
-        if value != 0:
+    for name in ("patchout_rows", "patchout_columns", "freeze_blocks", "column_weight"):
+        if (value := getattr(config, name)) != 0:
             raise ValueError(f"{name}={value}: effnet-b0 has no patches or blocks; leave it out")
     if config.teacher or config.init != "random":
         raise ValueError("model=effnet-b0: init and teacher are for maest")
 
 
 def _check_patchout(config):
+    if config.column_weight and config.teacher:
+        raise ValueError(f"column_weight={config.column_weight}: not with a teacher; leave one of them out")
     rows, columns = patch_grid(MelConfig().num_frames(config.seconds))
     for name, size in (("patchout_rows", rows), ("patchout_columns", columns)):
         value = getattr(config, name)

@@ -174,7 +174,7 @@ def _block_of(name: str, depth: int) -> int:  # -1: patch projection, tokens and
     module, _, rest = name.partition(".")
     if module == "blocks":
         return int(rest.split(".")[0])
-    return depth if module in ("norm", "head", "head_dist") else -1
+    return depth if module in ("norm", "head", "head_dist", "column_head") else -1
 
 
 def param_groups(
@@ -195,7 +195,7 @@ def param_groups(
         if freeze_blocks and block < freeze_blocks:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            scale = head_lr_scale if name.startswith("head") else 1
+            scale = head_lr_scale if "head" in name.partition(".")[0] else 1
             scale *= layer_decay ** (depth - max(block, 0))
             groups.setdefault(round(scale, 12), []).append(parameter)
     return [{"params": params, "lr_scale": lr_scale} for lr_scale, params in groups.items()]

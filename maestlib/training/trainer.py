@@ -52,6 +52,7 @@ def _init_random_maest(config: TrainConfig, corpus: Corpus) -> MAEST:
         seconds=config.seconds,
         labels=corpus.labels,
         mel=corpus.mel,
+        column_labels=corpus.column_labels,
     )
     model = MAEST(model_config).init_weights(config.seed)
     crops = corpus.read_sample(400, config.seconds)
@@ -168,9 +169,11 @@ def create_optimizer(
     model: torch.nn.Module,  # on its device
     config: TrainConfig,  # head_lr_scale, layer_decay, freeze_blocks, weight_decay
 ) -> torch.optim.AdamW:  # with a learning rate of 0; `optimizer_step` sets it
-    "Create AdamW over the model's parameter groups. An unused dist head is frozen, as DDP requires."
+    "Create AdamW over the model's parameter groups. Unused heads are frozen, as DDP requires."
     if hasattr(model, "head_dist") and not model.config.separate_heads:
         model.head_dist.requires_grad_(False)
+    if hasattr(model, "column_head") and not config.column_weight:
+        model.column_head.requires_grad_(False)
     groups = recipe.param_groups(model, config.head_lr_scale, config.layer_decay, config.freeze_blocks)
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=True)
 
@@ -237,6 +240,8 @@ class Trainer:
         if config.compile == "cuda-graphs" and self.micro_batch_size < clips:
             raise ValueError(f"micro_batch_size={self.micro_batch_size}: not with compile=cuda-graphs; give True, or 0")
         mel_shape = corpus.mel.n_mels, self.batches.num_frames
+        if config.column_weight and corpus.columns.shape[1] != patch_grid(mel_shape[1])[1]:
+            raise ValueError(f"column_weight: the columns of {config.dataset} are those of whole clips, not of a part")
         shape = dict(batch_size=self.batches.batch_size, mel_shape=mel_shape, rank_slice=self.batches.rank_slice)
         self.draw = partial(draw_step, config, **shape)  # a step → StepRandomness
         self.step = 0
@@ -296,11 +301,20 @@ def renormalize(
 def compute_loss(
     trainer: Trainer,
     mel: torch.Tensor,  # (clips, 96, frames), normalized and augmented
-    targets: torch.Tensor,  # (clips, labels)
+    targets: torch.Tensor,  # (clips, labels), and what sounds in each column, as from `batch_targets`
     patches: PatchSelection | None,  # those to keep; None: all, or a model without patches
 ) -> torch.Tensor:  # scalar, float32
-    "Compute the binary cross-entropy; with a teacher, the mean over the cls and the dist token."
+    """Compute the binary cross-entropy; with a teacher, the mean over the cls and the dist token.
+
+    With `column_weight`, that of what sounds in each kept column is added, times this weight.
+    """
     bce = F.binary_cross_entropy_with_logits
+    if weight := trainer.config.column_weight:
+        targets, sounding = targets[:, : len(trainer.corpus.labels)], targets[:, len(trainer.corpus.labels) :]
+        sounding = sounding.unflatten(1, (-1, len(trainer.corpus.column_labels)))
+        clip = torch.arange(len(mel), device=mel.device)[:, None]
+        logits, heard = trainer.ddp_model(mel, patches, columns=True)
+        return bce(logits.float(), targets) + weight * bce(heard.float(), sounding[clip, patches.columns])
     if trainer.teacher is None:
         return bce(trainer.ddp_model(mel, patches).float(), targets)
     with torch.no_grad():
