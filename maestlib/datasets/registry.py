@@ -15,8 +15,9 @@ import polars as pl
 from ..audio.mel import AUDIO_SUFFIXES
 from ..core.files import log, named_rng, resolve_path
 from .benchmarks import BENCHMARKS
+from .columns import COLUMN_LABELS, load_rolls
 from .heldout import build_heldout
-from .scores import COLUMN_LABELS, build_scores, load_rolls
+from .scores import build_scores
 from .table import validate_table
 from .tunes import build_confirmation, build_tunes, load_clips
 

@@ -58,7 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="a parquet file, or a folder of them; files that failed are listed in OUT.report.parquet",
     )
     add("--block", type=int, nargs="+", help="after which block or blocks, numbered from 0 (default: the middle one)")
-    add("--tokens", default="cdt", help="cls (c), dist (d), mean of the patches (t): any of them, in this order")
+    add(
+        "--tokens",
+        default="cdt",
+        help="cls (c), dist (d), mean of the patches (t), mean (r), deviation (s) of rows: any, in this order",
+    )
     add("--average", action="store_true", help="one row per file instead of one per window")
     _add_model_options(add)
 

@@ -58,7 +58,7 @@ def config_from_header(
         raise ValueError(f"written by another version of maestlib ({header['format']})")
     config = MAESTConfig.from_dict(json.loads(header["config"]))
     fields = {name: getattr(config, name) for name in ("seconds", "num_heads", "separate_heads", "mel")}
-    return fields | ({"labels": config.labels} if config.labels else {})
+    return fields | {name: value for name in ("labels", "column_labels") if (value := getattr(config, name))}
 
 
 def thresholds_from_header(

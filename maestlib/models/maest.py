@@ -77,11 +77,9 @@ class MAESTConfig:
 
     def to_dict(self) -> dict:
         "Convert to plain values, for JSON."
-        return asdict(self) | {
-            "mel": self.mel.to_dict(),
-            "labels": list(self.labels),
-            "column_labels": list(self.column_labels),
-        }
+        values = asdict(self) | {"mel": self.mel.to_dict(), "labels": list(self.labels)}
+        names = list(values.pop("column_labels"))
+        return values | ({"column_labels": names} if names else {})
 
     @classmethod
     def from_dict(cls, values: dict) -> "MAESTConfig":
@@ -174,15 +172,20 @@ class Encoder(TokenEmbedding):
         mel: torch.Tensor,  # (batch, n_mels, frames), normalized
         blocks: tuple[int, ...] | None = None,  # after which blocks, numbered from 0; None: the middle one
         patchout: Patchout | None = None,  # which patches to drop
-    ) -> torch.Tensor:  # (batch, len(blocks), 3, embed_dim): cls, dist, mean of the patches
+        rows: bool = False,  # add mean and deviation over time of each kept row of patches, from the lowest on
+    ) -> torch.Tensor:  # (batch, len(blocks), 3, embed_dim): cls, dist, mean of the patches; with rows 3 + 2 kept rows
         "Embed a mel after several blocks in one pass (§3.3). Raises `ValueError` for a block that does not exist."
         blocks = (self.config.middle_block,) if blocks is None else blocks
         self.check_blocks(blocks)
+        kept_rows = len(select_patches(patch_grid(mel.shape[2], mel.shape[1]), patchout)[0])
         x, embeddings = self.embed_patches(mel, patchout), {}
         for i, block in enumerate(self.blocks[: max(blocks) + 1]):
             x = block(x)
             if i in blocks:
-                embeddings[i] = torch.stack([x[:, 0], x[:, 1], x[:, 2:].mean(1)], 1)
+                embeddings[i] = torch.cat([x[:, :2], x[:, 2:].mean(1, keepdim=True)], 1)
+                if rows:
+                    of_rows = x[:, 2:].unflatten(1, (kept_rows, -1))
+                    embeddings[i] = torch.cat([embeddings[i], of_rows.mean(2), of_rows.std(2, correction=0)], 1)
         return torch.stack([embeddings[b] for b in blocks], 1)
 
     def check_blocks(self, blocks: tuple[int, ...]):  # numbers of blocks, from 0

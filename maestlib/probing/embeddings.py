@@ -149,8 +149,12 @@ class Embeddings:
 
     @property
     def tokens(self) -> str:
-        "The tokens of a block: cdt (cls, dist, patch mean), or e for a single embedding."
-        return "cdt" if self.values.shape[2] == 3 else "e"
+        """The tokens of a block: cdt (cls, dist, patch mean), or e for a single embedding.
+
+        With rows, digits are their means and capital letters their deviations, from the lowest frequencies on.
+        """
+        rows = (self.values.shape[2] - 3) // 2
+        return "e" if rows < 0 else "cdt" + "012345678"[:rows] + "ABCDEFGHI"[:rows]
 
     @property
     def blocks(self) -> int:
@@ -187,7 +191,7 @@ class Embeddings:
 
 # %% ../../nbs/probing/embeddings.ipynb #fa2c85d9
 def _make_embedder(
-    model: MAEST | EffNet | str, patchout: Patchout | None, dtype: torch.dtype
+    model: MAEST | EffNet | str, patchout: Patchout | None, dtype: torch.dtype, rows: bool = False
 ) -> tuple[Callable, MelConfig, int]:  # normalized mels -> (batch, blocks, tokens, embed_dim); front end; frames
     if isinstance(model, str):
         if model != "mel":
@@ -201,7 +205,7 @@ def _make_embedder(
     def all_blocks(mels):
         if isinstance(model, EffNet):
             return model.embed(mels)[:, None, None]
-        return model.embed(mels, tuple(range(model.config.depth)), patchout)
+        return model.embed(mels, tuple(range(model.config.depth)), patchout, **({"rows": True} if rows else {}))
 
     return make_forward(model, dtype, all_blocks), model.config.mel, model.config.num_frames
 
@@ -293,6 +297,7 @@ def extract_embeddings(
     batch_size: int | None = None,  # segments; None: see `auto_batch_size`
     tracks_per_file: int = 64,  # what an interruption can lose
     whole_tracks: bool = True,  # refuse a store of excerpts, see `check_whole_tracks`
+    rows: bool = False,  # embed mean and deviation of the rows of patches of a MAEST, too
 ) -> Embeddings:  # in the order of the corpus
     """Embed the tracks that are not in `folder` yet, and return all of the corpus.
 
@@ -303,12 +308,12 @@ def extract_embeddings(
     compute_dtype = torch.float32
     if not isinstance(model, str):
         compute_dtype = resolve_dtype(dtype, next(model.parameters()).device)
-    forward, mel, frames = _make_embedder(model, patchout, compute_dtype)
+    forward, mel, frames = _make_embedder(model, patchout, compute_dtype, rows)
     mel.check_compatible(corpus.store.config)
     batch_size = batch_size or auto_batch_size(model, patchout)
 
-    def compute(rows):
-        return embed_tracks(forward, mel, frames, corpus.store, corpus.store_rows[rows], batch_size)
+    def compute(tracks):
+        return embed_tracks(forward, mel, frames, corpus.store, corpus.store_rows[tracks], batch_size)
 
-    meta = _describe(model, patchout, compute_dtype, mel)
+    meta = _describe(model, patchout, compute_dtype, mel) | ({"rows": True} if rows else {})
     return embed_in_parts(corpus, compute, meta, folder, tracks_per_file)

@@ -86,12 +86,18 @@ def probe_by_composer(
 def block_alternatives(
     values: np.ndarray,  # (tracks, blocks, tokens, embed_dim), from `extract_embeddings`
 ) -> dict[str, np.ndarray]:  # name: (tracks, values)
-    "List every block with all its tokens, and the middle blocks together."
-    depth = values.shape[1]
-    flat = values.astype(np.float32).reshape(len(values), depth, -1)
-    alternatives = {f"block {block}": flat[:, block] for block in range(depth)}
-    middle = [depth // 3, depth // 2, 2 * depth // 3]
-    return alternatives | {"middle blocks": flat[:, sorted(set(middle))].reshape(len(values), -1)}
+    "List every block by cls, dist and patch mean, by its rows, and by both; and each with the rows of the first block."
+    flat = values.astype(np.float32).reshape(*values.shape[:2], -1)
+    tokens, rows = np.split(flat, [3 * values.shape[3]], axis=2)
+    alternatives = {}
+    for block in range(values.shape[1]):
+        alternatives |= {
+            f"{block} cdt": tokens[:, block],
+            f"{block} rs": rows[:, block],
+            f"{block} cdtrs": flat[:, block],
+        }
+        alternatives[f"0 rs, {block} cdt"] = np.concatenate([rows[:, 0], tokens[:, block]], 1)
+    return alternatives
 
 # %% ../../nbs/probing/transfer_tests.ipynb #0bd337eb
 def compare_features(

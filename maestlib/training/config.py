@@ -46,7 +46,7 @@ LAPTOP_PRESET = {
 PRESETS = {f"maest-{s}s": PAPER_PRESET | {"seconds": s, "patchout_columns": c} for s, c in PAPER_COLUMNS.items()}
 PRESETS["laptop"] = LAPTOP_PRESET
 PRESETS["bundled"] = LAPTOP_PRESET | {"dataset": "scores",  # of the model that comes with the package
-    "seconds": 10, "depth": 8, "mixup": 0.3, "max_steps": 3600, "batch_size": 32, "column_weight": 1,
+    "seconds": 10, "depth": 8, "mixup": 0.3, "max_steps": 3300, "batch_size": 32, "column_weight": 0.5,
     "learning_rate": 6e-4, "head_lr_scale": 3, "num_validations": 6, "validation_keep_every": 4, "test_keep_every": 1,
 }  # fmt: skip
 EFFNET_PRESET = {"learning_rate": 1e-3, "head_lr_scale": 1}  # PSLA's rate; replaces that of any preset
