@@ -187,7 +187,7 @@ function drawCost() {
   const tags = stay === TOP ? `all of its ${TOP} first tags stay` : `${stay} of its ${TOP} first tags stay`;
   $("sentence").textContent = now === full
     ? `The model sees all ${all} patches. Move the slider to leave some of them out.`
-    : `The model now sees ${kept} of ${all} patches, runs ${faster} × faster, and ${tags}.`;
+    : `The model now sees ${kept} of ${all} patches, runs ${faster}\u00a0×\u00a0faster, and ${tags}.`;
   const change = Math.max(...full.activations.map((value, label) => Math.abs(value - now.activations[label])));
   $("tokens").textContent = `${kept + 2} of ${all + 2}`;
   $("gflop").textContent = `${countGflop(kept).toFixed(2)} of ${countGflop(all).toFixed(2)} GFLOP`;
@@ -240,14 +240,12 @@ function drawTime() {
     const cells = values.map((value) => {
       const cell = element("td", {}, element("span", { textContent: Math.round(100 * value) }));
       cell.style.setProperty("--level", value.toFixed(2));
-      cell.classList.toggle("strong", value > 0.5);
       return cell;
     });
     return element("tr", {}, element("th", { scope: "row", textContent: nameOf(label) }), ...cells);
   });
   const focused = [...$("time").querySelectorAll("button")].indexOf(document.activeElement);
-  const caption = element("caption", { textContent: "Activations in percent, in windows of ten seconds" });
-  $("time").replaceChildren(caption, element("thead", {}, head), element("tbody", {}, ...rows));
+  $("time").replaceChildren(element("thead", {}, head), element("tbody", {}, ...rows));
   $("time").querySelectorAll("button")[focused]?.focus();
 }
 
