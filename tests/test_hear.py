@@ -200,7 +200,7 @@ def test_another_window_and_where_the_model_looks(page):
     drawn = "return document.getElementById('spectrogram').toDataURL()"
     first = page.js(drawn)
     page.driver.find_elements("css selector", "#time thead button")[2].send_keys(Keys.ENTER)
-    until(lambda: page.text("window-name") == "0:09 to 0:19", "the third window")
+    until(lambda: page.text("window-name") == "0:10 to 0:20", "the third window")
     pressed = [b.get_attribute("aria-pressed") for b in page.driver.find_elements("css selector", "#time thead button")]
     assert pressed == ["false", "false", "true", "false", "false", "false"] and page.js(drawn) != first
     views = {page.js(drawn)}

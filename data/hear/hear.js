@@ -11,7 +11,7 @@ const limits = { ...config, min_s: 0.5, max_s: 600 };
 
 const $ = (id) => document.getElementById(id);
 const percent = (value) => `${Math.round(100 * value)} %`;
-const clock = (s) => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, "0")}`;
+const clock = (s) => `${Math.floor(Math.round(s) / 60)}:${String(Math.round(s) % 60).padStart(2, "0")}`;
 const startOf = (window) => (window.first * config.hop_length) / config.sample_rate;
 const endOf = (window) => startOf(window) + (window.frames * config.hop_length) / config.sample_rate;
 const nameOf = (label) => config.labels[label].split("---").at(-1);
@@ -23,8 +23,10 @@ const element = (tag, properties = {}, ...children) => {
 };
 
 let model; // a promise
-let song = null; // { name, wave, windows, chosen }; a window has `full` once it is heard, `now` with patches left out
-let listening = Promise.resolve(); // the song that is being heard
+let song = null; // what is shown: { name, blob, wave, windows, chosen }
+// a window has `full` once it is heard, and `now` with patches left out
+let latest = null; // what is being heard, shown from its first window on
+let listening = Promise.resolve();
 
 function topLabels(activations, count = TOP, group = "") {
   return [...activations.keys()]
@@ -58,16 +60,13 @@ async function open(blob, name) {
   say(`Decoding “${name}” …`);
   try {
     const wave = await decode(blob, name, limits);
-    song = { name, wave, windows: listWindows(wave.length), chosen: 0 };
-    const mine = song;
+    const mine = { name, blob, wave, windows: listWindows(wave.length), chosen: 0 };
+    latest = mine;
     const follow = () => hear(mine).catch((error) => {
       say(`“${name}” was not heard.`);
       fail(error);
     });
     listening = listening.then(follow); // after the window that is being computed for another
-    URL.revokeObjectURL($("player").src);
-    $("player").src = URL.createObjectURL(blob);
-    $("name").textContent = name;
     await listening;
   } catch (error) {
     say(song ? `Still showing “${song.name}”.` : "Choose another file.");
@@ -76,17 +75,18 @@ async function open(blob, name) {
 }
 
 async function hear(mine) {
+  if (mine !== latest) return; // another one was chosen
+  say(`Waiting for the model to hear “${mine.name}” …`);
   const { run, backend } = await model;
   const seconds = mine.wave.length / config.sample_rate;
   const start = performance.now();
   const progress = Object.assign($("progress"), { hidden: false, max: mine.windows.length, value: 0 });
-  if (mine === song) say(`Hearing ${clock(seconds)} of “${mine.name}” …`);
+  say(`Hearing ${clock(seconds)} of “${mine.name}” …`);
   for (const window of mine.windows) {
-    if (mine !== song) return; // another one was chosen
     window.full = await compute(run, mine.wave, window, selectPatches(gridOf(window.frames), 1, []));
+    if (mine !== latest) return;
     progress.value += 1;
-    if (mine !== song) return;
-    if (window === mine.windows[0]) show();
+    if (window === mine.windows[0]) present(mine);
     drawTime();
   }
   progress.hidden = true;
@@ -126,7 +126,7 @@ let again = false;
 async function leaveOut() {
   drawPatches();
   again = computing;
-  if (computing || !song.windows[song.chosen].full) return;
+  if (computing) return;
   computing = true;
   try {
     do {
@@ -258,9 +258,19 @@ function offerTable() {
   const text = [["label", "threshold", "whole", ...times], ...rows].map((row) => row.join(",")).join("\n");
   URL.revokeObjectURL($("save").href);
   $("save").href = URL.createObjectURL(new Blob([`${text}\n`], { type: "text/csv" }));
+  $("save").hidden = false;
 }
 
 // ---------------------------------------------------------------- the window that is shown
+
+function present(mine) {
+  song = mine;
+  URL.revokeObjectURL($("player").src);
+  $("player").src = URL.createObjectURL(mine.blob);
+  $("name").textContent = mine.name;
+  $("save").hidden = true;
+  show();
+}
 
 function choose(index) {
   song.chosen = index;
@@ -282,7 +292,6 @@ function show() {
 }
 
 function moveCursor() {
-  if (!song?.windows[song.chosen].full) return;
   const window = song.windows[song.chosen];
   const place = ($("player").currentTime - startOf(window)) / (endOf(window) - startOf(window));
   $("cursor").hidden = !(place > 0 && place < 1);
@@ -328,13 +337,13 @@ function listen() {
     };
   $("group").onchange = drawBars;
   $("player").onplay = $("player").onseeked = moveCursor;
-  matchMedia("(prefers-color-scheme: dark)").onchange = () => song?.windows[0].full && drawPatches();
+  matchMedia("(prefers-color-scheme: dark)").onchange = () => song && drawPatches();
 }
 
 fillMenus();
 listen();
 model = loadModel();
-model.then(() => song || say("Ready."), (error) => {
+model.then(() => latest || say("Ready."), (error) => {
   say("The model cannot be loaded.");
   fail(error);
 });

@@ -23,10 +23,13 @@ async function run(wave, kept) {
   return { activations, attention, mel, frames: outputs.mel.dims[1], ms: performance.now() - start };
 }
 
-onmessage = async ({ data: { id, backend, wave, kept } }) => {
+async function answer({ id, backend, wave, kept }) {
   try {
     postMessage({ id, result: backend ? await create(backend) : await run(wave, kept) });
   } catch (error) {
     postMessage({ id, error: String(error?.message ?? error) });
   }
-};
+}
+
+let last = Promise.resolve(); // a session runs one window at a time
+onmessage = ({ data }) => (last = last.then(() => answer(data)));
