@@ -49,6 +49,7 @@ worker.onmessage = ({data}) =>
     fetch(url, {mode: "no-cors"}).then(() => done(["answered", data]), () => done(["refused", data]))"""
 READ_TABLE = """const done = arguments[0];
 fetch(document.getElementById("save").href).then(answer => answer.text()).then(done)"""
+PRETEND_WEBGPU = "navigator.gpu.requestAdapter = async () => ({info: {}})"  # the worker, where it matters, has none
 REQUESTED = "return performance.getEntriesByType('resource').map(entry => entry.name)"
 
 
@@ -83,7 +84,10 @@ class Page:
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
         self.driver.set_script_timeout(600)
         self.js, self.url = self.driver.execute_script, url
-        self.driver.get(f"{url}/index.html")
+        self.load()
+
+    def load(self):
+        self.driver.get(f"{self.url}/index.html")
         until(lambda: self.text("status") == "Ready.", "the model is loaded")
 
     def find(self, selector):
@@ -261,3 +265,11 @@ def test_themes_widths_and_names(page, theme):
                 if control.is_displayed() and control.tag_name != "audio" and not control.accessible_name]  # fmt: skip
     assert len(controls) > 20 and nameless == []
     page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_webassembly_takes_over_where_webgpu_fails(page):
+    pretend = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": PRETEND_WEBGPU})
+    page.load()
+    page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", pretend)
+    assert any("WebAssembly instead of WebGPU" in entry["message"] for entry in page.driver.get_log("browser"))
+    assert "by WebAssembly" in page.press("jig")
