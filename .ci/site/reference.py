@@ -1,6 +1,7 @@
 """The reference, from the sources: signatures, the comments of parameters, docstrings and what they say is raised."""
 
 import ast
+import functools
 import html
 import io
 import re
@@ -80,6 +81,7 @@ def decorators(node) -> list[str]:
     return [unparse(d).split("(")[0] for d in node.decorator_list]
 
 
+@functools.cache
 def modules() -> dict[str, Module]:  # such as audio.mel, floor by floor
     paths = {path.relative_to(PACKAGE).with_suffix(""): path for path in sorted(PACKAGE.glob("*/*.py"))}
     found = {".".join(name.parts): Module(path) for name, path in paths.items() if name.name != "__init__"}
