@@ -88,6 +88,8 @@ def until(condition: Callable, what: str, timeout_s: float = TIMEOUT_S):
 class Lab:
     "A JupyterLab server on a copy of `nbs/` in a folder of its own, and a browser that shows it."
 
+    load_strategy = "normal"  # `get` returns when a page is loaded
+
     def __init__(
         self,
         folder: Path,  # to be created: notebooks, settings, logs
@@ -142,13 +144,15 @@ class Lab:
         environment["MAESTLIB_RUNS"] = str(self.folder / "runs")  # none of other tests: the bundled model is shown
         environment["IPYTHONDIR"] = str(self.folder / "ipython")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        with open(self.folder / "lab.log", "w") as log:
+            return subprocess.Popen(self._command(), stdout=log, stderr=log, env=environment, cwd=self.folder)
+
+    def _command(self) -> list[str]:
         port = self.url.rsplit(":")[-1]
         options = {"token": "", "password": "", "root_dir": self.folder / "nbs", "port": port, "port_retries": 0}
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
         command += ["--LabApp.expose_app_in_browser=True"]  # to run its commands
-        command += [f"--ServerApp.{name}={value}" for name, value in options.items()]
-        with open(self.folder / "lab.log", "w") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=self.folder)
+        return command + [f"--ServerApp.{name}={value}" for name, value in options.items()]
 
     def _answers(self) -> bool:
         assert self.server.poll() is None, "JupyterLab ended: see lab.log"
@@ -159,7 +163,7 @@ class Lab:
 
     def _start_browser(self, window: tuple[int, int]) -> webdriver.Chrome:
         options = webdriver.ChromeOptions()
-        options.binary_location = CHROME
+        options.binary_location, options.page_load_strategy = CHROME, self.load_strategy
         arguments = ["headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"]
         arguments += ["disable-dev-shm-usage", f"window-size={window[0]},{window[1]}"]
         arguments += [f"user-data-dir={self.folder / 'chrome'}"]
@@ -248,3 +252,18 @@ class Lab:
             self.server.wait(60)
         except subprocess.TimeoutExpired:
             self.server.kill()
+
+
+class App(Lab):
+    "A notebook of the top folder as an app, made by Voilà, on a server and in a browser like those of `Lab`."
+
+    load_strategy = "none"  # a page is loaded when all cells have run
+
+    def _command(self) -> list[str]:
+        notebook, port = self.folder / "nbs/explore.ipynb", self.url.rsplit(":")[-1]
+        return [sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}"]
+
+    def _answers(self) -> bool:
+        assert self.server.poll() is None, "Voilà ended: see lab.log"
+        with socket.socket() as connection:
+            return connection.connect_ex(("127.0.0.1", int(self.url.rsplit(":")[-1]))) == 0

@@ -12,7 +12,7 @@ import soundfile
 pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'")
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install -e '.[dev]'")
 
-from lab import CHROME, COUNT_CELLS, DRIVER, GRAPH, LEFT, RIGHT, Lab, until  # noqa: E402
+from lab import CHROME, COUNT_CELLS, DRIVER, GRAPH, LEFT, RIGHT, RUN_TIMEOUT_S, App, Lab, until  # noqa: E402
 from selenium.webdriver import ActionChains  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not (CHROME and DRIVER), reason="no Chromium with chromedriver on the PATH")
@@ -199,3 +199,15 @@ def test_speed(studies):
         print(f"keep every → {figure}: {elapsed_ms:.0f} ms")
     studies.changes(f"{panel} .maestlib-block", f"{panel} .maestlib-frontier", LEFT)
     studies.picture("speed")
+
+
+@pytest.mark.slow
+def test_the_explorer_as_an_app(tmp_path):
+    pytest.importorskip("voila", reason="Voilà is not installed: pip install -e '.[dev]'")
+    with App(tmp_path / "app") as app:
+        app.driver.get(app.url)
+        until(lambda: app.state(".maestlib-song .maestlib-time-tags"), "the last figure is drawn", RUN_TIMEOUT_S)
+        for slider, figure, key in SLIDERS[0], SLIDERS[3], SLIDERS[5]:
+            app.changes(slider, figure, key)
+        assert not app.driver.find_elements("css selector", ".jp-CodeMirrorEditor, .jp-InputArea"), "no code is shown"
+        app.picture("app")
