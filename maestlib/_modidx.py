@@ -2394,6 +2394,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                    'maestlib.widgets.library_controls.SongMap.show': ( 'widgets/library_controls.html#songmap.show',
                                                                                                        'maestlib/widgets/library_controls.py'),
                                                    'maestlib.widgets.library_controls.open_library': ( 'widgets/library_controls.html#open_library',
+                                                                                                       'maestlib/widgets/library_controls.py'),
+                                                   'maestlib.widgets.library_controls.sample_songs': ( 'widgets/library_controls.html#sample_songs',
                                                                                                        'maestlib/widgets/library_controls.py')},
             'maestlib.widgets.library_map': { 'maestlib.widgets.library_map.SongSpaces': ( 'widgets/library_map.html#songspaces',
                                                                                            'maestlib/widgets/library_map.py'),
