@@ -1,4 +1,4 @@
-"""What the notebooks of the library explorer cannot show: broken files, two notebooks at once, many songs, two models."""
+"""What the notebooks of the library explorer cannot show: broken files, two notebooks, many songs, two models."""
 
 import html
 import threading

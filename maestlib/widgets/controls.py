@@ -12,6 +12,7 @@ import io
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,13 @@ class LatestOnlyWorker:
     Exceptions do not end the worker: they are passed to `on_error(exception)`.
     """
 
-    def __init__(self, work: Callable, on_error: Callable[[Exception], None]):
-        self.work, self.on_error = work, on_error
+    def __init__(
+        self,
+        work: Callable,
+        on_error: Callable[[Exception], None],
+        resource: AbstractContextManager = MODEL_LOCK,  # held while it works; `nullcontext()` where no model is used
+    ):
+        self.work, self.on_error, self.resource = work, on_error, resource
         self.lock = threading.Lock()  # guards the two attributes below
         self.pending = None  # the latest request that has not been started
         self.thread = None  # None while idle
@@ -66,7 +72,7 @@ class LatestOnlyWorker:
                     self.thread = None
                     return
             try:
-                with MODEL_LOCK:
+                with self.resource:
                     self.work(*request)
             except Exception as error:  # shown in the widget; the worker must survive
                 self.on_error(error)

@@ -6,6 +6,7 @@
 __all__ = ['LibraryExplorer']
 
 # %% ../../nbs/widgets/explore_library.ipynb #c3a0e003
+import contextlib
 import html
 import re
 from collections.abc import Callable, Sequence
@@ -55,8 +56,9 @@ class LibraryExplorer:
         self.controls = controls = LibraryControls(spaces.titles, self.colors.options())
         self.copy = make_control(CopyButton, "copy Python", "Copy what draws this map and saves this playlist", "copy")
         self.copy.text = self.show_code
-        self.layouts = SongLayouts(spaces, self.draw, self.show_message)
-        self.worker = LatestOnlyWorker(self._fit, self._show_misfit)
+        self.status = w.HTML()  # of the layouts
+        self.layouts = SongLayouts(spaces, self.draw, self._show_status)
+        self.worker = LatestOnlyWorker(self._fit, self.show_message, contextlib.nullcontext())
         self._is_filling = False
         controls.tag.options = self.colors.tags.names
         labels = w.VBox(
@@ -66,7 +68,7 @@ class LibraryExplorer:
         lower = row(w.VBox([controls.songs, self.title, self.player]), labels)
         figures = w.HBox([songs.figure for songs in self.maps])
         saving = row(controls.name, controls.playlist, controls.figure, self.copy)
-        self.box = panel("library", *controls.rows(), figures, self.message, lower, saving, self.code)
+        self.box = panel("library", *controls.rows(), self.status, figures, self.message, lower, saving, self.code)
         self._connect()
         self._resize()
         self.recolor()
@@ -75,7 +77,7 @@ class LibraryExplorer:
         controls = self.controls
         for control in (controls.first, controls.second, controls.method, controls.glide):
             control.observe(self.draw, "value")
-        controls.first.observe(lambda _: self.fit(), "value")
+        controls.first.observe(lambda _: self.fit(is_shown=controls.color.value.startswith("my:")), "value")
         controls.color.observe(self.recolor, "value")
         controls.beside.observe(self._resize, "value")
         controls.find.observe(lambda change: change.new and self.find(change.new), "value")
@@ -93,6 +95,9 @@ class LibraryExplorer:
         "Show a text or an error below the map."
         self.message.value = html.escape(f"⚠ {message}" if isinstance(message, Exception) else message)
 
+    def _show_status(self, status: str | Exception):
+        self.status.value = html.escape(str(status))
+
     # what is shown
 
     def _resize(self, _=None):
@@ -109,28 +114,37 @@ class LibraryExplorer:
     def recolor(self, _=None):
         "Show the chosen colors."
         values, name, _ = self._values()
-        for songs in self.maps:
-            songs.show(plot_song_map(self.spaces.songs, np.zeros((len(self.spaces.songs), 2)), values, name=name))
+        for songs, layout in zip(self.maps, self._layouts()[0], strict=True):
+            songs.show(plot_song_map(self.spaces.songs, layout, values, name=name))
             songs.select(self.selected)
         self._resize()
         self.draw()
+        tag = self.controls.color.value.partition("my:")[2]
+        if tag and tag != self.controls.tag.value:
+            self.controls.tag.value = tag  # which fits it
+
+    def _layouts(self):
+        "The layouts of both maps, and the two between which the first one glides."
+        controls = self.controls
+        glide = controls.glide.value / 100
+        ends = self.layouts.get(controls.method.value, (controls.first.value, controls.second.value))
+        return ((1 - glide) * ends[0] + glide * ends[1], ends[1]), ends
 
     def draw(self, _=None):
         "Show the songs where the sliders say."
         controls = self.controls
-        titles = controls.first.value, controls.second.value
-        layouts, glide = self.layouts.get(controls.method.value, titles), controls.glide.value / 100
+        titles, glide = (controls.first.value, controls.second.value), controls.glide.value / 100
+        places, ends = self._layouts()
         stars = [None, None]
         if self.dropped is not None:
             stars = [
                 place_songs(self.dropped[title][None], self.spaces.vectors(title), layout)[0]
-                for title, layout in zip(titles, layouts, strict=True)
+                for title, layout in zip(titles, ends, strict=True)
             ]
             stars[0] = (1 - glide) * stars[0] + glide * stars[1]
         between = f"{glide:.0%} from {titles[0]} to {titles[1]}" if 0 < glide < 1 else titles[round(glide)]
         texts = f"{controls.method.value} of {between}", f"{controls.method.value} of {titles[1]}"
-        places = (1 - glide) * layouts[0] + glide * layouts[1], layouts[1]
-        limit = 1.08 * max(1e-3, *(np.abs(layout).max() for layout in layouts))
+        limit = 1.08 * max(1e-3, *(np.abs(layout).max() for layout in ends))
         for songs, layout, star, text in zip(self.maps, places, stars, texts, strict=True):
             songs.move(layout, star)
             songs.figure.update_layout(title=text, xaxis_range=[-limit, limit], yaxis_range=[-limit, limit])
@@ -227,15 +241,15 @@ class LibraryExplorer:
         self.show_message(f"{len(self.selected):,} songs: {words[is_positive]}; saved in {self.colors.tags.file.name}")
         self.fit()
 
-    def fit(self):
-        "Fit my tag in the background, and color the songs by it."
+    def fit(self, is_shown: bool = True):  # whether the songs are then colored by it
+        "Fit my tag in the background."
         tag = " ".join(self.controls.tag.value.split())
         if tag in self.colors.tags.names:
-            self.worker(tag, self.controls.first.value)
+            self.worker(tag, self.controls.first.value, is_shown)
         else:
             self.score.value = ""
 
-    def _fit(self, tag, title):
+    def _fit(self, tag, title, is_shown):
         songs = self.spaces.songs
         labels = self.colors.tags.labels(tag, songs)
         try:
@@ -246,7 +260,8 @@ class LibraryExplorer:
         else:
             self.probes[tag, title] = probe
             self.score.value = html.escape(f"{tag}: {probe.describe()}")
-        self._color_by(f"my:{tag}")
+        if is_shown:
+            self._color_by(f"my:{tag}")
 
     def _color_by(self, choice):
         color, options = self.controls.color, self.colors.options()
@@ -272,7 +287,7 @@ class LibraryExplorer:
     # what is kept
 
     def _file(self, folder, suffix) -> Path:
-        name = re.sub(r'[<>:"/\\\\|?*\\x00-\\x1f]', " ", self.controls.name.value).strip(" .") or "my songs"
+        name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', " ", self.controls.name.value).strip(" .") or "my songs"
         return self.spaces.library.folder / folder / f"{name}{suffix}"
 
     def save_playlist(self):

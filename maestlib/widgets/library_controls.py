@@ -6,6 +6,7 @@
 __all__ = ['open_library', 'sample_songs', 'SongLayouts', 'LibraryControls', 'CopyButton', 'SongMap', 'SongColors']
 
 # %% ../../nbs/widgets/library_controls.ipynb #c4a0e003
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -81,7 +82,7 @@ class SongLayouts:
     ):
         self.spaces, self.on_ready, self.show_message = spaces, on_ready, show_message
         self.known = {}  # (method, title): (songs, 2)
-        self.worker = LatestOnlyWorker(self._run, show_message)
+        self.worker = LatestOnlyWorker(self._run, show_message, contextlib.nullcontext())
 
     def _compute(self, method, title):
         if (method, title) not in self.known:

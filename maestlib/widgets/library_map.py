@@ -126,7 +126,7 @@ class SongSpaces:
 
     def _rows_of(self, index: SongIndex) -> np.ndarray:  # of `songs` in the index
         rows = index.songs.select("content").with_row_index("row")
-        return self.songs.select("content").join(rows, "content", maintain_order="left")["row"].to_numpy()
+        return self.songs.select("content").join(rows, "content", maintain_order="left")["row"].to_numpy(writable=True)
 
     def vectors(
         self,
@@ -304,7 +304,11 @@ def map_code(
         for title in titles
     ]
     mixed = f"{1 - glide:g} * {layouts[0]} + {glide:g} * {layouts[1]}" if glide else layouts[0]
-    lines += [f"values = {values}", f"figure = plot_song_map(songs, {mixed}, values, name={name!r})"]
+    lines += [
+        f"layout = {mixed}",
+        f"values = {values}",
+        f"figure = plot_song_map(songs, layout, values, name={name!r})",
+    ]
     if len(selected):
         lines.append(f"selected = songs[{list(map(int, selected))}]")
         lines.append('write_playlist(selected, "my songs.m3u8")')
