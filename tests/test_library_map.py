@@ -151,7 +151,7 @@ def test_models_are_compared_by_the_songs_that_both_have(tmp_path):
     assert spaces.titles == ["a, block 2", "a, block 5", "b, block 7"] and len(spaces.songs) == 20
     explorer = LibraryExplorer(one, two)
     explorer.controls.beside.value = True
-    assert explorer.maps[1].figure.layout.display is None
+    assert explorer.figures.children == tuple(songs.figure for songs in explorer.maps)
     explorer.maps[1].on_select([4])
     assert explorer.maps[0].figure.data[0].selectedpoints == (4,), "what is selected in one is selected in both"
     with pytest.raises(ValueError, match="no song in common"):

@@ -66,9 +66,9 @@ class LibraryExplorer:
             layout=dict(width="34em"),
         )
         lower = row(w.VBox([controls.songs, self.title, self.player]), labels)
-        figures = w.HBox([songs.figure for songs in self.maps])
+        self.figures = w.HBox()  # one map, or both
         saving = row(controls.name, controls.playlist, controls.figure, self.copy)
-        self.box = panel("library", *controls.rows(), self.status, figures, self.message, lower, saving, self.code)
+        self.box = panel("library", *controls.rows(), self.status, self.figures, self.message, lower, saving, self.code)
         self._connect()
         self._resize()
         self.recolor()
@@ -102,7 +102,7 @@ class LibraryExplorer:
 
     def _resize(self, _=None):
         is_beside = self.controls.beside.value
-        self.maps[1].figure.layout.display = None if is_beside else "none"
+        self.figures.children = [songs.figure for songs in self.maps[: 1 + is_beside]]
         for songs, legend in zip(self.maps, (False, True), strict=True):
             width = FIGURE_WIDTH * 5 // 8 if is_beside else FIGURE_WIDTH
             songs.figure.update_layout(width=width, showlegend=legend or not is_beside)
