@@ -4,6 +4,7 @@ A test asserts what happened, not when: waits take minutes before they fail.
 """
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ def click_until(lab, selector, index, condition, what):
     return until(happened, what)
 
 
+PANELS = ("patchout", "layers", "attention", "song", "library")
 SLIDERS = [
     (".maestlib-patchout .maestlib-time", ".maestlib-patchout .maestlib-mel", RIGHT),
     (".maestlib-patchout .maestlib-time", ".maestlib-patchout .maestlib-tags", RIGHT),
@@ -55,6 +57,7 @@ SLIDERS = [
     (".maestlib-attention .maestlib-head", ".maestlib-attention .maestlib-light", RIGHT),
     (".maestlib-song .maestlib-top", ".maestlib-song .maestlib-time-tags", LEFT),
     (".maestlib-song .maestlib-window", ".maestlib-song .maestlib-time-tags", RIGHT),
+    (".maestlib-library .maestlib-glide", ".maestlib-library .maestlib-library-map", RIGHT),
 ]
 
 
@@ -64,11 +67,11 @@ def test_a_slider_changes_a_figure(explore, slider, figure, key):
     print(f"{slider} → {figure}: {elapsed_ms:.0f} ms")
 
 
-def test_outputs_are_the_four_instruments(explore, tmp_path):
+def test_outputs_are_the_five_instruments(explore, tmp_path):
     outputs = explore.outputs()
     indices = [index for index, _ in outputs]
-    assert len(outputs) == 4 and indices == sorted(set(indices))
-    for name, (_, element) in zip(("patchout", "layers", "attention", "song"), outputs, strict=True):
+    assert len(outputs) == 5 and indices == sorted(set(indices))
+    for name, (_, element) in zip(PANELS, outputs, strict=True):
         assert element.find_elements("css selector", f".maestlib-{name}")
     explore.screenshot(outputs[0][1], tmp_path / "output.png")
     explore.screenshot(".maestlib-patchout", tmp_path / "patchout.png")
@@ -107,12 +110,66 @@ def test_tsne_keeps_what_was_chosen(explore):
     assert explore.js(GRAPH + "return gd.data.at(-1).x.length", figure) == 1, "the star"
 
 
+def draw_lasso(lab, figure, left, right):
+    "Draw around a part of a figure, from one fraction of its width to another."
+    area = lab.driver.find_element("css selector", f"{figure} .nsewdrag")
+    width, height = area.size["width"], area.size["height"]
+    step, down = (right - left) * width, 0.96 * height
+    start = (left - 0.5) * width, -0.48 * height
+    pen = ActionChains(lab.driver, duration=50).move_to_element_with_offset(area, *map(round, start)).click_and_hold()
+    for x, y in ((step / 2, 0), (step / 2, 0), (0, down / 2), (0, down / 2), (-step, 0), (0, -down + 2)):
+        pen.move_by_offset(round(x), round(y))
+    pen.release().perform()
+
+
+def test_songs_are_selected_labeled_and_saved(explore):
+    figure, panel = ".maestlib-library .maestlib-library-map", ".maestlib-library"
+    explore.bring(figure)
+    songs = "return [...document.querySelectorAll('.maestlib-library .maestlib-songs option')].map(o => o.text).join()"
+    tag = explore.driver.find_element("css selector", f"{panel} .maestlib-tag input")
+    tag.send_keys("left", "\ue007")
+    for left, right, button in ((0, 0.4, "yes"), (0.6, 1, "no")):
+        explore.bring(figure)
+        before = explore.js(songs)
+        draw_lasso(explore, figure, left, right)
+        until(lambda: explore.js(songs) not in ("", before), "songs are selected")  # noqa: B023
+        explore.bring(f"{panel} .maestlib-{button}").click()
+        until(lambda: f"{button}; saved" in explore.bring(f"{panel} .maestlib-message").text, "they are labeled")  # noqa: B023
+    until(lambda: "chance 50 %" in explore.driver.find_element("css selector", panel).text, "my tag is fitted")
+    colors = "return document.querySelector('.maestlib-library .maestlib-color select').selectedOptions[0].text"
+    until(lambda: explore.js(colors) == "my tag: left", "the songs are colored by it")
+    explore.bring(f"{panel} .maestlib-most").click()
+    message = explore.bring(f"{panel} .maestlib-message")
+    until(lambda: "left fits best" in message.text, "the likeliest are selected")
+    explore.picture("my-tags")
+    explore.bring(f"{panel} .maestlib-playlist").click()
+    until(lambda: ".m3u8" in message.text, "a playlist is saved")
+    playlist = Path(message.text.split(" as ")[1])
+    names = explore.js(songs).split(",")
+    assert playlist.read_text(encoding="utf8").splitlines()[1:3][0].split(",")[1] == names[0]
+
+
+def test_a_file_is_dropped_on_a_panel(explore, tmp_path):
+    soundfile.write(tmp_path / "dropped.wav", np.sin(np.arange(16000 * 4) * 0.2).astype("float32"), 16000)
+    drop = """const [panel, bytes] = arguments, transfer = new DataTransfer();
+    transfer.items.add(new File([Uint8Array.from(bytes)], "dropped.wav"));
+    const event = name => new DragEvent(name, {dataTransfer: transfer, bubbles: true, cancelable: true});
+    panel.dispatchEvent(event("dragover")); panel.dispatchEvent(event("drop"));"""
+    explore.js(
+        drop, explore.bring(".maestlib-library .maestlib-message"), list((tmp_path / "dropped.wav").read_bytes())
+    )
+    message = explore.driver.find_element("css selector", ".maestlib-library .maestlib-message")
+    until(lambda: "dropped.wav" in message.text and "nearest" in message.text, "it is placed among the songs")
+    star = GRAPH + "return gd.data[1].x.length"
+    until(lambda: explore.js(star, ".maestlib-library .maestlib-library-map") == 1, "the star is shown")
+
+
 @pytest.mark.slow
 def test_both_themes(explore):
     for theme in ("JupyterLab Dark", "JupyterLab Light"):
         explore.js("window.jupyterapp.commands.execute('apputils:change-theme', {theme: arguments[0]})", theme)
         until(lambda: explore.js("return document.body.dataset.jpThemeName") == theme, theme)  # noqa: B023
-        for name in ("patchout", "layers", "attention", "song"):
+        for name in PANELS:
             explore.bring(f".maestlib-{name}")
             time.sleep(0.4)
             explore.picture(name if theme == "JupyterLab Light" else f"{name}-dark")

@@ -51,12 +51,13 @@ def find_runs(
 def probe_target(
     run: str | Path = "auto",  # what `load_model` takes, or auto: the latest MAEST of runs/, else the bundled model
     size: str = "tiny",  # of a random model
+    bundled: str = TUNES_MODEL,  # which bundled model
 ) -> tuple[MAEST | EffNet, str]:  # the model in evaluation mode on the default device, and its name
     "Load the model to probe. Raises what `load_model` raises."
     if run == "auto":
-        run = [TUNES_MODEL, *find_runs("maest").values()][-1]
-        if run == TUNES_MODEL:
-            log.info(f"no MAEST in runs/: using the bundled model {TUNES_MODEL}; train one with nbs/train.ipynb")
+        run = [bundled, *find_runs("maest").values()][-1]
+        if run == bundled:
+            log.info(f"no MAEST in runs/: using the bundled model {bundled}; train one with nbs/train.ipynb")
     model = load_model(run, size=size) if str(run) == "random" else load_model(run)
     return model.to(default_device()), Path(run).name
 

@@ -12,6 +12,7 @@ import io
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,13 @@ class LatestOnlyWorker:
     Exceptions do not end the worker: they are passed to `on_error(exception)`.
     """
 
-    def __init__(self, work: Callable, on_error: Callable[[Exception], None]):
-        self.work, self.on_error = work, on_error
+    def __init__(
+        self,
+        work: Callable,
+        on_error: Callable[[Exception], None],
+        resource: AbstractContextManager = MODEL_LOCK,  # held while it works; `nullcontext()` where no model is used
+    ):
+        self.work, self.on_error, self.resource = work, on_error, resource
         self.lock = threading.Lock()  # guards the two attributes below
         self.pending = None  # the latest request that has not been started
         self.thread = None  # None while idle
@@ -66,7 +72,7 @@ class LatestOnlyWorker:
                     self.thread = None
                     return
             try:
-                with MODEL_LOCK:
+                with self.resource:
                     self.work(*request)
             except Exception as error:  # shown in the widget; the worker must survive
                 self.on_error(error)
@@ -175,6 +181,7 @@ STYLE = """<style>
 .maestlib .widget-toggle-buttons { display: flex; align-items: center; width: auto }
 .maestlib .widget-toggle-button { width: auto }
 .maestlib-track { width: 26em !important }
+.maestlib-drop { outline: 3px dashed #0072B2; outline-offset: 4px }
 .maestlib :focus-visible { outline: 2px solid #0072B2; outline-offset: 2px }
 </style>"""
 
@@ -255,9 +262,8 @@ function render({ model, el }) {
   let resolve;
   const onReply = () => resolve?.();
   model.on("msg:custom", onReply);
-  input.onchange = async () => {
-    const [file] = input.files;
-    if (!file) return;
+  const send = async ([file]) => {
+    if (!file || button.disabled) return;
     button.disabled = true;
     for (let at = 0; at == 0 || at < file.size; at += CHUNK) {
       const bytes = await file.slice(at, at + CHUNK).arrayBuffer();
@@ -270,15 +276,38 @@ function render({ model, el }) {
     button.disabled = false;
     button.textContent = model.get("description");
   };
+  input.onchange = () => send(input.files);
+  const panel = ({ target }) => {
+    const box = target.closest?.(".maestlib");
+    return box?.contains(el) ? box : null;
+  };
+  const listeners = {
+    dragover: event => {
+      if (!panel(event) || !event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault();
+      panel(event).classList.add("maestlib-drop");
+    },
+    dragleave: event => panel(event)?.classList.remove("maestlib-drop"),
+    drop: event => {
+      if (!panel(event) || !event.dataTransfer?.files.length) return;
+      event.preventDefault();
+      panel(event).classList.remove("maestlib-drop");
+      send(event.dataTransfer.files);
+    },
+  };
+  for (const [name, listener] of Object.entries(listeners)) document.addEventListener(name, listener);
   el.append(button, input);
-  return () => model.off("msg:custom", onReply);
+  return () => {
+    model.off("msg:custom", onReply);
+    for (const [name, listener] of Object.entries(listeners)) document.removeEventListener(name, listener);
+  };
 }
 export default { render };
 """
 
 # %% ../../nbs/widgets/controls.ipynb #a7a914b6
 class Upload(anywidget.AnyWidget):
-    "A button that uploads an audio file of any size, in chunks of 4 MiB."
+    "A button that uploads an audio file of any size, in chunks of 4 MiB; the file may also be dropped on the panel."
 
     description = traitlets.Unicode().tag(sync=True)
     _esm = UPLOAD_JS
@@ -315,7 +344,9 @@ class TrackPicker:
         self.tracks, self.config, self.limit_s, self.on_load = tracks, config, limit_s, on_load
         tip = "A track of the test split"
         self.menu = make_control(w.Dropdown, "track", tip, "track", options=list(tracks), value=None)
-        tip = "An audio file of any size, from the computer that your browser runs on"
+        tip = (
+            "An audio file of any size, from the computer that your browser runs on; or drop it anywhere on this panel"
+        )
         self.upload = make_control(Upload, "upload", tip, "upload")
         tip = "The path of an audio file on the computer that runs this notebook; press Enter"
         options = dict(placeholder="music/song.mp3", continuous_update=False)
