@@ -11,7 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ..audio.mel import AUDIO_SUFFIXES
+from ..audio.decode import AUDIO_SUFFIXES
 from ..core.files import log, named_rng, resolve_path
 from .benchmarks import BENCHMARKS
 from .heldout import build_heldout

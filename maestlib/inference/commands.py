@@ -52,7 +52,9 @@ def _add_scan(commands) -> None:
     add("--files-from", metavar="FILE", help="read more paths from a file, one per line or ended by NUL; -: from stdin")
     add("--out", default="library", help="the folder of the library")
     add("--model", help=f"as for embed; of a new library {DEFAULT_MODEL} if not given, else the one it was made with")
-    add("--excerpt", type=float, metavar="S", help="read S seconds in the middle of each file instead of all of it")
+    add("--excerpt", type=float, metavar="S", help="read S seconds of each file instead of all of it")
+    center = "take the excerpt from the middle of the song, else from its beginning (default: --center)"
+    add("--center", action=argparse.BooleanOptionalAction, help=center)
     add("--block", type=int, nargs="+", help="after which block or blocks (default: the middle one)")
     add("--tokens", help="cls (c), dist (d), mean of the patches (t) (default: cdt)")
     add("--keep-every", type=int, metavar="K", help="patchout: keep one of K columns of patches; faster")
@@ -124,7 +126,7 @@ def run_scan(
 
     paths = [*args.paths, *(_listed_paths(args.files_from) if args.files_from else [])]
     names = dict(excerpt="excerpt_s", block="block", tokens="tokens", keep_every="keep_every", drop_rows="drop_rows")
-    names |= dict(hop_s="hop_s", dtype="dtype")
+    names |= dict(center="center", hop_s="hop_s", dtype="dtype")
     settings = {name: getattr(args, option) for option, name in names.items() if getattr(args, option) is not None}
     out, model = from_shell(args.out), args.model
     if model is None and not Path(out, "library.json").exists():

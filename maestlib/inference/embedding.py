@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from ..audio.mel import AUDIO_SUFFIXES
+from ..audio.decode import AUDIO_SUFFIXES
 from ..core.device import default_device
 from ..core.files import log, resolve_path
 from .labels import read_level

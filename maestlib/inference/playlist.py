@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from ..core.files import atomic_write, log, resolve_path
+from .collection import real_path
 from .records import Library
 from .similar import SongIndex, song_path
 
@@ -26,7 +27,7 @@ def _m3u8_lines(songs: pl.DataFrame, folder: Path) -> Iterable[str]:
             log.warning(f"{path!r}: left out; a playlist has no way to write a line break")
             continue
         try:
-            relative = os.path.relpath(path, folder)
+            relative = os.path.relpath(real_path(path), folder)
         except ValueError:  # on Windows: on another drive
             relative = path
         name = " - ".join(filter(None, (artist, title))) or Path(path).stem
@@ -48,7 +49,7 @@ def write_playlist(
             return
         lines = _m3u8_lines(songs, out.parent)
         text = json.dumps(songs.to_dicts(), indent=1, ensure_ascii=False) if out.suffix == ".json" else "\n".join(lines)
-        temporary.write_text(text + "\n", encoding="utf8", newline="\n")
+        temporary.write_bytes((text + "\n").encode("utf8", "surrogateescape"))
 
 # %% ../../nbs/inference/playlist.ipynb #b6a0e008
 def playlist(

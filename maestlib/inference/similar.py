@@ -19,6 +19,7 @@ import torch
 from ..audio.mel import load_audio
 from ..core.extras import optional_import
 from ..core.files import atomic_write, resolve_path
+from .collection import printable_path
 from .embedding import embed
 from .labels import rank_by_tags
 from .records import Library
@@ -174,8 +175,8 @@ class SongIndex:
     ) -> int | None:  # row of `songs`; None: a file that is not in the library
         "Find a song. Raises `ValueError` where there is none, or more than one."
         path = str(resolve_path(song))
-        if path in self._rows or Path(path).is_file():
-            return self._rows.get(path)
+        if printable_path(path) in self._rows or Path(path).is_file():
+            return self._rows.get(printable_path(path))
         text = pl.concat_str(["path", "artist", "title"], separator=" ", ignore_nulls=True)
         matches = self.songs.with_row_index("row").filter(
             text.str.to_lowercase().str.contains(str(song).lower(), literal=True)
@@ -201,7 +202,7 @@ class SongIndex:
         source = resolve_path(song)
         if settings.excerpt_s is not None:
             rate = model.config.mel.sample_rate
-            source = load_audio(source, duration_s=settings.excerpt_s, center=True, sample_rate=rate)
+            source = load_audio(source, duration_s=settings.excerpt_s, center=settings.center, sample_rate=rate)
         outside = embed(source, model, self.block, average=True, **options)["embedding"][0].to_numpy()
         return self.vectors.center(outside / np.linalg.norm(outside))
 
