@@ -59,6 +59,7 @@ def playlist(
     tags: str | None = None,  # an expression such as "jazz & piano & !voice"
     k: int = 25,  # songs
     per_artist: int | None = 2,  # songs of one artist at most, the given ones aside; None: any number
+    without: str | Path | Iterable[str | Path] = (),  # songs to get away from
     out: str | Path | None = None,  # .m3u8, .m3u, .json or .parquet
 ) -> pl.DataFrame:  # rank, cosine, degree, path, artist, album, title
     """Make a playlist of songs that are similar to some, fit to tags, or lead from one song to another.
@@ -68,14 +69,14 @@ def playlist(
     index = library if isinstance(library, SongIndex) else SongIndex(library)
     songs = [songs] if isinstance(songs, str | Path) else list(songs)
     if to is not None:
-        if len(songs) != 1 or tags is not None:
-            raise ValueError("to: give one song to start from, and no tags")
+        if len(songs) != 1 or tags is not None or without:
+            raise ValueError("to: give one song to start from, no tags, and none to get away from")
         table = song_path(index, songs[0], to, k, per_artist)
     else:
         given = [row for row in map(index.find, songs) if row is not None]
         table = index.table(given)
         if k > len(given):
-            table = table.vstack(index.nearest(songs, k - len(given), tags, per_artist)).with_columns(
+            table = table.vstack(index.nearest(songs, k - len(given), tags, per_artist, without)).with_columns(
                 rank=pl.int_range(pl.len())
             )
     if out is not None:
