@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from maestlib.audio import decode
 from maestlib.audio.decode import open_audio
 from maestlib.audio.mel import MEL, audio_duration, load_audio
 from maestlib.inference.windows import stream_mel
@@ -124,6 +125,14 @@ def test_only_the_excerpt_is_decoded_where_the_container_can_be_sought(folder, m
     monkeypatch.setattr(av, "AudioResampler", Counting)
     load_audio(folder / "a.m4a", 7, 0.5)
     assert 0.5 * 44100 <= sum(decoded) < 1.0 * 44100
+
+
+@pytest.mark.parametrize("name", ["a.m4a", "a.wma"])
+def test_a_recording_in_parts_is_decoded_once(folder, name, monkeypatch):
+    opened, open_stream = [], decode.open_stream
+    monkeypatch.setattr(decode, "open_stream", lambda path: opened.append(path) or open_stream(path))
+    assert len(list(stream_mel(folder / name, MEL, part_s=1.5))) > 4
+    assert len(opened) == 2, "for its header, and for its samples"
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])

@@ -94,15 +94,59 @@ def test_bad_files_are_named_once(music, model, tmp_path):
         shutil.copy(folder / "short.wav", folder / "two\nlines.wav")
         shutil.copy(folder / "short.wav", os.fsencode(folder) + b"/caf\xe9.wav")
         (folder / "dangling.wav").symlink_to(tmp_path / "nowhere.wav")
-        bad |= {"caf\\xe9.wav", "dangling.wav"}
+        bad |= {"dangling.wav"}
     report = scan(folder, tmp_path / "library", model, progress=False)
     assert sorted(Path(path).name for path, _ in report.failed) == sorted(bad)
     assert min(len(error) for _, error in report.failed) > 5
+    names = {Path(path).name for path in Library(tmp_path / "library").songs["path"]}
+    assert os.name != "posix" or {"two\nlines.wav", "caf\\xe9.wav"} <= names
     again = scan(folder, tmp_path / "library", progress=False)
     assert (again.planned, again.failed_before) == (0, 4), "what is broken is not tried again"
     soundfile.write(folder / "empty.wav", noise(1, 9), 16000)
     mended = scan(folder, tmp_path / "library", model, progress=False)
     assert mended.read == 1 and Library(tmp_path / "library").songs.filter(pl.col("error").is_not_null()).height == 3
+
+
+@POSIX
+def test_a_name_that_is_not_utf8(music, model, tmp_path, capsys):
+    "It is shown with escapes, found by its own name, played by a playlist, and its tags are written."
+    pytest.importorskip("mutagen")
+    folder, library = tmp_path / "music", str(tmp_path / "library")
+    shutil.copytree(music / "album 1", folder)
+    name = os.fsencode(folder) + b"/caf\xe9.flac"
+    os.rename(next(folder.glob("*.flac")), name)
+    scan(folder, library, model, progress=False)
+    assert main(["playlist", os.fsdecode(name), "--library", library, "--out", f"{tmp_path}/a.m3u8"]) == 0
+    lines = (tmp_path / "a.m3u8").read_bytes().splitlines()
+    assert lines[2] == b"music/caf\xe9.flac" and len(lines) == 1 + 2 * 4
+    assert main(["write-tags", "--library", library, "--threshold", "0", "--write"]) == 0
+    assert {path.name for path in folder.iterdir()} == {os.fsdecode(os.path.basename(name))} | {
+        Path(path).name for path in Library(library).songs["path"] if "caf" not in path
+    }
+    assert scan(folder, library, progress=False).unchanged == 4
+
+
+def test_a_decoder_that_crashes(music, model, undisturbed, tmp_path, monkeypatch):
+    "A process that dies of a signal costs the file that it reads, which is named once."
+    from maestlib.audio import isolated
+
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, soundfile\n"
+        "original = soundfile.SoundFile\n"
+        "def open_file(file, *args, **options):\n"
+        "    return os.abort() if 'boom.ogg' in str(file) else original(file, *args, **options)\n"
+        "soundfile.SoundFile = open_file\n"
+    )
+    folder, decoders = tmp_path / "music", isolated.DecoderProcesses()
+    shutil.copytree(music, folder)
+    soundfile.write(folder / "boom.ogg", noise(1, 99), 16000)
+    monkeypatch.setattr("maestlib.inference.scan.decoder_processes", lambda: decoders)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{PROJECT}")
+    report = scan(folder, tmp_path / "library", model, num_workers=2, progress=False)
+    decoders.close()
+    assert [Path(path).name for path, _ in report.failed] == ["boom.ogg"] and "crashed" in report.failed[0][1]
+    assert Library(tmp_path / "library").contents() == undisturbed.contents()
+    assert scan(folder, tmp_path / "library", progress=False).failed_before == 1
 
 
 def test_a_folder_vanishes_and_a_disk_is_missing(music, model, undisturbed, tmp_path, monkeypatch, caplog):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ..audio.mel import AUDIO_SUFFIXES
+from ..audio.decode import AUDIO_SUFFIXES
 from ..core.extras import optional_import
 from ..core.files import asset_path, log, resolve_path
 from ..core.plotting import SPLIT_COLORS

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ..audio.mel import AUDIO_SUFFIXES
+from ..audio.decode import AUDIO_SUFFIXES
 from ..core.files import log, named_rng, resolve_path
 from .benchmarks import BENCHMARKS
 from .columns import COLUMN_LABELS, load_rolls

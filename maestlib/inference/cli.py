@@ -9,6 +9,7 @@ __all__ = ['build_parser', 'main']
 import argparse
 import contextlib
 import io
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -38,20 +39,39 @@ def _add_model_options(add: AddOption) -> None:
     add("--batch-size", type=int, help="windows per batch; chosen by model and device if not given")
 
 
+_EXAMPLES = """for example:
+  maestlib tag song.mp3                                   genre, mood and instruments of a file
+  maestlib embed music/ --out embeddings.parquet          its embeddings, a row per window, for your classifier
+  maestlib scan ~/Music --excerpt 30                      tags and embeddings of a collection; again: what is new
+  maestlib search song.mp3                                similar songs
+  maestlib search --tags "jazz & piano & !voice"          songs by their tags
+  maestlib playlist a.mp3 b.mp3 --without c.mp3           like these, unlike that
+  maestlib playlist a.mp3 --to b.mp3 --out path.m3u8      a path from one song to another
+  maestlib clusters -n 8 --out playlists/                 groups of songs, each a playlist
+  maestlib write-tags                                     genre and mood into the files; shows them first
+Each command says more with --help. 0 is returned if all went well, 1 if some files failed, 2 if nothing was done.
+"""
+
+
 def _threshold(text: str) -> float | str:  # argparse reports its ValueError
     return text if text == "calibrated" else float(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     "Create the parser of `maestlib`; the help of each command is its documentation."
-    parser = argparse.ArgumentParser("maestlib", description="Music embeddings and tags with MAEST.")
+    parser = argparse.ArgumentParser(
+        "maestlib",
+        description="Tags (genre, mood, instruments) and embeddings of music with MAEST, and search in a collection.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"maestlib {version('maestlib')}")
     commands = parser.add_subparsers(dest="command", required=True)
     add_library_commands(commands)
 
     about = "Embed audio of any length into a parquet table. A killed run is resumed by the same command."
     add = add_command(commands, "embed", about)
-    add("paths", nargs="+", help="audio files, or one folder")
+    add("paths", nargs="+", help="audio files and folders")
     add(
         "--out",
         required=True,
@@ -66,8 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--average", action="store_true", help="one row per file instead of one per window")
     _add_model_options(add)
 
-    add = add_command(commands, "tag", "Print the most likely tags of one file, averaged over its length.")
-    add("path", help="an audio file")
+    about = "Print the most likely tags of files, such as genres, moods and instruments, averaged over their length."
+    add = add_command(commands, "tag", about)
+    add("paths", nargs="+", help="audio files and folders")
+    add("--json", action="store_true", help="print JSON: path, and the activation of each tag")
     add("--top", type=int, default=10, help="how many tags at most")
     add("--threshold", type=_threshold, help="lowest activation, or calibrated: the model's own for each tag")
     add("--level", default="label", choices=["label", "genre", "style"], help="at which level of Genre---Style")
@@ -105,16 +127,30 @@ def _run_models(args: argparse.Namespace) -> int:
 
 def _run_tag(args: argparse.Namespace) -> int:
     from maestlib.core.device import default_device
-    from maestlib.inference.embedding import tag
+    from maestlib.inference.embedding import list_sources, tag
     from maestlib.models.checkpoint import load_model
 
     options = dict(top=args.top, threshold=args.threshold, level=args.level) | _model_options(args)
     options["model"] = load_model(options["model"]).to(default_device())
     if options["model"].thresholds is None and args.threshold is None:
         print("uncalibrated: this model has no thresholds; activations rank tags, and no more", file=sys.stderr)
-    for label, activation in tag(from_shell(args.path), **options).iter_rows():
-        print(f"{activation:.3f}  {label}")
-    return 0
+    paths, errors, found = list_sources([from_shell(path) for path in args.paths]), [], []
+    for path in paths:
+        try:
+            tags = tag(path, **options)
+        except (ValueError, OSError) as error:
+            if len(paths) == 1:
+                raise
+            errors.append(error)
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        found.append({"path": path, "tags": dict(tags.iter_rows())})
+        if not args.json:
+            for label, activation in tags.iter_rows():
+                print(f"{path}: " * (len(paths) > 1) + f"{activation:.3f}  {label}")
+    if args.json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    return 2 if not found else 1 if errors else 0
 
 
 def _run_completion(args: argparse.Namespace) -> int:
@@ -131,7 +167,7 @@ def _run_embed(args: argparse.Namespace) -> int:
     from maestlib.inference.embedding import embed, list_sources
 
     paths, out = [from_shell(path) for path in args.paths], from_shell(args.out)
-    paths = list_sources(paths[0] if len(paths) == 1 else paths)
+    paths = list_sources(paths)
     embed(paths, block=args.block, tokens=args.tokens, average=args.average, out=out, **_model_options(args))
     report = Path(out).with_suffix(".report.parquet")
     if not report.exists():  # other workers have yet to finish

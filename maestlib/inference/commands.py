@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'AddOption', 'LIBRARY_COMMANDS', 'add_command', 'from_shell', 'model_from_shell',
-           'add_library_commands', 'run_scan', 'run_search', 'run_write_tags']
+           'add_library_commands', 'run_scan', 'run_search', 'run_clusters', 'run_write_tags']
 
 # %% ../../nbs/inference/commands.ipynb #b8a0e003
 import argparse
@@ -52,7 +52,9 @@ def _add_scan(commands) -> None:
     add("--files-from", metavar="FILE", help="read more paths from a file, one per line or ended by NUL; -: from stdin")
     add("--out", default="library", help="the folder of the library")
     add("--model", help=f"as for embed; of a new library {DEFAULT_MODEL} if not given, else the one it was made with")
-    add("--excerpt", type=float, metavar="S", help="read S seconds in the middle of each file instead of all of it")
+    add("--excerpt", type=float, metavar="S", help="read S seconds of each file instead of all of it")
+    center = "take the excerpt from the middle of the song, else from its beginning (default: --center)"
+    add("--center", action=argparse.BooleanOptionalAction, help=center)
     add("--block", type=int, nargs="+", help="after which block or blocks (default: the middle one)")
     add("--tokens", help="cls (c), dist (d), mean of the patches (t) (default: cdt)")
     add("--keep-every", type=int, metavar="K", help="patchout: keep one of K columns of patches; faster")
@@ -76,6 +78,7 @@ def _add_search(commands) -> None:
     ):
         add = add_command(commands, name, about)
         add("songs", nargs="*", help="paths, or parts of path, artist and title that only one song has")
+        add("--without", nargs="+", default=[], metavar="SONG", help="songs to get away from")
         add("--library", default="library", help="the folder that scan made")
         add("--tags", metavar="EXPRESSION", help='such as "jazz & piano & !voice"')
         if name == "playlist":
@@ -86,6 +89,15 @@ def _add_search(commands) -> None:
         add("--approximate", action="store_true", help="search a graph, for a million songs and more")
         add("--out", help="a file that ends in .m3u8, .json or .parquet")
         add("--json", action="store_true", help="print JSON")
+
+
+def _add_clusters(commands) -> None:
+    add = add_command(commands, "clusters", "Groups of similar songs, named by the tags that set them apart.")
+    add("--library", default="library", help="the folder that scan made")
+    add("-n", type=int, default=12, help="how many")
+    add("--block", type=int, help="whose embeddings are compared (default: the first of the library)")
+    add("--out", metavar="FOLDER", help="write a playlist of each group")
+    add("--json", action="store_true", help="print JSON: the group of each song")
 
 
 def _add_write_tags(commands) -> None:
@@ -104,9 +116,10 @@ def _add_write_tags(commands) -> None:
 def add_library_commands(
     commands: argparse._SubParsersAction,
 ) -> None:
-    "Add `scan`, `search`, `playlist` and `write-tags`."
+    "Add `scan`, `search`, `playlist`, `clusters` and `write-tags`."
     _add_scan(commands)
     _add_search(commands)
+    _add_clusters(commands)
     _add_write_tags(commands)
 
 # %% ../../nbs/inference/commands.ipynb #b8a0e008
@@ -124,7 +137,7 @@ def run_scan(
 
     paths = [*args.paths, *(_listed_paths(args.files_from) if args.files_from else [])]
     names = dict(excerpt="excerpt_s", block="block", tokens="tokens", keep_every="keep_every", drop_rows="drop_rows")
-    names |= dict(hop_s="hop_s", dtype="dtype")
+    names |= dict(center="center", hop_s="hop_s", dtype="dtype")
     settings = {name: getattr(args, option) for option, name in names.items() if getattr(args, option) is not None}
     out, model = from_shell(args.out), args.model
     if model is None and not Path(out, "library.json").exists():
@@ -153,6 +166,7 @@ def run_search(
 
     index = SongIndex(from_shell(args.library), args.block, args.approximate)
     songs, options = _songs_from_shell(args.songs), dict(tags=args.tags, k=args.k, per_artist=args.per_artist)
+    options["without"] = _songs_from_shell(args.without)
     if args.command == "search":
         table = index.nearest(songs, **options)
     else:
@@ -166,6 +180,23 @@ def run_search(
     else:
         for cosine, degree, path in table.select("cosine", "degree", "path").iter_rows():
             print("  ".join([*(f"{value:.3f}" for value in (cosine, degree) if value is not None), path]))
+    return 0
+
+
+def run_clusters(
+    args: argparse.Namespace,
+) -> int:  # the exit code
+    "Run `maestlib clusters`."
+    from maestlib.inference.clusters import cluster_songs
+    from maestlib.inference.similar import SongIndex
+
+    index = SongIndex(from_shell(args.library), args.block)
+    table = cluster_songs(index, args.n, out=args.out and from_shell(args.out))
+    if args.json:
+        print(json.dumps(table.to_dicts(), indent=1, ensure_ascii=False))
+        return 0
+    for (cluster, name), songs in table.group_by("cluster", "name", maintain_order=True):
+        print(f"{cluster + 1:3}  {len(songs):7,} songs  {name or 'no tag of its own'}; such as {songs['path'][0]}")
     return 0
 
 
@@ -194,4 +225,10 @@ def run_write_tags(
     return 1 if errors else 0
 
 
-LIBRARY_COMMANDS = {"scan": run_scan, "search": run_search, "playlist": run_search, "write-tags": run_write_tags}
+LIBRARY_COMMANDS = {
+    "scan": run_scan,
+    "search": run_search,
+    "playlist": run_search,
+    "clusters": run_clusters,
+    "write-tags": run_write_tags,
+}

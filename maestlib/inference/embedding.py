@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from ..audio.mel import AUDIO_SUFFIXES
+from ..audio.decode import AUDIO_SUFFIXES
 from ..core.device import default_device
 from ..core.files import log, resolve_path
 from .labels import read_level
@@ -31,27 +31,31 @@ from ..models.reduction import prepare_dtype
 _Source = str | Path | torch.Tensor | np.ndarray | Iterable[str | Path]
 
 
+def _audio_in(folder: Path) -> list[str]:
+    "The audio files of a folder, sorted, without hidden ones. Raises `FileNotFoundError` where there are none."
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    hidden = [any(part.startswith((".", "@eaDir")) for part in path.relative_to(folder).parts) for path in files]
+    paths = [str(path) for path, is_hidden in zip(files, hidden, strict=True) if not is_hidden]
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no audio in this folder ({', '.join(sorted(AUDIO_SUFFIXES))})")
+    return paths
+
+
 def list_sources(
-    source: _Source,  # an audio file, a folder, several files, or a waveform (samples,)
+    source: _Source,  # an audio file, a folder, several of them, or a waveform (samples,)
 ) -> list[str] | list[torch.Tensor | np.ndarray]:  # paths, or one waveform
-    """List what is to be read: the files of a folder in sorted order, or what was given, without duplicates.
+    """List what is to be read: the files of folders in sorted order, and what was given, without duplicates.
 
     Raises `FileNotFoundError` for a folder without audio, and `ValueError` for an empty list.
     """
     if isinstance(source, torch.Tensor | np.ndarray):
         return [source]
-    if isinstance(source, str | Path):
-        folder = resolve_path(source)
-        if not folder.is_dir():
-            return [str(source)]
-        paths = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-        if not paths:
-            raise FileNotFoundError(f"{folder}: no audio in this folder ({', '.join(sorted(AUDIO_SUFFIXES))})")
-        return paths
-    paths = list(dict.fromkeys(map(str, source)))
-    if not paths:
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    if not sources:
         raise ValueError("paths: the list is empty; give files, a folder or a waveform")
-    return paths
+    folders = [resolve_path(path) for path in sources]
+    paths = [_audio_in(f) if f.is_dir() else [str(path)] for path, f in zip(sources, folders, strict=True)]
+    return list(dict.fromkeys(path for part in paths for path in part))
 
 # %% ../../nbs/inference/embedding.ipynb #4afd8265
 _TOKENS = "cdtrs"  # cls, dist, mean of the patches, mean and deviation of each row

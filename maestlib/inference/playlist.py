@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from ..core.files import atomic_write, log, resolve_path
+from .collection import real_path
 from .records import Library
 from .similar import SongIndex, song_path
 
@@ -26,7 +27,7 @@ def _m3u8_lines(songs: pl.DataFrame, folder: Path) -> Iterable[str]:
             log.warning(f"{path!r}: left out; a playlist has no way to write a line break")
             continue
         try:
-            relative = os.path.relpath(path, folder)
+            relative = os.path.relpath(real_path(path), folder)
         except ValueError:  # on Windows: on another drive
             relative = path
         name = " - ".join(filter(None, (artist, title))) or Path(path).stem
@@ -48,7 +49,7 @@ def write_playlist(
             return
         lines = _m3u8_lines(songs, out.parent)
         text = json.dumps(songs.to_dicts(), indent=1, ensure_ascii=False) if out.suffix == ".json" else "\n".join(lines)
-        temporary.write_text(text + "\n", encoding="utf8", newline="\n")
+        temporary.write_bytes((text + "\n").encode("utf8", "surrogateescape"))
 
 # %% ../../nbs/inference/playlist.ipynb #b6a0e008
 def playlist(
@@ -58,6 +59,7 @@ def playlist(
     tags: str | None = None,  # an expression such as "jazz & piano & !voice"
     k: int = 25,  # songs
     per_artist: int | None = 2,  # songs of one artist at most, the given ones aside; None: any number
+    without: str | Path | Iterable[str | Path] = (),  # songs to get away from
     out: str | Path | None = None,  # .m3u8, .m3u, .json or .parquet
 ) -> pl.DataFrame:  # rank, cosine, degree, path, artist, album, title
     """Make a playlist of songs that are similar to some, fit to tags, or lead from one song to another.
@@ -67,14 +69,14 @@ def playlist(
     index = library if isinstance(library, SongIndex) else SongIndex(library)
     songs = [songs] if isinstance(songs, str | Path) else list(songs)
     if to is not None:
-        if len(songs) != 1 or tags is not None:
-            raise ValueError("to: give one song to start from, and no tags")
+        if len(songs) != 1 or tags is not None or without:
+            raise ValueError("to: give one song to start from, no tags, and none to get away from")
         table = song_path(index, songs[0], to, k, per_artist)
     else:
         given = [row for row in map(index.find, songs) if row is not None]
         table = index.table(given)
         if k > len(given):
-            table = table.vstack(index.nearest(songs, k - len(given), tags, per_artist)).with_columns(
+            table = table.vstack(index.nearest(songs, k - len(given), tags, per_artist, without)).with_columns(
                 rank=pl.int_range(pl.len())
             )
     if out is not None:

@@ -41,7 +41,8 @@ class LibrarySettings:
     model: str = ""  # a name, or the path of a checkpoint; empty: given as an object
     block: tuple[int, ...] | None = None  # after which blocks, numbered from 0; None: the middle one
     tokens: str = "cdt"  # cls (c), dist (d), mean of the patches (t), mean (r) and deviation (s) of its rows
-    excerpt_s: float | None = None  # seconds read in the middle of each file; None: all
+    excerpt_s: float | None = None  # seconds read of each file; None: all
+    center: bool = True  # excerpts are from the middle, else from the beginning
     hop_s: float | None = None  # seconds from window to window; None: half a window
     keep_every: int = 1  # patchout: keep one of so many columns
     drop_rows: tuple[int, ...] = ()  # patchout: rows to drop

@@ -22,10 +22,11 @@ import polars as pl
 import torch
 from tqdm.auto import tqdm
 
+from ..audio.isolated import DecoderCrash, decoder_processes
 from ..audio.mel import audio_duration
 from ..core.device import default_device, worker_count
 from ..core.files import log, resolve_path
-from .collection import Listing, list_audio, read_identity
+from .collection import Identity, Listing, hash_file, list_audio, read_identity, real_path
 from .embedding import make_embedder, resolve_blocks, weighted_mean
 from .library import model_fingerprint
 from .records import Library, LibrarySettings, song_table
@@ -65,7 +66,7 @@ def _seconds_of(files: pl.DataFrame, count: int = 48) -> np.ndarray:  # (files,)
     seconds, sizes = Counter(), Counter()
     for i in np.unique(np.linspace(0, len(files) - 1, min(count, len(files))).astype(int)):
         try:
-            duration = audio_duration(files["path"][int(i)])
+            duration = audio_duration(real_path(files["path"][int(i)]))
         except (ValueError, OSError):  # the scan will report it
             continue
         for key in (suffixes[i], ""):
@@ -90,7 +91,7 @@ def _time_decoding(paths: Iterable[str], model: MAEST) -> float:
     for path in paths:
         start = time.perf_counter()
         try:
-            windows = list(iter_windows(path, model.config.mel, 10**9, 1, excerpt_s=60))
+            windows = list(iter_windows(real_path(path), model.config.mel, 10**9, 1, excerpt_s=60))
         except (ValueError, OSError):  # the scan will report it
             continue
         return (time.perf_counter() - start) / (windows[-1][1] - windows[0][0])
@@ -139,12 +140,16 @@ class _Writer:
         self.written_at = time.monotonic()
 
     def is_known(self, path: str) -> bool:  # in a decoding thread
-        self.identities[path] = identity = read_identity(path)
+        try:
+            identity = decoder_processes().call(read_identity, path)
+        except DecoderCrash:
+            identity = Identity(hash_file(path))
+        self.identities[path] = identity
         return identity.content in self.known
 
     def add(self, path: str, result: list | Exception) -> float:  # seconds of audio
         "Take the result of one file; an error of the file system is reported, but not remembered."
-        identity, error, seconds = self.identities.pop(path, None), None, 0.0
+        identity, error, seconds = self.identities.pop(real_path(path), None), None, 0.0
         if isinstance(result, Exception):
             error = (str(result).partition("\n")[0] or type(result).__name__).removeprefix(f"{path}: ")
             self.failed[path] = error
@@ -190,9 +195,10 @@ def _read_files(
     paths = [*writer.stamps]
     bar = tqdm(total=round(expected.sum()), unit="s", unit_scale=True, desc="audio", disable=not progress)
     settings = writer.library.settings
-    options |= dict(hop_s=settings.hop_s, excerpt_s=settings.excerpt_s, skip=writer.is_known, progress=False)
+    options |= dict(hop_s=settings.hop_s, excerpt_s=settings.excerpt_s, center=settings.center)
+    options |= dict(skip=writer.is_known, opener=decoder_processes().open_audio, progress=False)
     try:
-        for i, result in iter_results([paths], model, forward, **options):
+        for i, result in iter_results([list(map(real_path, paths))], model, forward, **options):
             seconds = writer.add(paths[i], result)
             bar.total = max(1, bar.total + round(seconds) - round(expected[i]))
             bar.update(round(seconds))
@@ -299,13 +305,13 @@ def scan(
     num_workers: int | None = None,  # decoding threads; None: one per core
     flush_s: float = 120.0,  # results are written every so many seconds
     progress: bool = True,  # show a bar of seconds of audio
-    **settings,  # of a new library: block, tokens, excerpt_s, hop_s, keep_every, drop_rows, dtype
+    **settings,  # of a new library: block, tokens, excerpt_s, center, hop_s, keep_every, drop_rows, dtype
 ) -> ScanReport:
     """Read the new and the changed files of a collection into a library: tags and embeddings in one pass.
 
     The same call after an interruption goes on; files that fail are listed in the report, and not tried again until
     they change. `block`, `tokens`, `hop_s` and `dtype` are as for `maestlib.embed`; `excerpt_s` is the length of
-    an excerpt from the middle of each file, in seconds.
+    an excerpt in seconds, from the middle of each file, or with `center=False` from its beginning.
 
     Raises `FileNotFoundError` for a path that is not there, `ValueError` for other settings than those of the library
     and while another scan of it is running, and `OSError` where it cannot be written.

@@ -19,17 +19,20 @@ import torch
 from ..audio.mel import load_audio
 from ..core.extras import optional_import
 from ..core.files import atomic_write, resolve_path
+from .collection import printable_path
 from .embedding import embed
 from .labels import rank_by_tags
 from .records import Library
 from .scan import load_library_model
 
 # %% ../../nbs/inference/similar.ipynb #b5a0e005
-_ROUNDING = 4e-3  # of a product of unit vectors in float16, generously
+_AXES = 23  # principal components that bound a cosine
+_ROUNDING = 1e-5  # of a product of unit vectors in float32, generously
+_PART = 16384  # vectors in float32 at a time
 
 
 class VectorIndex:
-    "Vectors in memory, centered, in float16: the nearest by cosine."
+    "Vectors in memory, centered, in float16: the nearest by cosine, exactly unless there is a graph."
 
     def __init__(
         self,
@@ -37,11 +40,22 @@ class VectorIndex:
         graph: Path | None = None,  # of an approximate index, made if it is not there; None: search exactly
     ):
         self.mean = vectors.mean(0, dtype=np.float32)
-        for start in range(0, len(vectors), 16384):
-            part = vectors[start : start + 16384]
-            part[:] = self.center(part.astype(np.float32))
         self.vectors = torch.from_numpy(vectors)
-        self._graph = self._open_graph(graph) if graph else None
+        self._graph, self.bounds = None, None
+        bounded = len(vectors) > 2 * _PART and not graph
+        if bounded:
+            sample = self.center(vectors[:: len(vectors) // _PART].astype(np.float32))
+            self._axes = np.ascontiguousarray(
+                np.linalg.eigh(sample.T @ sample)[1][:, -_AXES:]
+            )  # (dim, _AXES), orthonormal
+            self.bounds = torch.empty(len(vectors), self._axes.shape[1] + 1)
+        for start in range(0, len(vectors), _PART):
+            part = vectors[start : start + _PART]
+            part[:] = self.center(part.astype(np.float32))
+            if bounded:
+                self.bounds[start : start + _PART] = torch.from_numpy(self._split(part.astype(np.float32)))
+        if graph:
+            self._graph = self._open_graph(graph)
 
     def center(
         self,
@@ -50,6 +64,39 @@ class VectorIndex:
         "Subtract the mean of all vectors, and scale to unit length."
         vectors = vectors - self.mean
         return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-6)
+
+    def _split(self, vectors: np.ndarray) -> np.ndarray:  # (…, dim) -> (…, _AXES + 1)
+        "The coordinates on the axes, and the length of the rest."
+        first = vectors @ self._axes
+        rest = vectors - first @ self._axes.T
+        return np.concatenate([first, np.linalg.norm(rest, axis=-1, keepdims=True)], -1)
+
+    def _cosines(self, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
+        parts = [self[rows[start : start + _PART]] @ query for start in range(0, len(rows), _PART)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def candidates(
+        self,
+        query: np.ndarray,  # (dim,) float32 of unit length
+        k: int,
+    ) -> np.ndarray:  # row numbers
+        "Return rows with the k nearest among them: those whose upper bound reaches the k-th of some cosines."
+        block = 64
+        if self.bounds is None or k > len(self.vectors) // (4 * block):
+            return np.arange(len(self.vectors))
+        bounds = self.bounds @ torch.from_numpy(self._split(query))
+        highest, places = bounds[: len(bounds) // block * block].view(-1, block).max(1)
+        best = highest.topk(k).indices
+        rows = (best * block + places[best]).numpy()
+        bounds = bounds.numpy()
+        for count in (4 * k, 64 * k):  # the better the k-th, the fewer remain
+            lowest = np.partition(self._cosines(rows, query), -k)[-k] - _ROUNDING
+            rows = np.flatnonzero(bounds >= lowest)
+            if len(rows) <= count + _PART // 8:
+                return rows
+            rows = rows[np.argpartition(-bounds[rows], count)[:count]]
+        lowest = np.partition(self._cosines(rows, query), -k)[-k] - _ROUNDING
+        return np.flatnonzero(bounds >= lowest)
 
     def _open_graph(self, file: Path):
         with optional_import("search"):
@@ -75,13 +122,12 @@ class VectorIndex:
         k: int,
     ) -> tuple[np.ndarray, np.ndarray]:  # rows, cosines: at most k, nearest first
         "Find the nearest vectors."
-        k = min(k, len(self.vectors))
+        k, query = min(k, len(self.vectors)), query.astype(np.float32)
         if self._graph is not None:
             rows = self._graph.search(query.astype(np.float16), k).keys.astype(np.int64)
         else:
-            rough = self.vectors @ torch.from_numpy(query).half()
-            rows = torch.nonzero(rough >= rough.topk(k).values[-1] - _ROUNDING)[:, 0].numpy()
-        cosines = self[rows] @ query.astype(np.float32)
+            rows = self.candidates(query, k)
+        cosines = self._cosines(rows, query)
         order = np.argsort(-cosines, kind="stable")[:k]
         return rows[order], cosines[order]
 
@@ -96,10 +142,12 @@ class Selection:
         per_artist: int | None = None,  # songs of one artist at most
         duplicate_cosine: float = 0.995,  # two songs this close are the same
     ):
-        self.artists = [artist and artist.casefold() for artist in songs["artist"]]
-        self.titles = [title and title.casefold() for title in songs["title"]]
+        self.songs = songs
         self.vectors, self.per_artist, self.duplicate_cosine = vectors, per_artist, duplicate_cosine
         self.rows, self._avoided, self._names, self._count = [], [], set(), Counter()
+
+    def _name(self, row: int) -> tuple[str | None, str | None]:  # artist, title
+        return tuple(name and name.casefold() for name in (self.songs["artist"][row], self.songs["title"][row]))
 
     def avoid(
         self,
@@ -107,8 +155,8 @@ class Selection:
         vector: np.ndarray | None = None,  # (dim,)
     ) -> None:
         "Keep out a song and its duplicates."
-        if row is not None and self.artists[row] and self.titles[row]:
-            self._names.add((self.artists[row], self.titles[row]))
+        if row is not None and all(name := self._name(row)):
+            self._names.add(name)
         if vector is None and row is not None and self.vectors:
             vector = self.vectors(row)
         self._avoided.append((row, vector))
@@ -118,8 +166,8 @@ class Selection:
         row: int,
     ) -> bool:  # whether it was taken
         "Take a song, unless it is a duplicate of another or its artist has had enough."
-        artist = self.artists[row]
-        if (artist, self.titles[row]) in self._names or any(row == other for other, _ in self._avoided):
+        artist, title = self._name(row)
+        if (artist, title) in self._names or any(row == other for other, _ in self._avoided):
             return False
         if artist and self.per_artist is not None and self._count[artist] >= self.per_artist:
             return False
@@ -174,8 +222,8 @@ class SongIndex:
     ) -> int | None:  # row of `songs`; None: a file that is not in the library
         "Find a song. Raises `ValueError` where there is none, or more than one."
         path = str(resolve_path(song))
-        if path in self._rows or Path(path).is_file():
-            return self._rows.get(path)
+        if printable_path(path) in self._rows or Path(path).is_file():
+            return self._rows.get(printable_path(path))
         text = pl.concat_str(["path", "artist", "title"], separator=" ", ignore_nulls=True)
         matches = self.songs.with_row_index("row").filter(
             text.str.to_lowercase().str.contains(str(song).lower(), literal=True)
@@ -201,7 +249,7 @@ class SongIndex:
         source = resolve_path(song)
         if settings.excerpt_s is not None:
             rate = model.config.mel.sample_rate
-            source = load_audio(source, duration_s=settings.excerpt_s, center=True, sample_rate=rate)
+            source = load_audio(source, duration_s=settings.excerpt_s, center=settings.center, sample_rate=rate)
         outside = embed(source, model, self.block, average=True, **options)["embedding"][0].to_numpy()
         return self.vectors.center(outside / np.linalg.norm(outside))
 
@@ -220,22 +268,25 @@ class SongIndex:
         k: int = 10,
         tags: str | None = None,  # an expression, see `rank_by_tags`
         per_artist: int | None = None,  # songs of one artist at most
+        without: Iterable[str | Path] = (),  # songs to get away from, as for `find`
     ) -> pl.DataFrame:  # rank (from 0), cosine, degree, path, artist, album, title
         "Find the songs nearest to others, or those that tags fit best; never a duplicate. Raises `ValueError`."
         if k < 1 or (per_artist is not None and per_artist < 1):
             raise ValueError(f"k={k}, per_artist={per_artist}: give 1 or more")
-        songs = [songs] if isinstance(songs, str | Path) else list(songs or ())
-        if not songs and tags is None:
-            raise ValueError("give songs, tags or both")
+        songs, without = ([s] if isinstance(s, str | Path) else list(s or ()) for s in (songs, without))
+        if not songs and (without or tags is None):
+            raise ValueError("give songs, tags or both; without: only with songs")
         degrees = None if tags is None else self.degrees(tags)
         if not songs:
             selection = Selection(self.songs, per_artist=per_artist)
             order = np.argsort(-degrees, kind="stable")
             self._fill(selection, order[degrees[order] > 0], k)
             return self.table(selection.rows, degrees=degrees)
-        rows = [self.find(song) for song in songs]
-        vectors = [self.vector(song if row is None else row) for song, row in zip(songs, rows, strict=True)]
-        query = np.mean(vectors, 0)
+        rows = [self.find(song) for song in (*songs, *without)]
+        vectors = [self.vector(s if row is None else row) for s, row in zip((*songs, *without), rows, strict=True)]
+        query = np.mean(vectors[: len(songs)], 0)
+        if without:
+            query = query - np.mean(vectors[len(songs) :], 0)
         query /= max(np.linalg.norm(query), 1e-6)
         selection = Selection(self.songs, self.vectors.__getitem__, per_artist)
         for row, vector in zip(rows, vectors, strict=True):

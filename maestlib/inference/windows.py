@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..audio.mel import MelConfig, audio_duration, load_audio, logmel, normalize
+from ..audio.decode import open_audio
+from ..audio.mel import MelConfig, logmel, normalize, read_span
 from ..core.device import autocast, resolve_dtype, worker_count
-from ..core.files import rank_and_world_size
+from ..core.files import rank_and_world_size, resolve_path
 from ..models.maest import MAEST, MAESTConfig
 from ..models.patchout import pad_to_patch
 
@@ -28,6 +29,7 @@ def stream_mel(
     source: str | Path | torch.Tensor | np.ndarray,  # an audio file, a waveform (samples,), or its mel already
     config: MelConfig,
     part_s: float = 120.0,  # seconds decoded at a time
+    opener: Callable = open_audio,  # or that of `DecoderProcesses`
 ) -> Iterator[torch.Tensor]:  # (n_mels, frames) float32, not normalized; concatenated, `logmel` of the whole
     """Compute the mel of a recording in parts, in memory that does not depend on its length.
 
@@ -43,16 +45,18 @@ def stream_mel(
             raise ValueError(f"waveform of shape {tuple(wave.shape)}: give (samples,), mono, at {rate} Hz")
         yield logmel(wave, config)[:, : math.ceil(len(wave) / hop)]
         return
-    frames = math.ceil(audio_duration(source) * rate / hop - 1e-6)
-    step = int(part_s * rate) // hop
-    for first in range(0, frames, step):
-        before = min(first, context)
-        offset_s = (first - before) * hop / rate
-        duration_s = (before + step + context) * hop / rate
-        wave = load_audio(source, offset_s, duration_s, sample_rate=rate)
-        if len(wave) < config.n_fft:
-            raise ValueError(f"{source}: {len(wave)} samples long; a mel needs at least {config.n_fft}")
-        yield logmel(wave, config)[:, before : min(before + step, math.ceil(len(wave) / hop))]
+    path = resolve_path(source)
+    with opener(path) as opened:
+        frames = math.ceil(opened[1] / opened[0] * rate / hop - 1e-6)
+        step = int(part_s * rate) // hop
+        for first in range(0, max(1, frames), step):
+            before = min(first, context)
+            offset_s = (first - before) * hop / rate
+            duration_s = (before + step + context) * hop / rate
+            wave = read_span(path, opened, offset_s, duration_s, sample_rate=rate)
+            if len(wave) < config.n_fft:
+                raise ValueError(f"{source}: {len(wave)} samples long; a mel needs at least {config.n_fft}")
+            yield logmel(wave, config)[:, before : min(before + step, math.ceil(len(wave) / hop))]
 
 # %% ../../nbs/inference/windows.ipynb #11e411dc
 def iter_windows(
@@ -60,15 +64,20 @@ def iter_windows(
     config: MelConfig,
     frames: int,  # of a full window
     hop_frames: int,  # from one start to the next, at most `frames`
-    excerpt_s: float | None = None,  # seconds in the middle of a file; None: all of it
+    excerpt_s: float | None = None,  # seconds read of a file; None: all of it
+    center: bool = True,  # read the excerpt in the middle, else at the beginning
+    opener: Callable = open_audio,  # or that of `DecoderProcesses`
 ) -> Iterator[tuple[float, float, torch.Tensor]]:  # start (s), end (s), normalized mel (n_mels, at most `frames`)
     "Cut a recording into windows that cover all of it; only what is shorter than a patch is padded."
     frame_s, offset_s = config.hop_length / config.sample_rate, 0.0
     if excerpt_s is not None:
-        offset_s = max(0.0, audio_duration(source) - excerpt_s) / 2
-        source = load_audio(source, duration_s=excerpt_s, center=True, sample_rate=config.sample_rate)
+        path = resolve_path(source)
+        with opener(path) as opened:
+            offset_s = max(0.0, opened[1] / opened[0] - excerpt_s) / 2 if center else 0.0
+            rate = config.sample_rate
+            source = read_span(path, opened, duration_s=excerpt_s, center=center, sample_rate=rate)
     buffer, first = torch.zeros(config.n_mels, 0), 0
-    for part in stream_mel(source, config):
+    for part in stream_mel(source, config, opener=opener):
         buffer = torch.cat([buffer, part], 1)
         while buffer.shape[1] > frames:
             start = offset_s + first * frame_s
@@ -157,7 +166,9 @@ def iter_results(
     hop_s: float | None,  # seconds from window to window; None: half a window
     batch_size: int,  # windows
     num_workers: int | None,  # decoding threads; None: one per core
-    excerpt_s: float | None = None,  # read so many seconds in the middle of each file; None: all
+    excerpt_s: float | None = None,  # read so many seconds of each file; None: all
+    center: bool = True,  # read excerpts in the middle, else at the beginning
+    opener: Callable = open_audio,  # or that of `DecoderProcesses`
     skip: Callable[[str], bool] | None = None,  # called in a decoding thread: whether a file need not be read
     progress: bool = True,  # show a bar of windows
 ) -> Iterator[tuple[int, list | Exception]]:  # source number; (start s, end s, result) per window, or its error
@@ -169,7 +180,8 @@ def iter_results(
 
     def windows_of(source):
         if skip is None or not skip(source):
-            yield from iter_windows(source, model.config.mel, model.config.num_frames, hop_frames, excerpt_s)
+            frames = model.config.num_frames
+            yield from iter_windows(source, model.config.mel, frames, hop_frames, excerpt_s, center, opener)
 
     def jobs():
         count = 0

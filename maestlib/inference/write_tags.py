@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core.extras import optional_import
 from ..core.files import atomic_write, log, resolve_path
-from .collection import read_identity
+from .collection import read_identity, real_path
 from .labels import split_label
 from .records import Library
 
@@ -95,7 +95,7 @@ def read_fields(
     path: str | Path,  # an audio file
 ) -> dict[str, list[str]]:  # genre and mood: their values
     "Read genre and mood of a file. Raises `ValueError` for formats whose tags are not written."
-    return _get_fields(_open_tags(Path(path)))
+    return _get_fields(_open_tags(Path(real_path(str(path)))))
 
 # %% ../../nbs/inference/write_tags.ipynb #b7a0e007
 def write_fields(
@@ -103,7 +103,7 @@ def write_fields(
     fields: dict[str, list[str]],  # genre, mood: the new values; an empty list removes the field
 ) -> None:
     "Write genre and mood of a file, atomically. Raises `ValueError` where its sound would change, and `OSError`."
-    path = Path(path)
+    path = Path(real_path(str(path)))
     kind, content = type(_open_tags(path)), read_identity(path).content
     with atomic_write(path) as temporary:
         shutil.copy2(path, temporary)
@@ -168,7 +168,7 @@ def plan_tags(
     songs = library.songs.filter(pl.col("error").is_null()).select("path", "content", "size", "mtime_ns")
     for path, content, size, mtime_ns in tqdm(songs.iter_rows(), total=len(songs), unit="file", delay=2):
         try:
-            status = os.stat(path)
+            status = os.stat(real_path(path))
             if (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
                 raise ValueError(f"{path}: has changed since the scan; scan again first")
             before = read_fields(path)
@@ -187,7 +187,8 @@ def plan_tags(
 # %% ../../nbs/inference/write_tags.ipynb #b7a0e015
 def _update_stamps(library: Library, paths: Sequence[str]) -> None:
     "Tell the library the sizes and times of files."
-    stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    statuses = [(path, os.stat(real_path(path))) for path in paths]
+    stamps = [(path, status.st_size, status.st_mtime_ns) for path, status in statuses]
     if stamps:
         schema = {name: library.songs.schema[name] for name in ("path", "size", "mtime_ns")}
         library.save_songs(library.songs.update(pl.DataFrame(stamps, schema, orient="row"), on="path"))
