@@ -38,7 +38,7 @@ def scanned(tmp_path_factory):
         tone = np.sin(np.arange(16000 * 4) * 0.05 * (i + 1)) + 0.01 * np.random.default_rng(i).normal(size=64000)
         (folder / "music").mkdir(exist_ok=True)
         soundfile.write(folder / "music" / f"tone {i}.wav", 0.5 * tone, 16000)
-    save_checkpoint(folder / "small.safetensors", small_model())
+    save_checkpoint(small_model(), folder / "small.safetensors")
     scan(
         folder / "music", folder / "library", folder / "small.safetensors", block=(1, 3), num_workers=1, progress=False
     )
