@@ -1740,6 +1740,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'maestlib/probing/transfer_tests.py'),
                                                  'maestlib.probing.transfer_tests._mean_ap': ( 'probing/transfer_tests.html#_mean_ap',
                                                                                                'maestlib/probing/transfer_tests.py'),
+                                                 'maestlib.probing.transfer_tests._probe_once': ( 'probing/transfer_tests.html#_probe_once',
+                                                                                                  'maestlib/probing/transfer_tests.py'),
                                                  'maestlib.probing.transfer_tests._ranks': ( 'probing/transfer_tests.html#_ranks',
                                                                                              'maestlib/probing/transfer_tests.py'),
                                                  'maestlib.probing.transfer_tests.block_alternatives': ( 'probing/transfer_tests.html#block_alternatives',
