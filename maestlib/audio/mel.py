@@ -161,7 +161,7 @@ def _read_mono(path: Path, read: SampleReader, start: int, stop: int, rate: int)
         if len(samples) < count:
             break
     missing_s = (stop - start - end) / rate
-    if missing_s >= 0.1:  # less is the delay of a codec
+    if missing_s >= 1:  # less, the delay of a codec or the estimate of a header, is silence
         raise ValueError(f"{path}: damaged, {missing_s:.1f} s shorter than its header says; convert it again")
     if not mono.isfinite().all():
         raise ValueError(f"{path}: contains NaN or infinite samples; convert it again")
