@@ -2349,6 +2349,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'maestlib/widgets/explore_library.py'),
                                                   'maestlib.widgets.explore_library.LibraryExplorer._save': ( 'widgets/explore_library.html#libraryexplorer._save',
                                                                                                               'maestlib/widgets/explore_library.py'),
+                                                  'maestlib.widgets.explore_library.LibraryExplorer._show_score': ( 'widgets/explore_library.html#libraryexplorer._show_score',
+                                                                                                                    'maestlib/widgets/explore_library.py'),
                                                   'maestlib.widgets.explore_library.LibraryExplorer._show_status': ( 'widgets/explore_library.html#libraryexplorer._show_status',
                                                                                                                      'maestlib/widgets/explore_library.py'),
                                                   'maestlib.widgets.explore_library.LibraryExplorer._song_chosen': ( 'widgets/explore_library.html#libraryexplorer._song_chosen',

@@ -61,13 +61,10 @@ class LibraryExplorer:
         self.worker = LatestOnlyWorker(self._fit, self.show_message, contextlib.nullcontext())
         self._is_filling = False
         controls.tag.options = self.colors.tags.names
-        labels = w.VBox(
-            [row(controls.tag, controls.yes, controls.no, controls.unlabel), self.score, controls.most],
-            layout=dict(width="34em"),
-        )
-        lower = row(w.VBox([controls.songs, self.title, self.player]), labels)
-        self.figures = w.HBox()  # one map, or both
-        saving = row(controls.name, controls.playlist, controls.figure, self.copy)
+        buttons = row(controls.yes, controls.no, controls.unlabel, controls.most)
+        tags = w.VBox([controls.tag, buttons, self.score], layout=dict(width="32em", margin="0 0 0 16px"))
+        lower = w.HBox([w.VBox([controls.songs, self.title, self.player]), tags], layout=dict(flex_flow="row wrap"))
+        saving = row(controls.name, controls.playlist, controls.figure, self.copy, controls.upload)
         self.box = panel("library", *controls.rows(), self.status, self.figures, self.message, lower, saving, self.code)
         self._connect()
         self._resize()
@@ -106,6 +103,8 @@ class LibraryExplorer:
         for songs, legend in zip(self.maps, (False, True), strict=True):
             width = FIGURE_WIDTH * 5 // 8 if is_beside else FIGURE_WIDTH
             songs.figure.update_layout(width=width, showlegend=legend or not is_beside)
+            if songs.figure.data and songs.figure.data[0].marker.colorscale:
+                songs.figure.data[0].marker.showscale = legend or not is_beside
 
     def _values(self):
         choice, title = self.controls.color.value, self.controls.first.value
@@ -256,12 +255,15 @@ class LibraryExplorer:
             probe = fit_my_tag(self.spaces.vectors(title), labels, songs["artist"].to_list())
         except ValueError as error:
             self.probes.pop((tag, title), None)
-            self.score.value = html.escape(f"{tag}: {error}")
+            self._show_score(f"{tag}: {error}")
         else:
             self.probes[tag, title] = probe
-            self.score.value = html.escape(f"{tag}: {probe.describe()}")
+            self._show_score(f"{tag}: {probe.describe()}")
         if is_shown:
             self._color_by(f"my:{tag}")
+
+    def _show_score(self, score):
+        self.score.value = f"<div style='line-height: 1.4' aria-live='polite'>{html.escape(score)}</div>"
 
     def _color_by(self, choice):
         color, options = self.controls.color, self.colors.options()

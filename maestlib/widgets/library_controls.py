@@ -147,6 +147,8 @@ class LibraryControls:
         self.name = make(
             w.Text, "name", "Of the playlist or figure that is saved in the library", "name", value="my songs"
         )
+        for button in (self.beside, self.yes, self.no, self.unlabel, self.most):
+            button.layout.width = "auto"
         tip = "Save the selected songs as .m3u8"
         self.playlist = make(w.Button, "save playlist", tip, "playlist")
         self.figure = make(w.Button, "save figure", "Save the map as a page that any browser opens", "figure")
@@ -154,8 +156,8 @@ class LibraryControls:
 
     def rows(self) -> tuple[w.HBox, w.HBox]:
         "Arrange the controls above the map."
-        upper = row(self.color, self.find, self.method, self.upload)
-        return upper, row(self.first, self.second, w.HBox([self.glide, self.play]), self.beside)
+        upper = row(self.color, self.find, self.method, self.beside)
+        return upper, row(self.first, self.second, w.HBox([self.glide, self.play]))
 
 # %% ../../nbs/widgets/library_controls.ipynb #c4a0e010
 class CopyButton(anywidget.AnyWidget):
@@ -213,9 +215,11 @@ class SongMap:
         songs: list[int],
     ):
         "Highlight songs; none: all are shown alike."
-        with self.figure.batch_update():
-            self.figure.data[0].selectedpoints = songs or None
-            self.figure.layout.selections = ()  # the outline of the lasso
+        figure = self.figure
+        figure.layout.selections = [dict(type="rect", x0=99, x1=99, y0=99, y1=99)]  # the browser has a lasso there,
+        figure.layout.selections = ()  # of which Python does not know: only a change removes it
+        figure.data[0].selectedpoints = None
+        figure.data[0].selectedpoints = songs or None
 
 # %% ../../nbs/widgets/library_controls.ipynb #c4a0e016
 class SongColors:

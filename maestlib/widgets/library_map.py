@@ -214,9 +214,9 @@ def song_names(
     return [" – ".join(filter(None, (artist, title))) if title else Path(path).stem for path, artist, title in names]
 
 
-def _degree_marker(degrees: np.ndarray) -> dict:
+def _degree_marker(degrees: np.ndarray, name: str) -> dict:
     sizes = 6 + 6 * np.clip(degrees, 0, 1)
-    bar = dict(title="degree", thickness=12, len=0.6, outlinewidth=0)
+    bar = dict(title=html.escape(name), thickness=12, len=0.6, outlinewidth=0)
     return dict(color=degrees, size=sizes, colorscale=DEGREE_COLORS, cmin=0, cmax=1, showscale=True, colorbar=bar)
 
 
@@ -246,14 +246,14 @@ def plot_song_map(
     "Plot a map of songs, on which a lasso selects."
     legend, marker = [], dict(color=PALETTE[0], size=7)
     if isinstance(values, np.ndarray):
-        marker = _degree_marker(values.astype(np.float32))
+        marker = _degree_marker(values.astype(np.float32), name)
     elif values is not None:
         marker, legend = _category_marker(values)
     trace = go.Scattergl if len(songs) > _WEBGL_FROM else go.Scatter
     text = [html.escape(text) for text in song_names(songs)]
     x, y = np.asarray(layout, np.float32).T
     dots = trace(x=x, y=y, mode="markers", marker=marker, text=text, hoverinfo="text", showlegend=False)
-    dots.update(selected_marker_opacity=1, unselected_marker_opacity=0.25)
+    dots.update(selected_marker_opacity=1, unselected_marker_opacity=0.25, marker_line_width=0)
     star = dict(symbol="star", size=18, color=PALETTE[3], line=dict(color="white", width=1))
     star = go.Scatter(mode="markers", marker=star, name="dropped file", hoverinfo="name", showlegend=False)
     figure = go.Figure([dots, star, *legend])
@@ -290,11 +290,6 @@ def map_code(
     "Write the Python that draws a map, and a playlist of the songs that are selected."
     folders = ", ".join(repr(str(library.folder)) for library in spaces.libraries)
     lines = [
-        "from maestlib.datasets.registry import load_dataset",
-        "from maestlib.inference.playlist import write_playlist",
-        "from maestlib.widgets.library_map import SongSpaces, given_labels, plot_song_map, song_layout",
-        "from maestlib.widgets.my_tags import MyTags, fit_my_tag",
-        "",
         f"spaces = SongSpaces({folders})",
         "songs = spaces.songs",
         f"base = song_layout(spaces.vectors({spaces.titles[0]!r}), {method!r})",
@@ -312,6 +307,18 @@ def map_code(
     if len(selected):
         lines.append(f"selected = songs[{list(map(int, selected))}]")
         lines.append('write_playlist(selected, "my songs.m3u8")')
-    used = {word for line in lines[5:] for word in re.findall(r"\w+", line)}
-    kept = [line for line in lines[:4] if used & set(re.findall(r"\w+", line.split(" import ")[1]))]
-    return "\n".join([*kept, *lines[4:], "figure"])
+    used = set(re.findall(r"\w+", "\n".join(lines)))
+    imports = (
+        f"from maestlib.{module} import {', '.join(sorted(used & names))}"
+        for module, names in _CODE_NAMES.items()
+        if used & names
+    )
+    return "\n".join([*imports, "", *lines, "figure"])
+
+
+_CODE_NAMES = {  # what the code may use
+    "datasets.registry": {"load_dataset"},
+    "inference.playlist": {"write_playlist"},
+    "widgets.library_map": {"SongSpaces", "given_labels", "plot_song_map", "song_layout"},
+    "widgets.my_tags": {"MyTags", "fit_my_tag"},
+}
