@@ -193,3 +193,17 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
             load_audio(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
     assert len(load_audio(tmp_path / "half lossless.m4a", 1, 1)) == RATE, "what comes before the damage is read"
+
+
+@pytest.mark.parametrize("protection", ["FairPlay", "CENC"])
+def test_protected_files_are_not_read(folder, tmp_path, protection):
+    path = tmp_path / "a.m4a"
+    if protection == "FairPlay":
+        data = (folder / "a.m4a").read_bytes()
+        table = data.index(b"stsd")
+        path.write_bytes(data[:table] + data[table:].replace(b"mp4a", b"drms", 1))
+    else:
+        key = dict(encryption_key="76a6c65c5ea762046bd749a2e632ccbb", encryption_kid="a7e61c373e219033c21091fa607bf3b8")
+        write(path, music(2, 44100), "aac", 44100, encryption_scheme="cenc-aes-ctr", **key)
+    with pytest.raises(ValueError, match="a.m4a: is copy-protected" if protection == "FairPlay" else "a.m4a: damaged"):
+        load_audio(path)

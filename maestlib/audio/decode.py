@@ -39,6 +39,8 @@ def open_stream(path: Path) -> Iterator[tuple]:
             raise ValueError(f"{path}: has no audio stream")
         if container.streams.audio[0].codec_context is None:
             raise ValueError(f"{path}: FFmpeg has no decoder for its audio; convert it")
+        if container.streams.audio[0].codec_context.codec_tag == "drms":
+            raise ValueError(f"{path}: is copy-protected (DRM); only a copy without it can be read")
         yield container, container.streams.audio[0]
 
 # %% ../../nbs/audio/decode.ipynb #1a50eea7
