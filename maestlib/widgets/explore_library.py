@@ -64,6 +64,7 @@ class LibraryExplorer:
         buttons = row(controls.yes, controls.no, controls.unlabel, controls.most)
         tags = w.VBox([controls.tag, buttons, self.score], layout=dict(width="32em", margin="0 0 0 16px"))
         lower = w.HBox([w.VBox([controls.songs, self.title, self.player]), tags], layout=dict(flex_flow="row wrap"))
+        self.figures = w.HBox()  # one map, or both
         saving = row(controls.name, controls.playlist, controls.figure, self.copy, controls.upload)
         self.box = panel("library", *controls.rows(), self.status, self.figures, self.message, lower, saving, self.code)
         self._connect()
