@@ -40,9 +40,7 @@ class MAESTConfig:
     depth: int = 12  # number of blocks, numbered from 0
     separate_heads: bool = False  # teacher-student model: cls and dist have a head each
     mel: MelConfig = field(default_factory=MelConfig)  # front end that the model was trained on
-    column_labels: tuple[
-        str, ...
-    ] = ()  # what a further head hears in each column of patches; (): there is no such head
+    column_labels: tuple[str, ...] = ()  # what a further head hears in each column of patches; empty: no such head
 
     def __post_init__(self):
         for name in ("labels", "column_labels"):
