@@ -3,6 +3,7 @@
 A test asserts what happened, not when: waits take minutes before they fail.
 """
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -122,6 +123,7 @@ def draw_lasso(lab, figure, left, right):
     pen.release().perform()
 
 
+@pytest.mark.slow
 def test_songs_are_selected_labeled_and_saved(explore):
     figure, panel = ".maestlib-library .maestlib-library-map", ".maestlib-library"
     explore.bring(figure)
@@ -131,8 +133,11 @@ def test_songs_are_selected_labeled_and_saved(explore):
     for left, right, button in ((0, 0.4, "yes"), (0.6, 1, "no")):
         explore.bring(figure)
         before = explore.js(songs)
-        draw_lasso(explore, figure, left, right)
-        until(lambda: explore.js(songs) not in ("", before), "songs are selected")  # noqa: B023
+        for attempt in range(5):  # a lasso is lost where the map is drawn again meanwhile
+            draw_lasso(explore, figure, left, right)
+            with contextlib.suppress(AssertionError) if attempt < 4 else contextlib.nullcontext():
+                until(lambda: explore.js(songs) not in ("", before), "songs are selected", 20 * (1 + attempt))  # noqa: B023
+                break
         explore.bring(f"{panel} .maestlib-{button}").click()
         until(lambda: f"{button}; saved" in explore.bring(f"{panel} .maestlib-message").text, "they are labeled")  # noqa: B023
     until(lambda: "chance 50 %" in explore.driver.find_element("css selector", panel).text, "my tag is fitted")
