@@ -196,9 +196,10 @@ class SongMap:
     ):
         "Show other colors."
         update_figure(self.figure, figure)
-        self.figure.data[0].on_selection(lambda trace, points, _: self.on_select(list(points.point_inds)))
-        self.figure.data[0].on_deselect(lambda *_: self.on_select([]))
-        self.figure.data[0].on_click(lambda trace, points, _: points.point_inds and self.on_click(points.point_inds[0]))
+        dots = self.figure.data[0]  # an empty selection is the echo of `select`; a double click deselects
+        dots.on_selection(lambda trace, points, _: points.point_inds and self.on_select(list(points.point_inds)))
+        dots.on_deselect(lambda *_: self.on_select([]))
+        dots.on_click(lambda trace, points, _: points.point_inds and self.on_click(points.point_inds[0]))
 
     def move(
         self,
