@@ -154,6 +154,7 @@ def test_songs_are_selected_labeled_and_saved(explore):
     assert playlist.read_text(encoding="utf8").splitlines()[1:3][0].split(",")[1] == names[0]
 
 
+@pytest.mark.slow
 def test_a_file_is_dropped_on_a_panel(explore, tmp_path):
     soundfile.write(tmp_path / "dropped.wav", np.sin(np.arange(16000 * 4) * 0.2).astype("float32"), 16000)
     drop = """const [panel, bytes] = arguments, transfer = new DataTransfer();
