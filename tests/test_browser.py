@@ -123,11 +123,11 @@ def draw_lasso(lab, figure, left, right):
     pen.release().perform()
 
 
-@pytest.mark.slow
 def test_songs_are_selected_labeled_and_saved(explore):
     figure, panel = ".maestlib-library .maestlib-library-map", ".maestlib-library"
     explore.bring(figure)
-    songs = "return [...document.querySelectorAll('.maestlib-library .maestlib-songs option')].map(o => o.text).join()"
+    menu = "return [...document.querySelectorAll('.maestlib-library %s')].map(o => o.text.replaceAll('\\u00a0', ' ')).join()"
+    songs, color = menu % ".maestlib-songs option", menu % ".maestlib-color option:checked"
     tag = explore.driver.find_element("css selector", f"{panel} .maestlib-tag input")
     tag.send_keys("left", "\ue007")
     for left, right, button in ((0, 0.4, "yes"), (0.6, 1, "no")):
@@ -141,8 +141,7 @@ def test_songs_are_selected_labeled_and_saved(explore):
         explore.bring(f"{panel} .maestlib-{button}").click()
         until(lambda: f"{button}; saved" in explore.bring(f"{panel} .maestlib-message").text, "they are labeled")  # noqa: B023
     until(lambda: "chance 50 %" in explore.driver.find_element("css selector", panel).text, "my tag is fitted")
-    colors = "return document.querySelector('.maestlib-library .maestlib-color select').selectedOptions[0].text"
-    until(lambda: explore.js(colors) == "my tag: left", "the songs are colored by it")
+    until(lambda: explore.js(color) == "my tag: left", "the songs are colored by it")
     explore.bring(f"{panel} .maestlib-most").click()
     message = explore.bring(f"{panel} .maestlib-message")
     until(lambda: "left fits best" in message.text, "the likeliest are selected")
@@ -154,7 +153,6 @@ def test_songs_are_selected_labeled_and_saved(explore):
     assert playlist.read_text(encoding="utf8").splitlines()[1:3][0].split(",")[1] == names[0]
 
 
-@pytest.mark.slow
 def test_a_file_is_dropped_on_a_panel(explore, tmp_path):
     soundfile.write(tmp_path / "dropped.wav", np.sin(np.arange(16000 * 4) * 0.2).astype("float32"), 16000)
     drop = """const [panel, bytes] = arguments, transfer = new DataTransfer();
