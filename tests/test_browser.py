@@ -126,8 +126,10 @@ def draw_lasso(lab, figure, left, right):
 def test_songs_are_selected_labeled_and_saved(explore):
     figure, panel = ".maestlib-library .maestlib-library-map", ".maestlib-library"
     explore.bring(figure)
-    menu = "return [...document.querySelectorAll('.maestlib-library %s')].map(o => o.text.replaceAll('\\u00a0', ' ')).join()"
-    songs, color = menu % ".maestlib-songs option", menu % ".maestlib-color option:checked"
+    texts = (
+        "return [...document.querySelectorAll('.maestlib-library %s')].map(o => o.text).join().replaceAll('\\xa0', ' ')"
+    )
+    songs, color = texts % ".maestlib-songs option", texts % ".maestlib-color option:checked"
     tag = explore.driver.find_element("css selector", f"{panel} .maestlib-tag input")
     tag.send_keys("left", "\ue007")
     for left, right, button in ((0, 0.4, "yes"), (0.6, 1, "no")):
@@ -270,5 +272,5 @@ def test_the_explorer_as_an_app(tmp_path):
         until(lambda: app.state(".maestlib-song .maestlib-time-tags"), "the last figure is drawn", RUN_TIMEOUT_S)
         for slider, figure, key in SLIDERS[0], SLIDERS[3], SLIDERS[5]:
             app.changes(slider, figure, key)
-        assert not app.driver.find_elements("css selector", ".jp-CodeMirrorEditor, .jp-InputArea"), "no code is shown"
+        assert not app.driver.find_elements("css selector", ".jp-CodeCell .jp-InputArea"), "no code is shown"
         app.picture("app")

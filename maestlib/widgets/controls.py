@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL_LOCK', 'STYLE', 'UPLOAD_JS', 'LatestOnlyWorker', 'Player', 'load_for_playback', 'Tooltips', 'make_control',
-           'row', 'panel', 'update_widget', 'sample_test_tracks', 'Upload', 'TrackPicker']
+           'row', 'panel', 'sample_test_tracks', 'Upload', 'TrackPicker']
 
 # %% ../../nbs/widgets/controls.ipynb #7a5afe7d
 import html
@@ -27,7 +27,6 @@ from ..models.patchout import patch_grid
 with optional_import():
     import anywidget
     import ipywidgets as w
-    import plotly.graph_objects as go
     import traitlets
 
 # %% ../../nbs/widgets/controls.ipynb #752de209
@@ -222,20 +221,6 @@ def panel(
         control.observe(update_tips, "tooltip")
     update_tips()
     return box.add_class("maestlib").add_class(f"maestlib-{name}")
-
-# %% ../../nbs/widgets/controls.ipynb #5eae41cb
-def update_widget(
-    widget: go.FigureWidget,  # changed in place
-    figure: go.Figure,  # what it is to show
-):
-    "Show a figure in a FigureWidget, reusing its traces where the types agree."
-    with widget.batch_update():
-        if [t.type for t in widget.data] != [t.type for t in figure.data]:
-            widget.data = []
-            widget.add_traces(figure.data)
-        for old, new in zip(widget.data, figure.data, strict=True):
-            old.update(new.to_plotly_json())
-        widget.update_layout(figure.layout, overwrite=True)
 
 # %% ../../nbs/widgets/controls.ipynb #08a539a1
 def sample_test_tracks(

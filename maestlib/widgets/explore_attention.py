@@ -20,11 +20,11 @@ from maestlib.widgets.attention import (
     plot_distance,
     relative_to_uniform,
 )
-from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row, update_widget
+from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row
+from .live_figure import LiveFigure
 
 with optional_import():
     import ipywidgets as w
-    import plotly.graph_objects as go
 
 # %% ../../nbs/widgets/explore_attention.ipynb #406e81df
 VIEWS = ("one head", "all heads", "rollout")
@@ -49,7 +49,7 @@ def select_map(
 
 # %% ../../nbs/widgets/explore_attention.ipynb #5a6f6c37
 def mark_heads(
-    widget: go.FigureWidget,  # of `plot_distance`, changed in place
+    widget: LiveFigure,  # of `plot_distance`, changed in place
     maps: AttentionMaps,
     block: int,
     head: int | None,  # None: all heads of the block
@@ -80,8 +80,8 @@ class AttentionExplorer:
         self.token = make_control(w.ToggleButtons, "token", tip, "token", options=[("cls", 0), ("dist", 1)])
         tip = "one head or the mean of all heads in this block; rollout: through all blocks up to this one"
         self.view = make_control(w.ToggleButtons, "view", tip, "view", options=VIEWS)
-        self.figure = go.FigureWidget().add_class("maestlib-light")
-        self.distances = go.FigureWidget().add_class("maestlib-distance")
+        self.figure = LiveFigure().add_class("maestlib-light")
+        self.distances = LiveFigure().add_class("maestlib-distance")
         controls = [self.block, self.head, self.token, self.view]
         self.box = panel("attention", self.track.box, row(*controls), self.figure, self.distances)
         for control in controls:
@@ -96,9 +96,9 @@ class AttentionExplorer:
     def _run_model(self, mel):
         config = self.model.config.mel
         self.maps = maps = attention_maps(self.model, normalize(mel, config), self.patchout)
-        update_widget(self.figure, plot_attention(mel, maps.weights[0, 0, 0], maps, config=config))
+        self.figure.show(plot_attention(mel, maps.weights[0, 0, 0], maps, config=config))
         is_first = not self.distances.data
-        update_widget(self.distances, plot_distance(maps))
+        self.distances.show(plot_distance(maps))
         if is_first:  # traces are reused, and their handlers stay
             for trace in self.distances.data:
                 trace.on_click(self._select_head)

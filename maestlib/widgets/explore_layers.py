@@ -24,9 +24,9 @@ from maestlib.widgets.controls import (
     make_control,
     panel,
     row,
-    update_widget,
 )
 from .figures import block_vectors, nearest_per_block, pca_maps, plot_neighbors
+from .live_figure import LiveFigure
 from .theme import TEXT_COLOR, neutral_theme
 
 with optional_import():
@@ -137,7 +137,7 @@ class TrackMap:
 
     def __init__(self, corpus: Corpus, embeddings: Embeddings, on_click: Callable[[int], None]):
         self.corpus, self.embeddings, self.on_click = corpus, embeddings, on_click
-        self.figure = go.FigureWidget().add_class("maestlib-map")
+        self.figure = LiveFigure().add_class("maestlib-map")
 
     def recolor(
         self,
@@ -179,7 +179,7 @@ class NeighborView:
 
     def __init__(self, corpus: Corpus, embeddings: Embeddings, on_click: Callable[[int], None]):
         self.corpus, self.embeddings, self.on_click = corpus, embeddings, on_click
-        self.figure = go.FigureWidget().add_class("maestlib-neighbors")
+        self.figure = LiveFigure().add_class("maestlib-neighbors")
         self.query = None  # (track, tokens) of the figure
 
     def show(
@@ -192,7 +192,7 @@ class NeighborView:
         if self.query != (track, tokens):
             is_first, self.query = self.query is None, (track, tokens)
             self.table = nearest_per_block(self.embeddings, track, tokens)
-            update_widget(self.figure, plot_neighbors(self.table, self.corpus.table, track, block))
+            self.figure.show(plot_neighbors(self.table, self.corpus.table, track, block))
             if is_first:
                 self.figure.data[0].on_click(self._square_clicked)
         self.figure.layout.shapes[0].update(y0=block - 0.5, y1=block + 0.5)

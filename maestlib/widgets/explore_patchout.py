@@ -16,12 +16,12 @@ from ..audio.mel import logmel, normalize
 from ..core.extras import optional_import
 from ..models.maest import MAEST, MAESTConfig, count_flops
 from ..models.patchout import Patchout, patch_grid, select_patches
-from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row, update_widget
+from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row
 from .figures import ROW_DROP_ORDER, coverage_mask, plot_patches, plot_tag_comparison
+from .live_figure import LiveFigure
 
 with optional_import():
     import ipywidgets as w
-    import plotly.graph_objects as go
 
 # %% ../../nbs/widgets/explore_patchout.ipynb #2d5c2b43
 def _milliseconds(seconds: float | None) -> str:
@@ -123,8 +123,8 @@ class PatchoutExplorer:
         self.worker = LatestOnlyWorker(self._run_model, self.track.show_error)
         self.controls = PatchoutControls(self.draw)
         self.numbers = w.HTML().add_class("maestlib-numbers")
-        self.figure = go.FigureWidget().add_class("maestlib-mel")
-        self.tags = go.FigureWidget().add_class("maestlib-tags")
+        self.figure = LiveFigure().add_class("maestlib-mel")
+        self.tags = LiveFigure().add_class("maestlib-tags")
         left = w.VBox([self.controls.box, self.numbers])
         self.box = panel("patchout", self.track.box, self.figure, row(left, self.tags))
         self.track.menu.index = 0
@@ -138,7 +138,7 @@ class PatchoutExplorer:
         self.mel, self.full = logmel(wave, config.mel)[:, : config.num_frames], None
         self.grid = patch_grid(self.mel.shape[1], config.mel.n_mels)
         self.clip_s = self.mel.shape[1] * config.mel.hop_length / config.mel.sample_rate
-        update_widget(self.figure, plot_patches(self.mel, *select_patches(self.grid), config.mel))
+        self.figure.show(plot_patches(self.mel, *select_patches(self.grid), config.mel))
         self.controls.reset(self.grid[1])
 
     def draw(self):
@@ -164,4 +164,4 @@ class PatchoutExplorer:
         if not len(self.model.config.labels):
             raise ValueError("This model has no labels, so there are no tags to show.")
         table = pl.DataFrame({"label": self.model.config.labels, "full": full[1], "kept": kept})
-        update_widget(self.tags, plot_tag_comparison(table))
+        self.tags.show(plot_tag_comparison(table))

@@ -14,12 +14,12 @@ import torch
 from ..audio.mel import logmel
 from ..core.extras import optional_import
 from ..models.maest import MAEST
-from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row, update_widget
+from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row
 from .figures import plot_tags, sliding_tags
+from .live_figure import LiveFigure
 
 with optional_import():
     import ipywidgets as w
-    import plotly.graph_objects as go
 
 # %% ../../nbs/widgets/explore_tags.ipynb #daf3b2c9
 def make_sets(
@@ -69,7 +69,7 @@ class TagExplorer:
         options = dict(min=1, max=max_window_s, step=0.5, value=min(6, max_window_s))
         self.window = make_control(w.FloatSlider, "window (s)", "Length of the sliding window", "window", **options)
         self.top = make_control(w.IntSlider, "tags", "How many tags are shown", "top", min=4, max=30, value=16)
-        self.figure = go.FigureWidget().add_class("maestlib-time-tags")
+        self.figure = LiveFigure().add_class("maestlib-time-tags")
         self.box = panel("song", self.track.box, row(self.window, self.top), self.figure)
         self.window.observe(self.submit, "value")
         self.top.observe(self.draw, "value")
@@ -99,7 +99,7 @@ class TagExplorer:
             return
         is_first, (centers, activations, length_s) = not self.figure.data, self.result
         labels = self.model.config.labels
-        update_widget(self.figure, plot_tags(centers, activations, labels, length_s, min(self.top.value, len(labels))))
+        self.figure.show(plot_tags(centers, activations, labels, length_s, min(self.top.value, len(labels))))
         self._move_cursor()
         if is_first:
             self.figure.data[0].on_click(self._seek)

@@ -16,7 +16,6 @@ import numpy as np
 
 from ..core.extras import optional_import
 from ..core.files import file_lock, log, resolve_path, runs_dir
-from ..core.plotting import update_figure
 from ..datasets.registry import load_dataset
 from ..inference.records import Library
 from ..inference.scan import scan
@@ -24,6 +23,7 @@ from ..inference.similar import SongIndex
 from ..models.checkpoint import BUNDLED_MODEL, load_model
 from .controls import LatestOnlyWorker, Upload, make_control, row
 from .library_map import SongSpaces, given_labels, plot_song_map, song_layout, song_names
+from .live_figure import LiveFigure
 from .my_tags import MyTagProbe, MyTags
 
 with optional_import():
@@ -188,14 +188,14 @@ class SongMap:
 
     def __init__(self, name: str, on_select: Callable[[list[int]], None], on_click: Callable[[int], None]):
         self.on_select, self.on_click = on_select, on_click
-        self.figure = go.FigureWidget().add_class(f"maestlib-{name}")
+        self.figure = LiveFigure().add_class(f"maestlib-{name}")
 
     def show(
         self,
         figure: go.Figure,  # of `plot_song_map`
     ):
         "Show other colors."
-        update_figure(self.figure, figure)
+        self.figure.replace(figure)
         dots = self.figure.data[0]  # an empty selection is the echo of `select`; a double click deselects
         dots.on_selection(lambda trace, points, _: points.point_inds and self.on_select(list(points.point_inds)))
         dots.on_deselect(lambda *_: self.on_select([]))

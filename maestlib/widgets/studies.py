@@ -16,7 +16,7 @@ from pathlib import Path
 import polars as pl
 
 from ..core.extras import optional_import
-from ..core.plotting import PALETTE, update_figure
+from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
 from ..models.maest import MAESTConfig, count_flops
 from ..models.patchout import Patchout
@@ -34,10 +34,10 @@ from maestlib.probing.study import (
 from ..speed.benchmark import windows_per_clip
 from ..speed.tradeoff import QUALITY_TITLES, plot_grid, plot_pareto, predict_throughput
 from .controls import make_control, panel
+from .live_figure import LiveFigure
 
 with optional_import():
     import ipywidgets as w
-    import plotly.graph_objects as go
     from IPython.display import Audio, display
 
 # %% ../../nbs/widgets/studies.ipynb #ed4f8741
@@ -155,8 +155,8 @@ class StudyView:
 
     def __init__(self):
         self.text, self.audio = w.HTML().add_class("maestlib-numbers"), w.Output()
-        self.curves = go.FigureWidget().add_class("maestlib-curves")
-        self.map = go.FigureWidget().add_class("maestlib-map")
+        self.curves = LiveFigure().add_class("maestlib-curves")
+        self.map = LiveFigure().add_class("maestlib-map")
         self.figures = w.VBox([self.curves, self.map], layout=dict(flex="1 1 auto"))
 
     def show(
@@ -171,11 +171,11 @@ class StudyView:
         "Update figures and scores."
         scores, name = results.scores(label), "+".join(map(str, blocks))
         self.text.value = scores_html(scores, model, name, tokens, metric)
-        update_figure(self.curves, plot_layers(scores, model, metric, label=label))
+        self.curves.replace(plot_layers(scores, model, metric, label=label))
         if blocks:
             corpus = results.corpus
             colors = label if label != "all" else corpus.labels[0].split("---")[0]
-            update_figure(self.map, plot_map(corpus, results.models[model], blocks, tokens, colors))
+            self.map.replace(plot_map(corpus, results.models[model], blocks, tokens, colors))
             self.paths = corpus.table["path"]
             for dots in self.map.data:
                 dots.on_click(self._play)
@@ -292,8 +292,8 @@ class TradeoffWidget:
         self.table, self.config = table, config
         self.controls = controls = TradeoffControls(table, config.depth)
         self.text = w.HTML()
-        self.figure = go.FigureWidget().add_class("maestlib-frontier")
-        self.grid = go.FigureWidget().add_class("maestlib-grid")
+        self.figure = LiveFigure().add_class("maestlib-frontier")
+        self.grid = LiveFigure().add_class("maestlib-grid")
         left = w.VBox([controls.box, self.text])
         right = w.VBox([self.figure, self.grid], layout=dict(flex="1 1 auto"))
         self.box = panel("tradeoff", w.HBox([left, right]))
@@ -306,7 +306,7 @@ class TradeoffWidget:
     def draw(self, _=None):
         "Show the settings that pass the filters."
         rows = self.controls.filtered(self.table)
-        update_figure(self.figure, plot_pareto(rows, self.controls.score.value) if len(rows) else plot_pareto(rows))
+        self.figure.replace(plot_pareto(rows, self.controls.score.value) if len(rows) else plot_pareto(rows))
         self.predict()
 
     def predict(self, _=None):
@@ -314,7 +314,7 @@ class TradeoffWidget:
         patchout = self.controls.patchout()
         cost = count_flops(self.config, patchout, self.controls.block.value + 1)
         rate = predict_throughput(self.table, windows_per_clip(self.config) * cost["gflop"])
-        update_figure(self.grid, plot_grid(self.config, patchout))
+        self.grid.replace(plot_grid(self.config, patchout))
         style = dict(color=PALETTE[3], dash="dash")
         line = dict(type="line", x0=rate, x1=rate, y0=0, y1=1, yref="paper", line=style)
         with self.figure.batch_update():
