@@ -149,7 +149,7 @@ def assert_same_tags(page, path, model):
     expected = dict(tag(path, model, top=None).rows())
     table = page.table()
     assert table.keys() == expected.keys()
-    assert max(abs(table[label][0] - value) for label, value in expected.items()) < 1e-2
+    assert max(abs(table[label][0] - value) for label, value in expected.items()) < 1e-3
 
 
 @pytest.mark.parametrize("clip", ["jig", "song", "reel"])
