@@ -26,7 +26,7 @@ from maestlib.audio.extract import extract_mels
 from maestlib.core.files import resolve_path
 from maestlib.datasets import registry
 from maestlib.datasets.batches import BatchDataset, load_corpus
-from maestlib.models.checkpoint import load_model
+from maestlib.models.checkpoint import BUNDLED_MODEL, load_model
 from maestlib.training import trainer as trainer_module
 from maestlib.training.config import TrainConfig
 from maestlib.training.evaluation import compare_runs, predict, predict_test, window_starts
@@ -398,13 +398,30 @@ def test_a_stop_during_validation_loses_nothing(small, tmp_path, monkeypatch):
         once.setattr("maestlib.training.loop.predict", predict_then_stop)
         fit(*small(out_dir=str(tmp_path / "stopped"), **settings))
     assert len(pl.read_parquet(tmp_path / "stopped/metrics.parquet")) == 1
-    resumed = fit(*small_again(small, tmp_path / "stopped"))
+    resumed = fit(*once_more(tmp_path / "stopped"))
     assert resumed.select(SCORES).equals(whole.select(SCORES))
 
 
-def small_again(small, run):
+@pytest.mark.parametrize(
+    "settings, n_blocks, is_bundled",
+    [
+        ({}, 4, True),
+        ({"depth": 2}, 2, False),
+        ({"init": "random"}, 4, False),
+        ({"init": BUNDLED_MODEL}, 8, True),
+        ({"init": BUNDLED_MODEL, "depth": 3}, 3, True),
+    ],
+)
+def test_a_small_model_starts_from_the_first_blocks_of_the_bundled_one(small, tmp_path, settings, n_blocks, is_bundled):
+    _, corpus, model = small(out_dir=str(tmp_path / "run"), **settings)
+    assert (len(model.blocks), model.config.depth) == (n_blocks, n_blocks)
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, load_model().blocks[1].mlp.fc1.weight) == is_bundled
+    assert list(model.config.labels) == corpus.labels and corpus.mel == model.config.mel
+
+
+def once_more(run):
     config = TrainConfig.from_params({"resume": run})
-    _, corpus, _ = small(out_dir=str(run) + "-unused")
+    corpus = load_corpus(config.dataset)
     return config, corpus, create_model(config, corpus)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
+import soundfile
 
 from ..audio.decode import AUDIO_SUFFIXES, open_stream
 
@@ -108,6 +109,20 @@ def hash_file(
     return digest.hexdigest()
 
 
+_FIELDS = ("artist", "album", "title")
+
+
+def _identity_by_samples(path: Path) -> Identity:
+    "Hash what libsndfile decodes of an Ogg file, as it reads some that FFmpeg refuses; of others the whole file."
+    digest = hashlib.blake2b(digest_size=16, person=b"samples")
+    with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(path) as file:
+        if file.format == "OGG" and file.frames:
+            for block in file.blocks(1 << 16, dtype="int16"):
+                digest.update(block)
+            return Identity(digest.hexdigest(), file.frames / file.samplerate, *map(file.copy_metadata().get, _FIELDS))
+    return Identity(hash_file(path))
+
+
 def read_identity(
     path: str | Path,  # an audio file, or any other
 ) -> Identity:
@@ -122,6 +137,6 @@ def read_identity(
                 seconds += float((packet.duration or 0) * (packet.time_base or 0))
             tags = {**container.metadata, **stream.metadata}
     except (ValueError, OSError):  # not audio, or damaged; FFmpeg's errors are both
-        return Identity(hash_file(path))
+        return _identity_by_samples(path)
     tags = {key.lower(): value.strip() for key, value in tags.items() if value.strip()}
-    return Identity(digest.hexdigest(), seconds, *(tags.get(key) for key in ("artist", "album", "title")))
+    return Identity(digest.hexdigest(), seconds, *map(tags.get, _FIELDS))

@@ -113,7 +113,10 @@ def write_fields(
         os.utime(temporary)
 
 # %% ../../nbs/inference/write_tags.ipynb #b7a0e010
-_OTHER = {"instrument", "instruments", "accompaniment", "voice", "vocals", "key", "mode", "meter", "tempo"}  # no genres
+_OTHER = {  # no genres
+    "instrument", "instruments", "family", "accompaniment", "voice", "vocals", "texture", "polyphony", "simultaneity",
+    "key", "tonic", "mode", "meter", "metre", "tempo", "density", "note length", "register", "range", "channel",
+}  # fmt: skip
 
 
 def default_mapping(
@@ -251,29 +254,37 @@ def _journal(file: Path) -> Iterator[dict]:
             yield json.loads(line)
 
 
+def _to_undo(entries: list[dict]) -> tuple[list[tuple[str, dict]], dict[str, str]]:  # as for `_apply`; {path: error}
+    changes, errors = [], {}
+    for entry in reversed(entries):
+        path, after = entry["path"], entry["after"]
+        try:
+            now = {field: values for field, values in read_fields(path).items() if field in after}
+        except (ValueError, OSError) as error:
+            errors[path] = str(error)
+            continue
+        if now == after:
+            changes.append((path, entry["before"]))
+        elif now != entry["before"]:
+            errors[path] = f"{path}: was changed since, and is left as it is"
+    return changes, errors
+
+
 def undo_tags(
     library: Library | str | Path,  # or its folder
 ) -> tuple[int, dict[str, str]]:  # how many files were restored; {path: error}
     "Undo the latest `write_tags` of a library. Raises `ValueError` where there is nothing to undo, and `OSError`."
     library = library if isinstance(library, Library) else Library(library)
     journal = library.folder / "tags-journal.jsonl"
-    entries = list(_journal(journal))
+    entries, changes, errors = list(_journal(journal)), [], {}
     if not entries:
         raise ValueError(f"{library.folder}: no tags were written, so there is nothing to undo")
-    run, changes, errors = entries[-1]["run"], [], {}
     with library.writing():
-        for entry in reversed([entry for entry in entries if entry["run"] == run]):
-            try:
-                now = {field: values for field, values in read_fields(entry["path"]).items() if field in entry["after"]}
-            except (ValueError, OSError) as error:
-                errors[entry["path"]] = str(error)
-                continue
-            if now == entry["after"]:
-                changes.append((entry["path"], entry["before"]))
-            elif now != entry["before"]:
-                errors[entry["path"]] = f"{entry['path']}: was changed since, and is left as it is"
+        while entries and not changes and not errors:  # a run that could write nothing is passed over
+            run = entries[-1]["run"]
+            changes, errors = _to_undo([entry for entry in entries if entry["run"] == run])
+            entries = [entry for entry in entries if entry["run"] != run]
         errors |= _apply(library, changes, None)
         with atomic_write(journal) as temporary:
-            kept = [json.dumps(entry) + "\n" for entry in entries if entry["run"] != run]
-            temporary.write_text("".join(kept), encoding="utf8")
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf8")
     return len(changes) - sum(path in errors for path, _ in changes), errors

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'BUNDLED_MODEL', 'TUNES_MODEL', 'save_checkpoint', 'config_from_header', 'thresholds_from_header',
-           'read_tensors', 'find_checkpoint', 'model_from_tensors', 'replace_head', 'check_head', 'load_model']
+           'read_tensors', 'find_checkpoint', 'model_from_tensors', 'replace_head', 'check_head', 'load_model',
+           'keep_first_blocks']
 
 # %% ../../nbs/models/checkpoint.ipynb #2835b126
 import contextlib
@@ -279,3 +280,15 @@ def _name_file_in_errors(path):
     except (IndexError, RuntimeError, TypeError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{path}: its tensors do not have the shapes of a MAEST ({message})") from error
+
+# %% ../../nbs/models/checkpoint.ipynb #5b1f0002
+def keep_first_blocks(
+    model: MAEST,  # changed in place
+    depth: int,  # number of blocks to keep
+) -> None:
+    "Remove the last blocks, and the head of the columns; a model that has no more than `depth` blocks stays as it is."
+    if depth < model.config.depth:
+        log.info(f"the first {depth} of {model.config.depth} blocks")
+        model.blocks, model.config = model.blocks[:depth], replace(model.config, depth=depth, column_labels=())
+        if hasattr(model, "column_head"):
+            del model.column_head

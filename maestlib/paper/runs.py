@@ -42,6 +42,7 @@ def run_fields(
     if not config.pretraining:
         raise ValueError("pretraining is empty: give the dataset to train on, such as a mel store of your catalogue")
     fields |= {"audio": audio_folder(config, config.pretraining), "max_steps": config.max_steps, "depth": config.depth}
+    fields["init"] = "random"
     return fields | changed
 
 

@@ -73,7 +73,7 @@ def run_ablation(
         if scored["clips"] != clips:
             raise ValueError(f"{run}: trained on {scored['clips']} clips, not {clips}; give another out_dir")
         return scored | row
-    common = {"preset": "laptop", "dataset": "tunes", "num_validations": 1, "max_steps": clips // 16}
+    common = {"preset": "laptop", "init": "random", "dataset": "tunes", "num_validations": 1, "max_steps": clips // 16}
     config = TrainConfig(**common | {"seed": seed, "out_dir": str(run)} | changed).resolve_auto()
     corpus = load_corpus(config.dataset, audio=config.audio)
     fit(config, corpus, create_model(config, corpus))

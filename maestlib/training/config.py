@@ -35,21 +35,21 @@ PAPER_PRESET = {
     "size": "base", "depth": 12, "patchout_rows": 3, "mixup": 0.3, "time_masks": 20, "frequency_masks": 5,
     "equalizer": 0, "balanced_sampling": True, "swa": True, "schedule": "recipe", "epochs": EPOCHS, "max_minutes": None,
     "max_steps": 0, "batch_size": 48, "learning_rate": 2e-5, "weight_decay": 1e-4, "head_lr_scale": 1,
-    "num_validations": EPOCHS, "validation_keep_every": 1, "test_keep_every": 1, "column_weight": 0,
+    "num_validations": EPOCHS, "validation_keep_every": 1, "test_keep_every": 1, "column_weight": 0, "init": "random",
 }  # fmt: skip
 LAPTOP_PRESET = {
     "size": "tiny", "depth": 4, "patchout_rows": 0, "mixup": 0, "time_masks": 0, "frequency_masks": 0,
     "equalizer": 0.15, "balanced_sampling": False, "swa": False, "schedule": "cosine", "epochs": EPOCHS,
     "max_steps": 2300, "batch_size": 16, "learning_rate": 4e-4, "weight_decay": 1e-4, "head_lr_scale": 10,
-    "num_validations": 4, "validation_keep_every": 6, "test_keep_every": 2, "column_weight": 0,
+    "num_validations": 4, "validation_keep_every": 6, "test_keep_every": 2, "column_weight": 0, "init": BUNDLED_MODEL,
 }  # fmt: skip
 PRESETS = {f"maest-{s}s": PAPER_PRESET | {"seconds": s, "patchout_columns": c} for s, c in PAPER_COLUMNS.items()}
 PRESETS["laptop"] = LAPTOP_PRESET
-PRESETS["bundled"] = LAPTOP_PRESET | {"dataset": "scores",  # of the model that comes with the package
+PRESETS["bundled"] = LAPTOP_PRESET | {"dataset": "scores", "init": "random",  # of the model that comes with the package
     "seconds": 10, "depth": 8, "mixup": 0.3, "max_steps": 3300, "batch_size": 32, "column_weight": 0.5,
     "learning_rate": 6e-4, "head_lr_scale": 3, "num_validations": 6, "validation_keep_every": 4, "test_keep_every": 1,
 }  # fmt: skip
-EFFNET_PRESET = {"learning_rate": 1e-3, "head_lr_scale": 1}  # PSLA's rate; replaces that of any preset
+EFFNET_PRESET = {"learning_rate": 1e-3, "head_lr_scale": 1, "init": "random"}  # PSLA's rate, for any preset
 INIT_CHECKPOINTS = {"deit": "deit_base_distilled_patch16_384", "passt": "passt_s_swa_p16_128_ap476"}  # §4.2
 
 # %% ../../nbs/training/config.ipynb #2ce36dd4
@@ -95,24 +95,13 @@ def _check_seconds(config):
 
 
 def _check_numbers(config):
-    for name in POSITIVE:
-        value = getattr(config, name)
-        if value != "auto" and not (_is_number(value) and value > 0):
-            raise ValueError(f"{name}={value}: give a number above 0")
-    for name in NON_NEGATIVE:
-        value = getattr(config, name)
-        if value != "auto" and not (_is_number(value) and value >= 0):
-            raise ValueError(f"{name}={value}: give a number, 0 or more")
-    for name in POSITIVE_OR_NONE:
-        value = getattr(config, name)
-        if value not in ("auto", None) and not (_is_number(value) and value > 0):
-            raise ValueError(f"{name}={value}: give a number above 0, or auto")
-
-
-def _check_fields(config):
-    _check_choices(config)
-    _check_seconds(config)
-    _check_numbers(config)
+    for name in (*POSITIVE, *NON_NEGATIVE, *POSITIVE_OR_NONE):
+        value, can_be_none, can_be_0 = getattr(config, name), name in POSITIVE_OR_NONE, name in NON_NEGATIVE
+        if value == "auto" or can_be_none and value is None:
+            continue
+        if not (_is_number(value) and (value > 0 or can_be_0 and value == 0)):
+            accepted = ", 0 or more" if can_be_0 else " above 0" + ", or auto" * can_be_none
+            raise ValueError(f"{name}={value}: give a number{accepted}")
 
 # %% ../../nbs/training/config.ipynb #98ec314a
 @dataclass(frozen=True)
@@ -125,8 +114,8 @@ class TrainConfig:
     audio: str = ""  # folder with the audio of a public dataset
     model: str = "maest"  # or effnet-b0, the CNN baseline
     size: str = "auto"  # tiny, small or base
-    depth: int | str = "auto"  # number of blocks of a model with random weights; 12 in the paper
-    init: str = "random"  # weights at first: random, deit, passt (the paper's), a released name, a file or run folder
+    depth: int | str = "auto"  # number of blocks, of `init` the first; 12 in the paper; auto: the preset's, or all
+    init: str = "auto"  # weights at first: random, deit, passt, a released name, a file or folder; auto: the preset's
     teacher: str = ""  # model whose pseudo-labels train the dist token: a released name, or a file or run folder
     teacher_keep_every: int = 1  # the teacher reads one patch column of so many; 1: all, more work than a training step
     patchout_rows: int | str = "auto"  # patch rows removed at random in training
@@ -164,7 +153,8 @@ class TrainConfig:
     out_dir: str = "auto"  # the run folder; auto: a new one in runs/
 
     def __post_init__(self):
-        _check_fields(self)
+        for check in (_check_choices, _check_seconds, _check_numbers):
+            check(self)
 
     @property
     def patchout(self) -> Patchout:
@@ -229,6 +219,14 @@ def _auto_minutes(config) -> float | None:  # None: the run ends by its number o
     return float(os.environ["MAESTLIB_MINUTES"])
 
 
+def _auto_init(config, preset: str) -> dict:  # init and depth, where they are not the preset's
+    "Take all blocks of weights that are given; start a model of another size than the preset's from random weights."
+    if config.init not in ("auto", "random"):
+        return {"depth": PAPER_PRESET["depth"]}
+    is_presets = all(getattr(config, name) in ("auto", PRESETS[preset][name]) for name in ("size", "depth"))
+    return {} if is_presets else {"init": "random"}
+
+
 def _auto_values(config) -> dict:  # a value for every field that may be `auto`
     on_gpu = default_device().type == "cuda"
     preset = _auto_preset(config, seconds := _auto_seconds(config))
@@ -247,7 +245,7 @@ def _auto_values(config) -> dict:  # a value for every field that may be `auto`
     }
     resolved = {"preset": preset, "seconds": seconds} | _auto_patchout(config, preset, seconds)
     of_model = EFFNET_PRESET if config.model == "effnet-b0" else {}
-    return defaults | PRESETS[preset] | of_model | resolved
+    return defaults | PRESETS[preset] | _auto_init(config, preset) | of_model | resolved
 
 # %% ../../nbs/training/config.ipynb #fc808b58
 def _check_gpus(config):
@@ -272,8 +270,7 @@ def _check_patchout(config):
         raise ValueError(f"column_weight={config.column_weight}: not with a teacher; leave one of them out")
     rows, columns = patch_grid(MelConfig().num_frames(config.seconds))
     for name, size in (("patchout_rows", rows), ("patchout_columns", columns)):
-        value = getattr(config, name)
-        if value >= size:
+        if (value := getattr(config, name)) >= size:
             raise ValueError(f"{name}={value}: nothing is kept of {size}; give at most {size - 1}")
 
 
@@ -282,8 +279,7 @@ def _check_paths(config):
         raise FileExistsError(f"out_dir={config.out_dir}: holds a run already; give another name, or auto")
     known = ("", "random", BUNDLED_MODEL, TUNES_MODEL, *INIT_CHECKPOINTS, *RELEASED_MODELS)
     for name in ("init", "teacher"):
-        value = getattr(config, name)
-        if value not in known and not resolve_path(value).exists():
+        if (value := getattr(config, name)) not in known and not resolve_path(value).exists():
             accepted = f"random, {', '.join(INIT_CHECKPOINTS)}, {BUNDLED_MODEL}, a name of `maestlib models`"
             raise FileNotFoundError(f"{name}={value}: give {accepted}, or a file or run folder of weights")
     if config.dataset not in registry.DATASETS:
@@ -372,7 +368,7 @@ def recipe_table(
     length = f"{p['max_steps']:,} steps" if p["max_steps"] else f"{p['epochs']} epochs"
     tracks = "200,000, balanced" if p["balanced_sampling"] else "all tracks"
     rows = [
-        ("initial weights", "PaSST (§4.2)", "PaSST", 'random; PaSST with init="passt"' if recipe else "random"),
+        ("initial weights", "PaSST (§4.2)", "PaSST", 'random; PaSST with init="passt"' if recipe else p["init"]),
         ("optimizer", "Adam, weight decay", "AdamW, 1e-4", f"AdamW, {p['weight_decay']:g}"),
         ("batch size", "–", "12 on each of 4 GPUs", f"{p['batch_size']} over all GPUs"),
         ("learning rate", "–", "2e-5", f"{p['learning_rate']:g}"),

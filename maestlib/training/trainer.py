@@ -21,7 +21,7 @@ from ..audio.mel import MelConfig, normalize
 from ..core.device import autocast, default_device
 from ..core.files import log, named_rng, rank_and_world_size, resolve_path
 from ..datasets.batches import BatchDataset, Corpus
-from ..models.checkpoint import load_model
+from ..models.checkpoint import keep_first_blocks, load_model
 from ..models.effnet import EffNet, EffNetConfig
 from ..models.maest import MAEST, SIZES, MAESTConfig
 from ..models.patchout import STRIDE, Patchout, PatchSelection, draw_patches, patch_grid
@@ -75,9 +75,11 @@ def _load_pretrained(config: TrainConfig, corpus: Corpus) -> tuple[MAEST, bool]:
     if config.init in INIT_CHECKPOINTS:
         return load_model(INIT_CHECKPOINTS[config.init], **options, **new_head), True
     model = load_model(config.init, **options)
-    if list(model.config.labels) == corpus.labels:
+    if list(model.config.labels) == corpus.labels and model.config.depth <= config.depth:
         return model, False
-    return load_model(config.init, **options, **new_head), True
+    model = load_model(config.init, **options, **new_head)
+    keep_first_blocks(model, config.depth)
+    return model, True
 
 
 def _check_size(config: TrainConfig, model: MAEST):
@@ -100,7 +102,7 @@ def create_model(
         model, head_is_new = _load_pretrained(config, corpus)
         _check_size(config, model)
         corpus.mel = model.config.mel
-        corpus.mel.check_compatible(corpus.store.config)
+        corpus.mel.check_compatible(corpus.store.config, f"init={config.init}, the dataset; init=random takes any")
     if head_is_new:
         _init_head_(model, corpus)
     return model
