@@ -17,6 +17,7 @@ import polars as pl
 
 from ..core.extras import optional_import
 from ..core.files import atomic_write
+from ..inference.collection import real_path
 from ..inference.labels import label_degrees
 from ..inference.playlist import write_playlist
 from ..inference.records import Library
@@ -178,7 +179,7 @@ class LibraryExplorer:
     def play(self, song: int):  # a row of the table
         "Play a song; if it cannot be loaded, show why."
         try:
-            self.player.load(load_for_playback(self.spaces.songs["path"][song], limit_s=_PLAYED_S)[0])
+            self.player.load(load_for_playback(real_path(self.spaces.songs["path"][song]), limit_s=_PLAYED_S)[0])
         except (ValueError, OSError) as error:
             self.show_message(error)
             return
