@@ -218,8 +218,12 @@ def run_write_tags(
         else:
             for path, field, before, after in table.iter_rows():
                 print(f"{path}: {field}: {'; '.join(before) or '(none)'} -> {'; '.join(after)}")
-        done = "written" if args.write else "would be written; --write does it"
-        print(f"{len(table):,} fields {done}", file=sys.stderr)
+        done = "written" if args.write else "would be written"
+        if table.is_empty():
+            hint = "; mapping.csv of the library says which labels are genres or moods"
+        else:
+            hint = "" if args.write else "; --write does it"
+        print(f"{len(table):,} fields {done}{hint}", file=sys.stderr)
     for error in errors.values():
         print(f"failed: {error}", file=sys.stderr)
     return 1 if errors else 0
