@@ -96,9 +96,9 @@ class AttentionExplorer:
     def _run_model(self, mel):
         config = self.model.config.mel
         self.maps = maps = attention_maps(self.model, normalize(mel, config), self.patchout)
-        self.figure.show(plot_attention(mel, maps.weights[0, 0, 0], maps, config=config))
+        self.figure.change_to(plot_attention(mel, maps.weights[0, 0, 0], maps, config=config))
         is_first = not self.distances.data
-        self.distances.show(plot_distance(maps))
+        self.distances.change_to(plot_distance(maps))
         if is_first:  # traces are reused, and their handlers stay
             for trace in self.distances.data:
                 trace.on_click(self._select_head)

@@ -192,7 +192,7 @@ class NeighborView:
         if self.query != (track, tokens):
             is_first, self.query = self.query is None, (track, tokens)
             self.table = nearest_per_block(self.embeddings, track, tokens)
-            self.figure.show(plot_neighbors(self.table, self.corpus.table, track, block))
+            self.figure.change_to(plot_neighbors(self.table, self.corpus.table, track, block))
             if is_first:
                 self.figure.data[0].on_click(self._square_clicked)
         self.figure.layout.shapes[0].update(y0=block - 0.5, y1=block + 0.5)

@@ -138,7 +138,7 @@ class PatchoutExplorer:
         self.mel, self.full = logmel(wave, config.mel)[:, : config.num_frames], None
         self.grid = patch_grid(self.mel.shape[1], config.mel.n_mels)
         self.clip_s = self.mel.shape[1] * config.mel.hop_length / config.mel.sample_rate
-        self.figure.show(plot_patches(self.mel, *select_patches(self.grid), config.mel))
+        self.figure.change_to(plot_patches(self.mel, *select_patches(self.grid), config.mel))
         self.controls.reset(self.grid[1])
 
     def draw(self):
@@ -164,4 +164,4 @@ class PatchoutExplorer:
         if not len(self.model.config.labels):
             raise ValueError("This model has no labels, so there are no tags to show.")
         table = pl.DataFrame({"label": self.model.config.labels, "full": full[1], "kept": kept})
-        self.tags.show(plot_tag_comparison(table))
+        self.tags.change_to(plot_tag_comparison(table))

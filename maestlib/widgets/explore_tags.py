@@ -99,7 +99,7 @@ class TagExplorer:
             return
         is_first, (centers, activations, length_s) = not self.figure.data, self.result
         labels = self.model.config.labels
-        self.figure.show(plot_tags(centers, activations, labels, length_s, min(self.top.value, len(labels))))
+        self.figure.change_to(plot_tags(centers, activations, labels, length_s, min(self.top.value, len(labels))))
         self._move_cursor()
         if is_first:
             self.figure.data[0].on_click(self._seek)

@@ -195,7 +195,7 @@ class SongMap:
         figure: go.Figure,  # of `plot_song_map`
     ):
         "Show other colors."
-        self.figure.replace(figure)
+        self.figure.replace_by(figure)
         dots = self.figure.data[0]  # an empty selection is the echo of `select`; a double click deselects
         dots.on_selection(lambda trace, points, _: points.point_inds and self.on_select(list(points.point_inds)))
         dots.on_deselect(lambda *_: self.on_select([]))

@@ -24,7 +24,7 @@ class LiveFigure(go.FigureWidget):
             state["_widget_layout"] = to_json(self._layout_obj._props, self)
         return state
 
-    def show(
+    def change_to(
         self,
         figure: go.Figure,  # not changed
     ) -> None:
@@ -37,7 +37,7 @@ class LiveFigure(go.FigureWidget):
                 old.update(new.to_plotly_json())
             self.update_layout(figure.layout, overwrite=True)
 
-    def replace(
+    def replace_by(
         self,
         figure: go.Figure,  # not changed
     ) -> None:

@@ -171,11 +171,11 @@ class StudyView:
         "Update figures and scores."
         scores, name = results.scores(label), "+".join(map(str, blocks))
         self.text.value = scores_html(scores, model, name, tokens, metric)
-        self.curves.replace(plot_layers(scores, model, metric, label=label))
+        self.curves.replace_by(plot_layers(scores, model, metric, label=label))
         if blocks:
             corpus = results.corpus
             colors = label if label != "all" else corpus.labels[0].split("---")[0]
-            self.map.replace(plot_map(corpus, results.models[model], blocks, tokens, colors))
+            self.map.replace_by(plot_map(corpus, results.models[model], blocks, tokens, colors))
             self.paths = corpus.table["path"]
             for dots in self.map.data:
                 dots.on_click(self._play)
@@ -306,7 +306,7 @@ class TradeoffWidget:
     def draw(self, _=None):
         "Show the settings that pass the filters."
         rows = self.controls.filtered(self.table)
-        self.figure.replace(plot_pareto(rows, self.controls.score.value) if len(rows) else plot_pareto(rows))
+        self.figure.replace_by(plot_pareto(rows, self.controls.score.value) if len(rows) else plot_pareto(rows))
         self.predict()
 
     def predict(self, _=None):
@@ -314,7 +314,7 @@ class TradeoffWidget:
         patchout = self.controls.patchout()
         cost = count_flops(self.config, patchout, self.controls.block.value + 1)
         rate = predict_throughput(self.table, windows_per_clip(self.config) * cost["gflop"])
-        self.grid.replace(plot_grid(self.config, patchout))
+        self.grid.replace_by(plot_grid(self.config, patchout))
         style = dict(color=PALETTE[3], dash="dash")
         line = dict(type="line", x0=rate, x1=rate, y0=0, y1=1, yref="paper", line=style)
         with self.figure.batch_update():
