@@ -36,7 +36,9 @@ def serve() -> None:
     "Answer the requests of a `DecoderProcesses`: open a file, read from it, close it, or call a function."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides
     answers, file, actions = os.fdopen(os.dup(1), "wb"), contextlib.ExitStack(), {}
-    os.dup2(2, 1)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # libraries write notes about damaged files; what is wrong is said by the error
+        os.dup2(silence, stream)
 
     def open_file(path):
         file.close()
