@@ -197,11 +197,18 @@ def _read_files(
     settings = writer.library.settings
     options |= dict(hop_s=settings.hop_s, excerpt_s=settings.excerpt_s, center=settings.center)
     options |= dict(skip=writer.is_known, opener=decoder_processes().open_audio, progress=False)
+    hop_s, heard = settings.hop_s or model.config.seconds / 2, Counter()  # seconds shown before a file is complete
+
+    def on_window(i):
+        seconds = min(hop_s, expected[i] - heard[i])
+        heard[i] += seconds
+        bar.update(seconds)
+
     try:
-        for i, result in iter_results([list(map(real_path, paths))], model, forward, **options):
+        for i, result in iter_results([list(map(real_path, paths))], model, forward, on_window=on_window, **options):
             seconds = writer.add(paths[i], result)
             bar.total = max(1, bar.total + round(seconds) - round(expected[i]))
-            bar.update(round(seconds))
+            bar.update(round(seconds) - heard.pop(i, 0))
             bar.set_postfix_str(f"file {i + 1:,} of {len(paths):,}", refresh=False)
             if time.monotonic() - writer.written_at > flush_s:
                 writer.write()

@@ -171,6 +171,7 @@ def iter_results(
     opener: Callable = open_audio,  # or that of `DecoderProcesses`
     skip: Callable[[str], bool] | None = None,  # called in a decoding thread: whether a file need not be read
     progress: bool = True,  # show a bar of windows
+    on_window: Callable[[int], None] | None = None,  # called with the source number of each window, once it is heard
 ) -> Iterator[tuple[int, list | Exception]]:  # source number; (start s, end s, result) per window, or its error
     "Run a model over every window of many recordings, and yield each recording, or [] if skipped, once it is complete."
     if batch_size < 1:
@@ -206,6 +207,8 @@ def iter_results(
             outputs = forward(torch.stack([mel for *_, mel in batch]))
             for (j, start, end, _), output in zip(batch, outputs, strict=True):
                 results[j].append((start, end, output))
+                if on_window is not None:
+                    on_window(j)
             bar.update(len(batch))
         for j, error in ended:
             in_order = sorted(results.pop(j, []), key=lambda window: window[0])
