@@ -152,4 +152,5 @@ def discard_folder(folder: Path) -> None:  # may be gone
     aside = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.tmp")
     with contextlib.suppress(FileNotFoundError, PermissionError):  # gone; on Windows: a late worker has a file open
         os.rename(folder, aside)
-        shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # that, and what a worker left that was killed here
+        shutil.rmtree(left, ignore_errors=True)
