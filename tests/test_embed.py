@@ -135,12 +135,16 @@ def test_goes_on_after_sigkill(corpus, undisturbed, tmp_path):
 
 
 def test_two_workers_share_the_files(corpus, undisturbed, tmp_path):
-    workers = [start(corpus, tmp_path) for _ in range(2)]
-    printed = [process.communicate(timeout=300) for process in workers]
-    assert {process.returncode for process in workers} <= {0, 1}, printed
-    files = [{line for line in out.splitlines() if line.startswith(str(corpus))} for out, _ in printed]
-    assert files[0] and files[1] and not files[0] & files[1], "each file was computed by one of them"
-    assert_same(tmp_path, undisturbed)
+    for attempt in range(10):
+        folder = tmp_path / str(attempt)
+        workers = [start(corpus, folder) for _ in range(2)]
+        printed = [process.communicate(timeout=300) for process in workers]
+        assert {process.returncode for process in workers} <= {0, 1}, printed
+        files = [{line for line in out.splitlines() if line.startswith(str(corpus))} for out, _ in printed]
+        assert_same(folder, undisturbed)
+        if min(map(len, files)) > 6:  # one that begins when the other has ended tries only the six that failed
+            break
+    assert min(map(len, files)) > 6 and not files[0] & files[1], "each file was computed by one of them"
 
 
 def assert_same(folder, undisturbed):
