@@ -29,10 +29,10 @@ class LiveFigure(go.FigureWidget):
         figure: go.Figure,  # not changed
     ) -> None:
         "Show a figure, reusing the traces where their types agree."
+        if [t.type for t in self.data] != [t.type for t in figure.data]:
+            self.replace_by(figure)
+            return
         with self.batch_update():
-            if [t.type for t in self.data] != [t.type for t in figure.data]:
-                self.data = []
-                self.add_traces(figure.data)
             for old, new in zip(self.data, figure.data, strict=True):
                 old.update(new.to_plotly_json())
             self.update_layout(figure.layout, overwrite=True)
