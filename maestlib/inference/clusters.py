@@ -42,7 +42,7 @@ def cluster_songs(
     n: int = 12,  # clusters
     seed: int = 0,
     out: str | Path | None = None,  # a folder for a playlist of each cluster
-) -> pl.DataFrame:  # cluster (0 is the largest), name, cosine (to its center), path, artist, title
+) -> pl.DataFrame:  # cluster (0 is the largest), name, cosine (to its center), path, artist, title, duration_s
     "Cluster the songs of a library by their vectors. Raises `ValueError` for `n` below 2 or above the number of songs."
     with optional_import("search"):
         from sklearn.cluster import MiniBatchKMeans
@@ -61,7 +61,7 @@ def cluster_songs(
         "name": [", ".join(names[group]) for group in groups],
         "cosine": np.einsum("ij,ij->i", vectors, centers[groups]),
     }
-    table = pl.DataFrame(columns).hstack(index.songs.select("path", "artist", "title"))
+    table = pl.DataFrame(columns).hstack(index.songs.select("path", "artist", "title", "duration_s"))
     table = table.sort("cluster", "cosine", descending=[False, True], maintain_order=True)
     if out is not None:
         for (cluster, name), songs in table.group_by("cluster", "name", maintain_order=True):

@@ -22,7 +22,7 @@ from .similar import SongIndex, song_path
 def _m3u8_lines(songs: pl.DataFrame, folder: Path) -> Iterable[str]:
     "The lines of a playlist in `folder`."
     yield "#EXTM3U"
-    for path, artist, title in songs.select("path", "artist", "title").iter_rows():
+    for path, artist, title, duration_s in songs.select("path", "artist", "title", "duration_s").iter_rows():
         if len(path.splitlines()) > 1:
             log.warning(f"{path!r}: left out; a playlist has no way to write a line break")
             continue
@@ -31,12 +31,12 @@ def _m3u8_lines(songs: pl.DataFrame, folder: Path) -> Iterable[str]:
         except ValueError:  # on Windows: on another drive
             relative = path
         name = " - ".join(filter(None, (artist, title))) or Path(path).stem
-        yield f"#EXTINF:-1,{' '.join(name.split())}"
+        yield f"#EXTINF:{-1 if duration_s is None else round(duration_s)},{' '.join(name.split())}"
         yield Path(relative).as_posix()
 
 
 def write_playlist(
-    songs: pl.DataFrame,  # path, artist, title, …: what a search returned
+    songs: pl.DataFrame,  # path, artist, title, duration_s, …: what a search returned
     out: str | Path,  # .m3u8, .m3u, .json or .parquet
 ) -> None:
     "Write a playlist, atomically. Raises `ValueError` for another suffix, and `OSError`."
@@ -61,7 +61,7 @@ def playlist(
     per_artist: int | None = 2,  # songs of one artist at most, the given ones aside; None: any number
     without: str | Path | Iterable[str | Path] = (),  # songs to get away from
     out: str | Path | None = None,  # .m3u8, .m3u, .json or .parquet
-) -> pl.DataFrame:  # rank, cosine, degree, path, artist, album, title
+) -> pl.DataFrame:  # rank, cosine, degree, path, artist, album, title, duration_s
     """Make a playlist of songs that are similar to some, fit to tags, or lead from one song to another.
 
     Raises `ValueError` for unknown songs and labels, and `OSError` where `out` cannot be written.

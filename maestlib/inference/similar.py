@@ -269,7 +269,7 @@ class SongIndex:
         tags: str | None = None,  # an expression, see `rank_by_tags`
         per_artist: int | None = None,  # songs of one artist at most
         without: Iterable[str | Path] = (),  # songs to get away from, as for `find`
-    ) -> pl.DataFrame:  # rank (from 0), cosine, degree, path, artist, album, title
+    ) -> pl.DataFrame:  # rank (from 0), cosine, degree, path, artist, album, title, duration_s
         "Find the songs nearest to others, or those that tags fit best; never a duplicate. Raises `ValueError`."
         if k < 1 or (per_artist is not None and per_artist < 1):
             raise ValueError(f"k={k}, per_artist={per_artist}: give 1 or more")
@@ -314,7 +314,7 @@ class SongIndex:
         rows: Sequence[int],  # (n,) of `songs`
         query: np.ndarray | None = None,  # (dim,) of unit length
         degrees: np.ndarray | None = None,  # (songs,)
-    ) -> pl.DataFrame:  # rank, cosine, degree, path, artist, album, title
+    ) -> pl.DataFrame:  # rank, cosine, degree, path, artist, album, title, duration_s
         "List songs with their cosine to a query and the degree to which tags fit."
         cosines = self.vectors[rows] @ query if query is not None and len(rows) else [None] * len(rows)
         columns = {
@@ -322,7 +322,9 @@ class SongIndex:
             "cosine": pl.Series(cosines, dtype=pl.Float32),
             "degree": pl.Series([None] * len(rows) if degrees is None else degrees[rows], dtype=pl.Float32),
         }
-        return pl.DataFrame(columns).hstack(self.songs[list(rows)].select("path", "artist", "album", "title"))
+        return pl.DataFrame(columns).hstack(
+            self.songs[list(rows)].select("path", "artist", "album", "title", "duration_s")
+        )
 
 # %% ../../nbs/inference/similar.ipynb #b5a0e014
 def song_path(
@@ -331,7 +333,7 @@ def song_path(
     end: str | Path,
     k: int = 10,  # songs, the two included where they are in the library
     per_artist: int | None = None,  # songs of one artist at most, the two aside
-) -> pl.DataFrame:  # rank, cosine (to the point on the way), degree (null), path, artist, album, title
+) -> pl.DataFrame:  # rank, cosine (to the point on the way), degree (null), path, artist, album, title, duration_s
     "Find songs that lead from one song to another. Raises `ValueError` for `k` below 2 and for unknown songs."
     if k < 2:
         raise ValueError(f"k={k}: give 2 or more")
