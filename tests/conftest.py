@@ -26,11 +26,12 @@ use_forked_kernels()
 SLOW_NOTEBOOKS = """
     nbs/train.ipynb nbs/inference/ray.ipynb nbs/training/throughput.ipynb nbs/training/ablations.ipynb
     nbs/training/confirmation.ipynb nbs/probing/transfer.ipynb nbs/probing/transfer_tests.ipynb
-    nbs/speed/songs_per_hour.ipynb nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb
+    nbs/probing/musicnn.ipynb nbs/speed/songs_per_hour.ipynb nbs/speed/tradeoff.ipynb nbs/paper.ipynb
+    nbs/paper/runs.ipynb nbs/paper/fig3.ipynb
 """.split()  # a cell cannot be marked where it is written
 LONGEST = [  # they start first, so that no worker is idle at the end
     *"""tests/test_browser.py tests/test_train.py tests/test_paper.py tests/test_ray.py tests/test_datasets.py
-    tests/test_portable.py""".split(),
+    tests/test_portable.py tests/test_public.py tests/test_scores.py""".split(),
     *SLOW_NOTEBOOKS,
     *"""tests/test_store.py tests/test_embed.py nbs/audio/extract.ipynb nbs/inference/embedding.ipynb
     nbs/inference/search.ipynb nbs/speed/benchmark.ipynb""".split(),
@@ -56,9 +57,23 @@ def pytest_xdist_auto_num_workers(config):
     return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) + 1
 
 
+def start_fork_server():
+    "Start the server of worker processes with all that any test of this process needs there; the first decides."
+    from maestlib.audio.workers import worker_context
+
+    modules = ["maestlib.audio.extract", "maestlib.datasets.scores", "maestlib.inference.library", "music21", "pytest"]
+    if worker_context(modules).get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+
+
 def pytest_sessionstart(session):
     "Before a run of all files, render the corpora on all cores: a notebook that renders one keeps others waiting."
-    if "PYTEST_XDIST_WORKER" in os.environ or session.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        start_fork_server()
+        return
+    if session.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         return
     try:
         from maestlib.datasets.registry import load_dataset

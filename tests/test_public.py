@@ -155,6 +155,7 @@ def test_fine_tuning_by_name(named, tmp_path):
     assert TrainConfig.from_params({"resume": str(out)}).audio == audio
 
 
+@pytest.mark.slow
 def test_processes_train_on_a_named_dataset_and_resume(named, tmp_path):
     audio, out = named("mtt"), tmp_path / "run"
     arguments = ["--dataset", "mtt", "--audio", audio, "--seconds", 5, "--batch-size", 4, "--patchout-columns", 10]

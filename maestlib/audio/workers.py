@@ -36,7 +36,7 @@ def worker_context(
         method = "forkserver" if sys.platform == "linux" else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload([*preload])
+        context.set_forkserver_preload(["maestlib.audio.workers", *preload])  # with PyTorch, which takes seconds
     return context
 
 

@@ -8,6 +8,7 @@ __all__ = ['REGIONS', 'METRES', 'package_dir', 'read_abc', 'parse_header', 'Key'
            'tune_catalogue']
 
 # %% ../../nbs/datasets/abc.ipynb #86468a89
+import functools
 import importlib.util
 import json
 import re
@@ -353,8 +354,9 @@ def group_duplicates(
 METRES = ("2/2", "4/4", "2/4", "6/8", "9/8", "3/4", "3/8")
 
 
+@functools.cache
 def tune_catalogue() -> pl.DataFrame:  # tune, collection, title, dance, metre, mode, tonic, region, bars (JSON), family
-    "Parse every usable tune of the sources, with its labels and its family. Takes a few seconds."
+    "Parse every usable tune of the sources, with its labels and its family. Takes a few seconds, once."
     rows, keys = [], []
     for collection, text in read_abc():
         fields, bars = parse_header(text), parse_melody(text)

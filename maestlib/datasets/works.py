@@ -97,7 +97,7 @@ def read_scores(
     path = cache_path("works", f"{name}-{len(files)}-v1.parquet")
     with file_lock(path):
         if not path.exists():
-            with process_pool(workers or cpu_count(), ["music21"]) as pool:
+            with process_pool(workers or cpu_count(), ["maestlib.datasets.works", "music21"]) as pool:
                 jobs = pool.map(_read_row, map(str, files), chunksize=4)
                 rows = list(tqdm(jobs, f"reading {name}", total=len(files), unit="score", delay=2))
             path.parent.mkdir(parents=True, exist_ok=True)
