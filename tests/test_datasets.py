@@ -169,6 +169,7 @@ def test_the_mels_are_those_of_the_files(corpus, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="kills a process group")
+@pytest.mark.slow
 def test_a_killed_build_resumes(corpus, tmp_path, monkeypatch):
     table, folder = corpus
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
@@ -285,6 +286,7 @@ def test_building_without_a_package_names_the_extra(tmp_path, monkeypatch, packa
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
     find = abc.importlib.util.find_spec
     monkeypatch.setattr(abc.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    abc.tune_catalogue.cache_clear()
     with pytest.raises(ImportError, match=rf'{package} is not installed: pip install "maestlib\[demo\]"'):
         registry.load_dataset("tunes")
 

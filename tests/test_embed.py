@@ -116,6 +116,7 @@ def start(corpus, out):
     return start_python([program, *command_line(corpus, out)], PROJECT, env)
 
 
+@pytest.mark.slow
 def test_goes_on_after_sigkill(corpus, undisturbed, tmp_path):
     "What is in a part is not read again, and nothing is lost."
     process, parts = start(corpus, tmp_path), tmp_path / "emb.parquet.parts"

@@ -141,6 +141,7 @@ def run_train(arguments: list, processes: int = 0):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_fine_tuning_by_name(named, tmp_path):
     audio, out = named("mtt"), tmp_path / "run"
     notebook = [sys.executable, "-m", "papermill", PROJECT / "nbs/train.ipynb", tmp_path / "train.ipynb"]

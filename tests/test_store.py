@@ -56,6 +56,7 @@ def complete(table, tmp_path_factory):
     return store
 
 
+@pytest.mark.slow
 def test_ten_kills(table, complete, tmp_path):
     def start(store):
         process = CONTEXT.Process(target=quick, args=(table, store))
