@@ -35,7 +35,8 @@ LONGEST = [  # they start first, so that no worker is idle at the end
     *SLOW_NOTEBOOKS,
     *"""tests/test_store.py tests/test_embed.py nbs/audio/extract.ipynb nbs/inference/embedding.ipynb
     nbs/inference/search.ipynb nbs/speed/benchmark.ipynb nbs/explore.ipynb nbs/probing/retrieval.ipynb
-    nbs/probing/layers.ipynb nbs/training/evaluation.ipynb nbs/datasets/columns.ipynb nbs/datasets/discogs.ipynb""".split(),
+    nbs/probing/layers.ipynb nbs/training/evaluation.ipynb nbs/datasets/columns.ipynb
+    nbs/datasets/discogs.ipynb""".split(),
 ]
 
 
