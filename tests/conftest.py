@@ -67,7 +67,9 @@ def start_fork_server():
     if worker_context(modules).get_start_method() == "forkserver":
         from multiprocessing import forkserver
 
-        forkserver.ensure_running()
+        with pytest.MonkeyPatch.context() as patch:  # tests kill processes, and what these leave is cleaned up
+            patch.setenv("PYTHONWARNINGS", "ignore:resource_tracker")
+            forkserver.ensure_running()
 
 
 def pytest_sessionstart(session):

@@ -11,6 +11,7 @@ import soundfile
 import torch
 from forks import start_python
 
+from maestlib.audio.isolated import DecoderProcesses
 from maestlib.audio.mel import MelConfig, load_audio, logmel
 from maestlib.inference import embedding
 from maestlib.inference.cli import main
@@ -94,6 +95,26 @@ def test_broken_files_are_reported(undisturbed):
     assert len(report) == BROKEN
     assert report["error"].str.len_chars().min() > 10
     assert not list(undisturbed.glob(".*")) and not (undisturbed / "emb.parquet.parts").exists()
+
+
+def test_a_decoder_that_crashes(corpus, model, tmp_path, monkeypatch):
+    "A process that dies of a signal costs the file that it reads."
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, soundfile\n"
+        "original = soundfile.SoundFile\n"
+        "def open_file(file, *args, **options):\n"
+        "    return os.abort() if '007' in str(file) else original(file, *args, **options)\n"
+        "soundfile.SoundFile = open_file\n"
+    )
+    decoders = DecoderProcesses()
+    monkeypatch.setattr(embedding, "decoder_processes", lambda: decoders)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{PROJECT}")
+    files = sorted(str(path) for path in (corpus / "audio/deep").glob("00*"))
+    embed(files, model, out=tmp_path / "out.parquet", num_workers=2)
+    decoders.close()
+    report = pl.read_parquet(tmp_path / "out.report.parquet")
+    assert [Path(path).stem for path in report["path"]] == ["007"] and "crashed" in report["error"][0]
+    assert pl.read_parquet(tmp_path / "out.parquet")["path"].n_unique() == len(files) - 1
 
 
 SLOWLY = """

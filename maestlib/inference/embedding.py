@@ -17,6 +17,7 @@ import polars as pl
 import torch
 
 from ..audio.decode import AUDIO_SUFFIXES
+from ..audio.isolated import decoder_processes
 from ..core.device import default_device
 from ..core.files import log, resolve_path
 from .labels import read_level
@@ -221,7 +222,8 @@ def embed(
 
     Raises `ValueError` for parameters out of range, a model in training mode, and an `out` made with other settings. If
     no file can be read, raises the first error (`ValueError`, `FileNotFoundError`). Otherwise files that fail are left
-    out and logged; with `out="emb.parquet"` they are listed in `emb.report.parquet` (path, error), and none raises.
+    out and logged; with `out="emb.parquet"` they are listed in `emb.report.parquet` (path, error), also those that
+    crashed their decoder, and none raises.
 
     Source: MAEST (ISMIR 2023), §3.3 for the embedding and half-overlapping windows, §4.5 for patchout at inference.
     """
@@ -235,6 +237,7 @@ def embed(
     if not isinstance(sources[0], str):
         raise ValueError("out: only files are streamed to parquet; embed a waveform without it")
     settings = json.dumps(choices | {"model": model_fingerprint(model)})
+    run = partial(run, opener=decoder_processes().open_audio)  # a crash of a decoder costs one file of many
     return stream_to_parquet(ParquetJob(resolve_path(out), sources, to_table, schema, settings), run)
 
 # %% ../../nbs/inference/embedding.ipynb #03240285
