@@ -61,15 +61,12 @@ def pytest_xdist_auto_num_workers(config):
 
 def start_fork_server():
     "Start the server of worker processes with all that any test of this process needs there; the first decides."
-    from maestlib.audio.workers import worker_context
+    from maestlib.audio.workers import start_server
 
     modules = ["maestlib.audio.extract", "maestlib.datasets.scores", "maestlib.inference.library", "music21", "pytest"]
-    if worker_context(modules).get_start_method() == "forkserver":
-        from multiprocessing import forkserver
-
-        with pytest.MonkeyPatch.context() as patch:  # tests kill processes, and what these leave is cleaned up
-            patch.setenv("PYTHONWARNINGS", "ignore:resource_tracker")
-            forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:  # tests kill processes, and what these leave is cleaned up
+        patch.setenv("PYTHONWARNINGS", "ignore:resource_tracker")
+        start_server(modules)
 
 
 def pytest_sessionstart(session):
@@ -87,3 +84,25 @@ def pytest_sessionstart(session):
             load_dataset("tunes-confirmation")
     except ImportError as error:  # without the extra `demo`, tests of the corpus are skipped
         print(error)
+
+
+@pytest.fixture
+def crash_on(tmp_path, monkeypatch):
+    "A function: from now on, decoder processes die of a signal where they open a file with this in its path."
+    from maestlib.audio import isolated
+
+    decoders = isolated.DecoderProcesses()
+
+    def crash_on(part):
+        (tmp_path / "sitecustomize.py").write_text(
+            "import os, soundfile\n"
+            "original = soundfile.SoundFile\n"
+            "def open_file(file, *args, **options):\n"
+            f"    return os.abort() if {part!r} in str(file) else original(file, *args, **options)\n"
+            "soundfile.SoundFile = open_file\n"
+        )
+        monkeypatch.setattr(isolated, "_processes_of", lambda pid: decoders)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{RUNS.parents[1]}")
+
+    yield crash_on
+    decoders.close()

@@ -11,7 +11,6 @@ import soundfile
 import torch
 from forks import start_python
 
-from maestlib.audio.isolated import DecoderProcesses
 from maestlib.audio.mel import MelConfig, load_audio, logmel
 from maestlib.inference import embedding
 from maestlib.inference.cli import main
@@ -62,6 +61,7 @@ def corpus(tmp_path_factory, model):
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     (root / "audio/dangling.wav").symlink_to(root / "nowhere.wav")
     save_checkpoint(model, root / "m.safetensors")
+    (root / "slowly.py").write_text(SLOWLY)  # once: a worker that starts reads it while others are started
     return root
 
 
@@ -97,21 +97,11 @@ def test_broken_files_are_reported(undisturbed):
     assert not list(undisturbed.glob(".*")) and not (undisturbed / "emb.parquet.parts").exists()
 
 
-def test_a_decoder_that_crashes(corpus, model, tmp_path, monkeypatch):
+def test_a_decoder_that_crashes(corpus, model, tmp_path, crash_on):
     "A process that dies of a signal costs the file that it reads."
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, soundfile\n"
-        "original = soundfile.SoundFile\n"
-        "def open_file(file, *args, **options):\n"
-        "    return os.abort() if '007' in str(file) else original(file, *args, **options)\n"
-        "soundfile.SoundFile = open_file\n"
-    )
-    decoders = DecoderProcesses()
-    monkeypatch.setattr(embedding, "decoder_processes", lambda: decoders)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{PROJECT}")
+    crash_on("007")
     files = sorted(str(path) for path in (corpus / "audio/deep").glob("00*"))
     embed(files, model, out=tmp_path / "out.parquet", num_workers=2)
-    decoders.close()
     report = pl.read_parquet(tmp_path / "out.report.parquet")
     assert [Path(path).stem for path in report["path"]] == ["007"] and "crashed" in report["error"][0]
     assert pl.read_parquet(tmp_path / "out.parquet")["path"].n_unique() == len(files) - 1
@@ -131,10 +121,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def start(corpus, out):
-    program = corpus / "slowly.py"
-    program.write_text(SLOWLY)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
-    return start_python([program, *command_line(corpus, out)], PROJECT, env)
+    return start_python([corpus / "slowly.py", *command_line(corpus, out)], PROJECT, env)
 
 
 @pytest.mark.slow

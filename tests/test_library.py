@@ -126,24 +126,13 @@ def test_a_name_that_is_not_utf8(music, model, tmp_path, capsys):
     assert scan(folder, library, progress=False).unchanged == 4
 
 
-def test_a_decoder_that_crashes(music, model, undisturbed, tmp_path, monkeypatch):
+def test_a_decoder_that_crashes(music, model, undisturbed, tmp_path, crash_on):
     "A process that dies of a signal costs the file that it reads, which is named once."
-    from maestlib.audio import isolated
-
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, soundfile\n"
-        "original = soundfile.SoundFile\n"
-        "def open_file(file, *args, **options):\n"
-        "    return os.abort() if 'boom.ogg' in str(file) else original(file, *args, **options)\n"
-        "soundfile.SoundFile = open_file\n"
-    )
-    folder, decoders = tmp_path / "music", isolated.DecoderProcesses()
+    folder = tmp_path / "music"
     shutil.copytree(music, folder)
     soundfile.write(folder / "boom.ogg", noise(1, 99), 16000)
-    monkeypatch.setattr("maestlib.inference.scan.decoder_processes", lambda: decoders)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{PROJECT}")
+    crash_on("boom.ogg")
     report = scan(folder, tmp_path / "library", model, num_workers=2, progress=False)
-    decoders.close()
     assert [Path(path).name for path, _ in report.failed] == ["boom.ogg"] and "crashed" in report.failed[0][1]
     assert Library(tmp_path / "library").contents() == undisturbed.contents()
     assert scan(folder, tmp_path / "library", progress=False).failed_before == 1

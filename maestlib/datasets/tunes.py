@@ -22,7 +22,7 @@ import polars as pl
 from ..audio.extract import extract_mels
 from ..audio.mel import load_audio
 from ..audio.store import MelStore
-from ..audio.workers import time_limit, worker_context
+from ..audio.workers import start_server, time_limit
 from ..core.device import cpu_count
 from ..core.files import atomic_write, cache_path, file_lock, log, named_rng
 from .abc import package_dir, tune_catalogue
@@ -154,14 +154,6 @@ def _fill_store(store: Path, plans: list[dict], workers: int | None):
         raise RuntimeError(f"{count} ({failed['error'][0]}): is symusic 0.5.9 installed?")
 
 # %% ../../nbs/datasets/tunes.ipynb #27fd61d5
-def _start_server():
-    "Start the server that worker processes are forked from, without waiting for it."
-    if worker_context(["maestlib.datasets.tunes"]).get_start_method() == "forkserver":
-        from multiprocessing import forkserver
-
-        forkserver.ensure_running()
-
-
 def _find_or_build(
     folder: Path, plan: Callable[[], list[dict]], clips: int, first: int | None, workers: int | None
 ) -> Path:  # the mel store of all clips, or of the first
@@ -175,7 +167,7 @@ def _find_or_build(
     package_dir("symusic"), find_sound_font()  # raise before any work if they are not installed
     with file_lock(folder / "audio"):
         if not (store / "SHA256SUMS").exists():  # another process may have built it
-            _start_server()
+            start_server(["maestlib.datasets.tunes"])
             plans = plan()[:first]
             log.info(f"{folder.parent.name}: rendering {len(plans):,} clips, once")
             _fill_store(store, plans, workers)
