@@ -23,10 +23,10 @@ import torch
 from .core.device import call_in_rank_0, default_device
 from .core.files import log, rank_and_world_size, resolve_path
 from .datasets import registry
-from .datasets.batches import load_corpus
 from .models.checkpoint import load_model
 from .training.config import FREE_ON_RESUME, TrainConfig
 from .training.loop import TrainingInterrupted, fit
+from .training.objectives import load_training_corpus
 from .training.trainer import create_model
 
 # %% ../nbs/train.ipynb #1397069e
@@ -124,7 +124,7 @@ def _shared_config(params: dict) -> TrainConfig:
 
 
 def _fit_and_report(config: TrainConfig):
-    corpus = load_corpus(config.dataset, audio=config.audio, columns=config.column_weight > 0)
+    corpus = load_training_corpus(config)
     teacher = load_model(config.teacher) if config.teacher else None
     metrics = fit(config, corpus, create_model(config, corpus), teacher)
     rank, _ = rank_and_world_size()

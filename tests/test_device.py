@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -59,6 +61,10 @@ def build_trainer(fake, corpus, monkeypatch, tmp_path, teacher=False, **settings
     settings = dict(seconds=5, batch_size=4, micro_batch_size=2, dtype="bfloat16", max_steps=4) | settings
     settings |= dict(preset="maest-5s", size="tiny", compile=False, num_workers=0, out_dir=str(tmp_path))
     config = TrainConfig(**settings, balanced_sampling=False).resolve_auto()
+    if config.number_weight:  # as if `tunes` knew pairs and numbers
+        pairs = corpus.table.with_row_index("pair").with_columns(pl.col("pair") // 2)
+        pairs = pairs.with_columns(split=pl.col("split").first().over("pair"))
+        corpus = replace(corpus, table=pairs, numbers=np.full((len(pairs), 6), 128, np.uint8))
     shape = dict(seconds=5, labels=corpus.labels, mel=corpus.mel)
     monkeypatch.setattr(trainer_module, "default_device", lambda: CUDA)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)  # built there; fake weights cannot move
@@ -70,7 +76,7 @@ def build_trainer(fake, corpus, monkeypatch, tmp_path, teacher=False, **settings
 
     def backward(loss):
         assert loss.is_cuda and loss.requires_grad
-        for parameter in trainer.model.parameters():
+        for parameter in (trainer.objectives or trainer.model).parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
@@ -94,6 +100,8 @@ def take_step(fake, trainer):  # → CountWaits
         {"model": "effnet-b0"},
         {"dtype": "float16"},
         {"head_lr_scale": 10},
+        {"micro_batch_size": 4, "contrast_weight": 0.1, "masked_weight": 0.1, "number_weight": 0.1},
+        {"patchout_scope": "clip", "masked_weight": 0.1},
     ],
     ids=str,
 )

@@ -121,7 +121,7 @@ def test_what_sounds_in_each_column_is_learned(cache, tmp_path, monkeypatch):
         mel = (crops.float() - corpus.mel.mean) / corpus.mel.std / 2
         patches = training.draw(0).patches
         loss = trainer.compute_loss(training, mel, targets.float(), patches)
-        logits, heard = training.model(mel, patches, columns=True)
+        logits, heard = training.model.forward_columns(mel, patches)
         wanted = targets[:, len(corpus.labels) :].view(4, 61, -1).float()
         columns = patches.columns.expand(4, -1)
         kept = torch.stack([clip[column] for clip, column in zip(wanted, columns, strict=True)])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_COLUMNS', 'KEPT_COLUMNS', 'PAPER_PRESET', 'LAPTOP_PRESET', 'PRESETS', 'EFFNET_PRESET', 'INIT_CHECKPOINTS',
-           'CHOICES', 'POSITIVE', 'NON_NEGATIVE', 'POSITIVE_OR_NONE', 'FREE_ON_RESUME', 'TrainConfig', 'recipe_table']
+           'CHOICES', 'OBJECTIVE_WEIGHTS', 'POSITIVE', 'NON_NEGATIVE', 'POSITIVE_OR_NONE', 'FREE_ON_RESUME',
+           'TrainConfig', 'recipe_table']
 
 # %% ../../nbs/training/config.ipynb #cb41cbf0
 import dataclasses
@@ -65,13 +66,14 @@ CHOICES = {
     "compile": ("auto", True, False, "cuda-graphs"),
     "gradient_compression": (True, False),
 }
+OBJECTIVE_WEIGHTS = ("column_weight", "contrast_weight", "masked_weight", "number_weight")
 POSITIVE = (
     "depth", "epochs", "batch_size", "learning_rate", "head_lr_scale", "layer_decay", "num_validations",
     "validation_keep_every", "test_keep_every", "teacher_keep_every", "gpus", "nodes",
 )  # fmt: skip
 NON_NEGATIVE = (
     "patchout_rows", "patchout_columns", "mixup", "time_masks", "frequency_masks", "equalizer", "weight_decay",
-    "num_workers", "max_steps", "seed", "freeze_blocks", "micro_batch_size", "column_weight",
+    "num_workers", "max_steps", "seed", "freeze_blocks", "micro_batch_size", *OBJECTIVE_WEIGHTS,
 )  # fmt: skip
 POSITIVE_OR_NONE = ("max_minutes", "tracks_per_epoch")
 FREE_ON_RESUME = ("max_minutes", "gpus", "nodes", "num_workers", "compile", "micro_batch_size")
@@ -126,6 +128,9 @@ class TrainConfig:
     frequency_masks: int | str = "auto"  # SpecAugment: masks of up to 8 mel bands for each clip
     equalizer: float | str = "auto"  # strength of a random gain and equalization of each clip; 0: none
     column_weight: float | str = "auto"  # of the loss of what sounds in each patch column, where it is known; 0: none
+    contrast_weight: float = 0  # of a contrast of two views and of two performances of the same music; 0: none
+    masked_weight: float = 0  # of predicting patches that patchout has dropped; 0: none
+    number_weight: float = 0  # of the loss of numbers, such as onsets in a second, where they are known; 0: none
     balanced_sampling: bool | str = "auto"  # sample tracks with rare labels more often
     tracks_per_epoch: int | str | None = "auto"  # auto: all; with balanced sampling 200,000, at most half of them
     swa: bool | str = "auto"  # average the weights over the last part of the run
@@ -239,8 +244,7 @@ def _auto_values(config) -> dict:  # a value for every field that may be `auto`
         "compile": on_gpu,
         "num_workers": 8 if on_gpu else 0,
         "dtype": str(default_dtype(default_device(), training=True)).removeprefix("torch."),
-        "gpus": 1,
-        "nodes": 1,
+        **dict.fromkeys(("gpus", "nodes"), 1),
         "out_dir": _free_run_dir(f"{config.model}-{seconds:g}s-{Path(dataset).stem}"),
     }
     resolved = {"preset": preset, "seconds": seconds} | _auto_patchout(config, preset, seconds)
@@ -258,7 +262,7 @@ def _check_gpus(config):
 def _check_effnet(config):
     if config.model != "effnet-b0":
         return
-    for name in ("patchout_rows", "patchout_columns", "freeze_blocks", "column_weight"):
+    for name in ("patchout_rows", "patchout_columns", "freeze_blocks", *OBJECTIVE_WEIGHTS):
         if (value := getattr(config, name)) != 0:
             raise ValueError(f"{name}={value}: effnet-b0 has no patches or blocks; leave it out")
     if config.teacher or config.init != "random":
@@ -266,8 +270,8 @@ def _check_effnet(config):
 
 
 def _check_patchout(config):
-    if config.column_weight and config.teacher:
-        raise ValueError(f"column_weight={config.column_weight}: not with a teacher; leave one of them out")
+    if config.teacher and (names := [name for name in OBJECTIVE_WEIGHTS if getattr(config, name)]):
+        raise ValueError(f"{names[0]}={getattr(config, names[0])}: not with a teacher; leave one of them out")
     rows, columns = patch_grid(MelConfig().num_frames(config.seconds))
     for name, size in (("patchout_rows", rows), ("patchout_columns", columns)):
         if (value := getattr(config, name)) >= size:

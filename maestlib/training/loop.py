@@ -188,6 +188,7 @@ def _save_checkpoint(trainer: Trainer):
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
+        "objectives": trainer.objectives.heads.state_dict() if trainer.objectives else None,
         "swa_model": trainer.swa_model.state_dict() if trainer.swa_model else None,
         "step": trainer.step,
         "elapsed_s": trainer.elapsed_s,
@@ -219,6 +220,8 @@ def _load_checkpoint(trainer: Trainer):
     trainer.model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
+    if trainer.objectives:
+        trainer.objectives.heads.load_state_dict(state["objectives"])
     if state["swa_model"]:
         trainer.swa_model = _create_swa_model(trainer)
         trainer.swa_model.load_state_dict(state["swa_model"])

@@ -27,6 +27,7 @@ from ..models.maest import MAEST, SIZES, MAESTConfig
 from ..models.patchout import STRIDE, Patchout, PatchSelection, draw_patches, patch_grid
 from . import recipe
 from .config import INIT_CHECKPOINTS, TrainConfig
+from .objectives import check_objectives, create_objectives
 
 # %% ../../nbs/training/trainer.ipynb #9211e42e
 def label_frequencies(
@@ -228,10 +229,13 @@ class Trainer:
         self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
         self.model = model.to(self.device)
         self.optimizer = create_optimizer(self.model, config)
+        self.objectives = create_objectives(self.model, config, corpus)  # None: labels alone
+        if self.objectives and (heads := list(self.objectives.heads.parameters())):
+            self.optimizer.add_param_group({"params": heads, "lr_scale": config.head_lr_scale})
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         _compile(self.model, config.compile)
-        self.ddp_model = _distribute(self.model, config, self.world_size)
-        sampling = config.balanced_sampling, config.tracks_per_epoch
+        self.ddp_model = _distribute(self.objectives or self.model, config, self.world_size)
+        sampling = config.balanced_sampling, config.tracks_per_epoch, config.contrast_weight > 0
         self.batches = BatchDataset(corpus, config.seconds, config.batch_size, config.seed, *sampling)
         self.total_steps = min(round(config.epochs * self.batches.steps_per_epoch), config.max_steps or 10**12)
         clips = self.batches.batch_size // self.world_size
@@ -242,8 +246,7 @@ class Trainer:
         if config.compile == "cuda-graphs" and self.micro_batch_size < clips:
             raise ValueError(f"micro_batch_size={self.micro_batch_size}: not with compile=cuda-graphs; give True, or 0")
         mel_shape = corpus.mel.n_mels, self.batches.num_frames
-        if config.column_weight and corpus.columns.shape[1] != patch_grid(mel_shape[1])[1]:
-            raise ValueError(f"column_weight: the columns of {config.dataset} are those of whole clips, not of a part")
+        check_objectives(config, corpus, mel_shape[1], self.micro_batch_size)
         shape = dict(batch_size=self.batches.batch_size, mel_shape=mel_shape, rank_slice=self.batches.rank_slice)
         self.draw = partial(draw_step, config, **shape)  # a step → StepRandomness
         self.step = 0
@@ -303,20 +306,13 @@ def renormalize(
 def compute_loss(
     trainer: Trainer,
     mel: torch.Tensor,  # (clips, 96, frames), normalized and augmented
-    targets: torch.Tensor,  # (clips, labels), and what sounds in each column, as from `batch_targets`
+    targets: torch.Tensor,  # (clips, labels) and what else the corpus knows, as from `batch_targets`
     patches: PatchSelection | None,  # those to keep; None: all, or a model without patches
 ) -> torch.Tensor:  # scalar, float32
-    """Compute the binary cross-entropy; with a teacher, the mean over the cls and the dist token.
-
-    With `column_weight`, that of what sounds in each kept column is added, times this weight.
-    """
+    "Compute the binary cross-entropy; with a teacher, its mean over cls and dist; and further objectives, if any."
     bce = F.binary_cross_entropy_with_logits
-    if weight := trainer.config.column_weight:
-        targets, sounding = targets[:, : len(trainer.corpus.labels)], targets[:, len(trainer.corpus.labels) :]
-        sounding = sounding.unflatten(1, (-1, len(trainer.corpus.column_labels)))
-        clip = torch.arange(len(mel), device=mel.device)[:, None]
-        logits, heard = trainer.ddp_model(mel, patches, columns=True)
-        return bce(logits.float(), targets) + weight * bce(heard.float(), sounding[clip, patches.columns])
+    if trainer.objectives is not None:
+        return trainer.ddp_model(mel, targets, patches)
     if trainer.teacher is None:
         return bce(trainer.ddp_model(mel, patches).float(), targets)
     with torch.no_grad():
@@ -390,7 +386,7 @@ def optimizer_step(
     for group in trainer.optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr
     trainer.scaler.unscale_(trainer.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_((trainer.objectives or trainer.model).parameters(), 1.0)
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.optimizer.zero_grad()
