@@ -57,12 +57,12 @@ def test_the_numbers_of_the_cpu():
     mels = normalize(torch.stack([logmel(torch.randn(30 * 16000) / 10)[:, :1875] for _ in range(2)]))
     model = load_model(BUNDLED_MODEL)
     with torch.no_grad():
-        expected, tags = model.embed(mels, (0, 6, 11)), model(mels)
+        expected, tags = model.embed(mels, (0, 4, 7)), model(mels)
         model, mels = model.to(CUDA), mels.to(CUDA)
-        assert torch.cosine_similarity(model.embed(mels, (0, 6, 11)).cpu(), expected, -1).min() > 0.99999
+        assert torch.cosine_similarity(model.embed(mels, (0, 4, 7)).cpu(), expected, -1).min() > 0.99999
         torch.testing.assert_close(model(mels).cpu(), tags, atol=2e-3, rtol=2e-3)
         with torch.autocast("cuda", torch.bfloat16):
-            assert torch.cosine_similarity(model.embed(mels, (0, 6, 11)).float().cpu(), expected, -1).min() > 0.999
+            assert torch.cosine_similarity(model.embed(mels, (0, 4, 7)).float().cpu(), expected, -1).min() > 0.999
 
 
 def test_the_front_end_equals_essentia():
