@@ -27,7 +27,7 @@ SLOW_NOTEBOOKS = """
     nbs/train.ipynb nbs/inference/ray.ipynb nbs/training/throughput.ipynb nbs/training/ablations.ipynb
     nbs/training/confirmation.ipynb nbs/probing/transfer.ipynb nbs/probing/transfer_tests.ipynb
     nbs/probing/musicnn.ipynb nbs/probing/robustness.ipynb nbs/datasets/heldout.ipynb nbs/speed/songs_per_hour.ipynb
-    nbs/speed/tradeoff.ipynb nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb
+    nbs/probing/objective_study.ipynb nbs/speed/tradeoff.ipynb nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb
 """.split()  # a cell cannot be marked where it is written
 LONGEST = [  # they start first, so that no worker is idle at the end
     *"""tests/test_browser.py tests/test_train.py tests/test_paper.py tests/test_ray.py tests/test_datasets.py

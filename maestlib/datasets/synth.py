@@ -97,17 +97,19 @@ def plan_clip(
     clip: int,  # number of the clip
     tune: dict,  # a row of `abc.tune_catalogue`
     seed: int,
-) -> dict:  # the row and clip, seed, lead, second, bar_s, accompaniment, bpm, transpose, octave, labels
+    plain: bool = False,  # players, tempo, swing and percussion take no regard to dance, region and mode
+) -> dict:  # the row and clip, seed, lead, second, bar_s, accompaniment, bpm, transpose, octave, labels; plain if it is
     "Draw the instruments, tempo, key and accompaniment of a clip, and list its labels."
     rng = named_rng(seed, "tunes", clip)
-    lead, second, accompaniment = _draw_players(rng, tune)
-    bar_s = BAR_S.get(tune["dance"], BAR_S[tune["metre"]])
-    if tune["dance"] in _SLOW_DANCES and tune["metre"] == "2/4":
+    seen = tune | {"dance": "", "region": "", "mode": ""} if plain else tune
+    lead, second, accompaniment = _draw_players(rng, seen)
+    bar_s = BAR_S.get(seen["dance"], BAR_S[tune["metre"]])
+    if seen["dance"] in _SLOW_DANCES and tune["metre"] == "2/4":
         bar_s *= 0.75
-    bar_s = float(bar_s * np.exp(rng.normal(0, 0.05)))
+    bar_s = float(bar_s * np.exp(rng.normal(0, 0.25 if plain else 0.05)))
     beats = {"9/8": 3, "3/4": 3, "3/8": 1}.get(tune["metre"], 2)  # per bar, as one taps the foot
     bpm = 60 * beats / bar_s
-    plan = dict(tune, clip=clip, seed=seed, lead=lead)
+    plan = dict(tune, clip=clip, seed=seed, lead=lead) | ({"plain": True} if plain else {})
     plan["second"] = second if rng.random() < 0.35 else None
     plan |= {"bar_s": bar_s, "accompaniment": accompaniment, "bpm": round(bpm, 1)}
     plan["transpose"] = int(rng.integers(-4, 5))  # semitones
@@ -177,8 +179,9 @@ class _NoteWriter:
     def __init__(self, plan: dict):
         self.plan, self.bars = plan, json.loads(plan["bars"])
         self.layers = defaultdict(list)  # name: notes (start in s, duration in s, pitch, velocity)
-        self.low, self.middle, self.high = _patterns(plan["metre"], plan["dance"])
-        self.swing = _SWING.get(plan["dance"], 0.5)
+        dance = None if plan.get("plain") else plan["dance"]
+        self.low, self.middle, self.high = _patterns(plan["metre"], dance)
+        self.swing = _SWING.get(dance, 0.5)
         self.rng = rng = named_rng(plan["seed"], "tunes", plan["clip"], "score")
         self.drum_keys = [int(rng.choice(kit)) for kit in _KITS]
         self.drum_levels = rng.uniform(0.6, 1.0, 3)
@@ -351,7 +354,7 @@ def _simulate_recording(wave: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 # %% ../../nbs/datasets/synth.ipynb #da94f6a4
 def render(
-    plan: dict,  # from `plan_clip`
+    plan: dict,  # from `plan_clip`; it may name another sound font, `font`, by its path
 ) -> np.ndarray:  # (480000,) float32, 30 s at 16 kHz
     """Synthesize one clip; the same plan gives the same samples.
 
@@ -363,7 +366,8 @@ def render(
 
     rng = named_rng(plan["seed"], "tunes", plan["clip"], "sound")
     cents = float(rng.normal(0, 15))  # rendered at another rate and read at 16 kHz, the clip is out of tune
-    synthesizer = symusic.Synthesizer(str(find_sound_font()), round(SAMPLE_RATE * 2 ** (cents / 1200)), 0)
+    font = plan.get("font") or find_sound_font()
+    synthesizer = symusic.Synthesizer(str(font), round(SAMPLE_RATE * 2 ** (cents / 1200)), 0)
     mix = np.zeros(CLIP_S * SAMPLE_RATE, np.float32)
     for layer, notes in arrange(plan).items():
         if layer in ("lead", "second"):

@@ -26,6 +26,7 @@ from ..audio.workers import start_server, time_limit
 from ..core.device import cpu_count
 from ..core.files import atomic_write, cache_path, file_lock, log, named_rng
 from .abc import package_dir, tune_catalogue
+from .sounds import guarded_font
 from .synth import SAMPLE_RATE, find_sound_font, plan_clip, render, sampling_order
 from .table import SPLITS
 
@@ -40,12 +41,12 @@ def draw_split(
     return "train" if draw < train else "validation" if draw < validation else "test"
 
 
-def _plan_clips(tunes: pl.DataFrame, clips: int, seed: int, prefix: str = "tune") -> list[dict]:
+def _plan_clips(tunes: pl.DataFrame, clips: int, seed: int, prefix: str = "tune", plain: bool = False) -> list[dict]:
     "Plan every clip: its sound and labels, track_id and split. More clips than tunes use tunes again."
     order = sampling_order(tunes, seed)
     plans = []
     for clip in range(clips):
-        plan = plan_clip(clip, tunes.row(order[clip % len(order)], named=True), seed)
+        plan = plan_clip(clip, tunes.row(order[clip % len(order)], named=True), seed, plain)
         split = draw_split(named_rng(seed, "tunes", "split", plan["family"]), 0.65, 0.8)
         plans.append(plan | {"track_id": f"{prefix}-{clip:05d}", "split": split})
     return plans
@@ -219,12 +220,14 @@ def build_tunes(
 CONFIRMATION_SEED = 1
 
 
-def _plan_confirmation(tunes: pl.DataFrame) -> list[dict]:
+def _plan_confirmation(tunes: pl.DataFrame, font: str | None = None, plain: bool = False) -> list[dict]:
     "Plan clips of the families that the default corpus leaves, with its labels and no others."
     default = _plan_clips(tunes, CLIPS, seed=0)
     used = {plan["family"] for plan in default}
     unused = tunes.filter([family not in used for family in tunes["family"]])
-    plans = _plan_clips(unused, CLIPS, CONFIRMATION_SEED, prefix="confirmation")
+    plans = _plan_clips(unused, CLIPS, CONFIRMATION_SEED, prefix="confirmation", plain=plain)
+    if font:
+        plans = [plan | {"font": font} for plan in plans]
     rare = _rare_labels(default)
     known = {label for plan in default for label in plan["labels"] if label not in rare}
     return _drop_labels(plans, {label for plan in plans for label in plan["labels"]} - known)
@@ -233,10 +236,17 @@ def _plan_confirmation(tunes: pl.DataFrame) -> list[dict]:
 def build_confirmation(
     first: int | None = None,  # render only this many of the 1,200 clips; None: all
     workers: int | None = None,  # processes; None: one for each core
+    font: str | None = None,  # another sound font, one of `sounds.FONTS`; None: the one of `tunes`
+    plain: bool = False,  # arrange without regard to dance, region and mode, see `plan_clip`
 ) -> Path:  # its mel store
-    "Render the corpus `tunes-confirmation` and its mels into the cache, unless it is there. Raises as `build_tunes`."
-    folder = cache_path("tunes-confirmation", f"{CONFIRMATION_SEED}-v1")
-    return _find_or_build(folder, lambda: _plan_confirmation(tune_catalogue()), CLIPS, first, workers)
+    """Render the corpus `tunes-confirmation` and its mels into the cache, unless it is there.
+
+    Raises as `build_tunes`, and as `sounds.find_font` for another font.
+    """
+    name = f"{CONFIRMATION_SEED}-v1" + (f"-{font}" if font else "") + ("-plain" if plain else "")
+    path = str(guarded_font(font)) if font else None
+    plan = functools.partial(_plan_confirmation, font=path, plain=plain)
+    return _find_or_build(cache_path("tunes-confirmation", name), lambda: plan(tune_catalogue()), CLIPS, first, workers)
 
 # %% ../../nbs/datasets/tunes.ipynb #f00d0002
 def held_out_families(

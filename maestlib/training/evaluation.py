@@ -161,9 +161,10 @@ RIDGE_STRENGTHS = (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)  # relative to the variance
 
 
 def mel_baseline(
-    corpus: Corpus,  # trained on its training split; its test split is scored
+    corpus: Corpus,  # trained on its training split
     max_tracks: int = 20_000,  # training tracks; of more, a balanced sample is drawn
     seed: int = 0,  # of the sample
+    scored: Corpus | None = None,  # whose test split is scored; None: the same
 ) -> np.ndarray:  # (test tracks, labels) scores, of which the order counts; not confined to 0 to 1
     """Score test tags by ridge regression on the mean and standard deviation over time of each mel band.
 
@@ -173,7 +174,10 @@ def mel_baseline(
     train, validation, test = (corpus.indices(split) for split in ("train", "validation", "test"))
     if len(train) > max_tracks:
         train = train[sample_balanced(corpus.targets[train], max_tracks, seed=seed)]
-    features = [_band_statistics(corpus, indices) for indices in (train, validation, test)]
+    features = [_band_statistics(corpus, indices) for indices in (train, validation)]
+    features.append(
+        _band_statistics(corpus, test) if scored is None else _band_statistics(scored, scored.indices("test"))
+    )
     mean, deviation = features[0].mean(0), features[0].std(0)
     x, x_validation, x_test = ((values - mean) / np.where(deviation > 0, deviation, 1) for values in features)
     weights = _fit_ridge(x, corpus.targets[train])
