@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from maestlib.audio import extract
-from maestlib.datasets import abc, registry, synth, tunes
+from maestlib.datasets import abc, registry, sounds, synth, tunes
 from maestlib.datasets.table import label_vocabulary, multi_hot
 
 CLIPS = 20
@@ -130,6 +130,27 @@ def test_a_longer_corpus_begins_with_the_shorter_one(catalogue):
     assert sorted(a) == sorted(b) == list(range(len(catalogue))) and a != b
     row = catalogue.row(a[3], named=True)
     assert synth.plan_clip(3, row, 0) == synth.plan_clip(3, row, 0) != synth.plan_clip(3, row, 1)
+
+
+def test_a_plain_arrangement_tells_neither_dance_nor_region_nor_mode(catalogue):
+    row = catalogue.filter(dance="Hornpipe", mode="Major").row(0, named=True)
+    other = row | {"dance": "March", "region": "Scotland", "mode": "Dorian"}
+    drawn = ("lead", "second", "accompaniment", "bar_s", "bpm", "transpose", "octave")
+    for clip in range(40):
+        one, two = (synth.plan_clip(clip, tune, 0, plain=True) for tune in (row, other))
+        assert [one[name] for name in drawn] == [two[name] for name in drawn]
+        if one["accompaniment"] in ("None", "Drone", "Drums"):  # chords are those of the mode
+            assert synth.arrange(one) == synth.arrange(two)
+    planted = [[synth.plan_clip(clip, tune, 0)["bar_s"] for tune in (row, other)] for clip in range(3)]
+    assert all(one != two for one, two in planted)
+
+
+def test_a_confirmation_by_a_font_that_is_not_known_or_not_there(monkeypatch):
+    with pytest.raises(ValueError, match="font='FluidR3': give one of"):
+        tunes.build_confirmation(font="FluidR3")
+    monkeypatch.setattr(sounds, "_FOLDERS", ())
+    with pytest.raises(FileNotFoundError, match="csound-soundfont"):
+        tunes.build_confirmation(font="Csound", plain=True)
 
 
 def test_arrangements_fill_the_clip_below_the_highest_pitch(catalogue):
