@@ -1778,6 +1778,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'maestlib/probing/transfer_tests.py'),
                                                  'maestlib.probing.transfer_tests.composer_folds': ( 'probing/transfer_tests.html#composer_folds',
                                                                                                      'maestlib/probing/transfer_tests.py'),
+                                                 'maestlib.probing.transfer_tests.difference_bars': ( 'probing/transfer_tests.html#difference_bars',
+                                                                                                      'maestlib/probing/transfer_tests.py'),
                                                  'maestlib.probing.transfer_tests.plot_model_differences': ( 'probing/transfer_tests.html#plot_model_differences',
                                                                                                              'maestlib/probing/transfer_tests.py'),
                                                  'maestlib.probing.transfer_tests.probe_by_composer': ( 'probing/transfer_tests.html#probe_by_composer',

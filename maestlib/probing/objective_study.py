@@ -18,9 +18,10 @@ from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
 from ..models.checkpoint import load_model
 from .embeddings import extract_embeddings
-from .transfer_tests import block_alternatives, probe_by_composer
+from .transfer_tests import block_alternatives, difference_bars, probe_by_composer
 from ..training.config import TrainConfig
 from ..training.loop import fit
+from ..training.metrics import evaluate
 from ..training.significance import paired_bootstrap
 from ..training.trainer import create_model
 
@@ -83,12 +84,12 @@ def compare_objectives(
     for setting, scores in ranks.items():
         options = {"n_bootstrap": n_bootstrap, "clusters": composers}
         table = paired_bootstrap(heldout.targets, scores, ranks[reference], heldout.labels, **options)
-        alone = [paired_bootstrap(heldout.targets, one, one, heldout.labels, 1, clusters=composers) for one in scores]
+        alone = [evaluate(heldout.targets, one, heldout.labels, n_bootstrap=0) for one in scores]
         for i, row in enumerate(table.iter_rows(named=True)):
             if row["level"] != "label":
                 values = {"setting": setting, "level": row["level"], "name": row["name"]}
                 for metric in ("roc_auc", "map"):
-                    values |= {metric: row[f"{metric}_a"], f"{metric}_seeds": [one[f"{metric}_a"][i] for one in alone]}
+                    values |= {metric: row[f"{metric}_a"], f"{metric}_seeds": [one[metric][i] for one in alone]}
                     values |= {f"{metric}_{x}": row[f"{metric}_{x}"] for x in ("difference", "low", "high")}
                 rows.append(values)
     return pl.DataFrame(rows)
@@ -106,13 +107,9 @@ def plot_settings(
     macro = table.filter(pl.col("level") == "macro")
     base = macro.filter(setting=reference)
     others = macro.filter(pl.col("setting") != reference)
-    difference = others[f"{metric}_difference"]
-    figure = go.Figure()
-    figure.add_scatter(
-        x=difference, y=others["setting"], mode="markers", name="mean of seeds, 95 % interval over composers",
-        marker={"color": PALETTE[0], "size": 10}, error_x={"array": others[f"{metric}_high"] - difference,
-        "arrayminus": difference - others[f"{metric}_low"], "symmetric": False, "color": PALETTE[0]},
-    )  # fmt: skip
+    figure, name = go.Figure(), "mean of seeds, 95 % interval over composers"
+    shown = {"mode": "markers", "marker": {"color": PALETTE[0], "size": 10}}
+    figure.add_scatter(y=others["setting"], name=name, **shown | difference_bars(others, metric, PALETTE[0]))
     seeds = [(name, one - of_base) for name, values in others.select("setting", f"{metric}_seeds").iter_rows()
              for one, of_base in zip(values, base[f"{metric}_seeds"][0], strict=True)]  # fmt: skip
     dots = {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDS', 'INNER_FOLDS', 'DRAWS', 'STRENGTHS', 'composer_folds', 'probe_by_composer', 'block_alternatives',
-           'compare_features', 'plot_model_differences']
+           'compare_features', 'difference_bars', 'plot_model_differences']
 
 # %% ../../nbs/probing/transfer_tests.ipynb #b92d6788
 import numpy as np
@@ -128,6 +128,17 @@ def compare_features(
     return pl.DataFrame(rows)
 
 # %% ../../nbs/probing/transfer_tests.ipynb #27f038f2
+def difference_bars(
+    rows: pl.DataFrame,  # {metric}_difference, {metric}_low, {metric}_high
+    metric: str,  # map or roc_auc
+    color: str,
+) -> dict:  # x and error_x of a plotly scatter
+    "Describe differences with their intervals, for a horizontal axis."
+    difference = rows[f"{metric}_difference"]
+    above, below = rows[f"{metric}_high"] - difference, difference - rows[f"{metric}_low"]
+    return {"x": difference, "error_x": {"array": above, "arrayminus": below, "symmetric": False, "color": color}}
+
+
 def plot_model_differences(
     table: pl.DataFrame,  # from `compare_features`
     metric: str = "map",  # or roc_auc
@@ -139,12 +150,8 @@ def plot_model_differences(
     first, figure = table["model"][0], go.Figure()
     rivals = table.filter(pl.col("model") != first)
     for color, ((rival,), rows) in zip(PALETTE, rivals.group_by("model", maintain_order=True), strict=False):
-        difference = rows[f"{metric}_difference"]
-        figure.add_scatter(
-            x=difference, y=rows["name"], name=f"minus {rival}", mode="markers", marker={"color": color, "size": 9},
-            error_x={"array": rows[f"{metric}_high"] - difference, "arrayminus": difference - rows[f"{metric}_low"],
-                     "symmetric": False, "color": color},
-        )  # fmt: skip
+        shown = {"mode": "markers", "marker": {"color": color, "size": 9}} | difference_bars(rows, metric, color)
+        figure.add_scatter(y=rows["name"], name=f"minus {rival}", **shown)
     figure.add_vline(x=0, line={"color": "#888", "width": 1})
     name = {"map": "mAP", "roc_auc": "ROC-AUC"}[metric]
     return figure.update_layout(

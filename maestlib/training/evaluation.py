@@ -171,13 +171,11 @@ def mel_baseline(
     The targets are 0 and 1, so that a score is a linear estimate of a probability. Of `RIDGE_STRENGTHS`, the one with
     the highest validation mAP is used.
     """
-    train, validation, test = (corpus.indices(split) for split in ("train", "validation", "test"))
+    scored, train, validation = scored or corpus, corpus.indices("train"), corpus.indices("validation")
     if len(train) > max_tracks:
         train = train[sample_balanced(corpus.targets[train], max_tracks, seed=seed)]
-    features = [_band_statistics(corpus, indices) for indices in (train, validation)]
-    features.append(
-        _band_statistics(corpus, test) if scored is None else _band_statistics(scored, scored.indices("test"))
-    )
+    parts = (corpus, train), (corpus, validation), (scored, scored.indices("test"))
+    features = [_band_statistics(*part) for part in parts]
     mean, deviation = features[0].mean(0), features[0].std(0)
     x, x_validation, x_test = ((values - mean) / np.where(deviation > 0, deviation, 1) for values in features)
     weights = _fit_ridge(x, corpus.targets[train])

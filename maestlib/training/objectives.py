@@ -13,7 +13,7 @@ from torch import nn
 
 from ..datasets.batches import NUMBER_SCALE, Corpus, load_corpus
 from ..models.maest import MAEST, gather_patches
-from ..models.patchout import PATCH, PatchSelection, draw_patches, patch_grid
+from ..models.patchout import PATCH, PatchSelection, patch_grid
 from .config import OBJECTIVE_WEIGHTS, TrainConfig
 
 # %% ../../nbs/training/objectives.ipynb #0b1ec006
