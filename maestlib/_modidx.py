@@ -1606,6 +1606,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'maestlib/probing/mode.py'),
                                        'maestlib.probing.mode.PitchReader.forward': ( 'probing/mode.html#pitchreader.forward',
                                                                                       'maestlib/probing/mode.py'),
+                                       'maestlib.probing.mode._unit': ('probing/mode.html#_unit', 'maestlib/probing/mode.py'),
                                        'maestlib.probing.mode.column_patches': ( 'probing/mode.html#column_patches',
                                                                                  'maestlib/probing/mode.py'),
                                        'maestlib.probing.mode.key_free_scores': ( 'probing/mode.html#key_free_scores',

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from maestlib.audio.workers import worker_context
-from maestlib.core.chunks import ChunkClaims
+from maestlib.core.chunks import UNSIGNED_S, ChunkClaims
 from maestlib.inference.library import METADATA_KEY, ParquetJob, stream_to_parquet
 
 NAMES = [f"{i:03}" for i in range(40)]
@@ -79,6 +79,15 @@ def test_what_a_suspended_worker_writes_is_dropped(tmp_path):
         assert not list(tmp_path.iterdir()), "the chunk is free again"
         with ChunkClaims(tmp_path) as third:
             assert [*third.take(["0"])] == ["0"]
+
+
+def test_a_claim_that_was_never_signed_is_taken_over_soon(tmp_path):
+    claim = tmp_path / ".0.0.claim"
+    claim.touch()
+    with ChunkClaims(tmp_path) as claims:
+        assert not claims.acquire("0"), "its owner may be about to sign it"
+        os.utime(claim, (time.time() - UNSIGNED_S - 5,) * 2)
+        assert claims.acquire("0")
 
 
 def test_the_end_of_a_process_is_the_end_of_its_claims(context, tmp_path):

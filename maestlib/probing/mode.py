@@ -34,6 +34,11 @@ def sounding_classes(
     return classes
 
 
+def _unit(x: np.ndarray) -> np.ndarray:  # vectors of mean 0 and length 1 along the last axis
+    x = x - x.mean(-1, keepdims=True)
+    return x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-9)
+
+
 MODES = ("Major", "Dorian", "Minor", "Mixolydian")
 SHARPNESS = 20  # of the comparison with profiles
 
@@ -44,12 +49,16 @@ def key_free_scores(
     modes: list[str],  # (tracks,) likewise
     train: np.ndarray,  # rows of the training tracks
 ) -> np.ndarray:  # (tracks, modes) probabilities
-    "Score the modes by the correlation with their mean profiles in all twelve keys."
+    """Score the modes by the correlation with their mean profiles in all twelve keys.
+
+    Raises `ValueError` where a mode has no training track.
+    """
+    if missing := sorted(set(MODES) - {modes[row] for row in train}):
+        raise ValueError(f"modes: no training track is {missing[0]}; give more tracks")
     of_train = np.stack([np.roll(profiles[row], -tonics[row]) for row in train])
     means = [of_train[[modes[row] == mode for row in train]].mean(0) for mode in MODES]
     turned = np.stack([[np.roll(mean, tonic) for tonic in range(12)] for mean in means])  # (modes, tonics, 12)
-    unit = lambda x: (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + 1e-9) / np.sqrt(12)  # noqa: E731
-    similarity = np.exp(SHARPNESS * np.einsum("tc,mkc->tmk", unit(profiles), unit(turned)))
+    similarity = np.exp(SHARPNESS * np.einsum("tc,mkc->tmk", _unit(profiles), _unit(turned)))
     return similarity.sum(2) / similarity.sum((1, 2))[:, None]
 
 # %% ../../nbs/probing/mode.ipynb #30de000a
