@@ -17,7 +17,7 @@ from ..core.extras import optional_import
 from ..core.files import named_rng
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
-from ..datasets.columns import COLUMN_HOP_S, COLUMN_S
+from ..datasets.columns import column_starts, sounding_columns
 from ..datasets.synth import CLIP_S, arrange
 from ..models.patchout import PATCH, STRIDE, patch_grid
 
@@ -26,12 +26,9 @@ def sounding_classes(
     plan: dict,  # of a clip of `tunes`, from `read_plans`
 ) -> np.ndarray:  # (columns, 12) bool
     "Draw which pitch classes sound in each column of patches, for at least a twentieth of a second."
-    edges = np.arange(0, CLIP_S - COLUMN_S + 1e-6, COLUMN_HOP_S)
-    classes = np.zeros((len(edges), 12), bool)
-    pitched = (notes for layer, notes in arrange(plan).items() if layer != "drums")
-    for start, length, pitch, _ in (note for notes in pitched for note in notes):
-        classes[(start < edges + COLUMN_S - 0.05) & (start + length > edges + 0.05), pitch % 12] = True
-    return classes
+    start, length, pitch, _ = np.concatenate([notes for layer, notes in arrange(plan).items() if layer != "drums"]).T
+    sounds = sounding_columns(start, start + length, column_starts(CLIP_S))
+    return np.stack([sounds[:, pitch % 12 == pitch_class].any(1) for pitch_class in range(12)], 1)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:  # vectors of mean 0 and length 1 along the last axis
@@ -39,7 +36,7 @@ def _unit(x: np.ndarray) -> np.ndarray:  # vectors of mean 0 and length 1 along 
     return x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-9)
 
 
-MODES = ("Major", "Dorian", "Minor", "Mixolydian")
+MODES = ("Major", "Dorian", "Minor", "Mixolydian")  # the first is no tag
 SHARPNESS = 20  # of the comparison with profiles
 
 
