@@ -1269,6 +1269,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'maestlib/models/maest.py'),
                                        'maestlib.models.maest.MAEST.forward_separate': ( 'models/maest.html#maest.forward_separate',
                                                                                          'maestlib/models/maest.py'),
+                                       'maestlib.models.maest.MAEST.hear_columns': ( 'models/maest.html#maest.hear_columns',
+                                                                                     'maestlib/models/maest.py'),
                                        'maestlib.models.maest.MAEST.init_weights': ( 'models/maest.html#maest.init_weights',
                                                                                      'maestlib/models/maest.py'),
                                        'maestlib.models.maest.MAESTConfig': ('models/maest.html#maestconfig', 'maestlib/models/maest.py'),

@@ -58,18 +58,20 @@ def folder(tmp_path_factory):
 NOTEBOOK_PARAMETERS = {"seconds": 5, "batch_size": 4, "patchout_columns": 10}
 
 
-def papermill(folder, out, *arguments):
-    "Run the training notebook on the folder, with another current folder than the project's."
-    settings = NOTEBOOK_PARAMETERS | {"dataset": folder, "out_dir": out}
-    parameters = [x for k, v in settings.items() for x in ("-p", k, v)]
+def run_notebook(folder, parameters):
+    "Run the training notebook by papermill, with another current folder than the project's."
+    arguments = [x for k, v in parameters.items() for x in ("-p", k, v)]
     env = os.environ | {"MAESTLIB_CACHE": str(folder.parent / "cache"), "OMP_NUM_THREADS": "1"}
-    program = ["papermill", PROJECT / "nbs/train.ipynb", *parameters, *arguments]
-    return finish(start_python(program, folder.parent, env))
+    return finish(start_python(["papermill", PROJECT / "nbs/train.ipynb", *arguments], folder.parent, env))
+
+
+def papermill(folder, out, **parameters):
+    return run_notebook(folder, NOTEBOOK_PARAMETERS | {"dataset": folder, "out_dir": out} | parameters)
 
 
 def test_same_seed_gives_same_metrics(folder, tmp_path, monkeypatch):
     "In the notebook and from the command line."
-    code, out, err = papermill(folder, tmp_path / "one", "-p", "max_steps", "6")  # no output path: it is printed
+    code, out, err = papermill(folder, tmp_path / "one", max_steps=6)  # no output path: it is printed
     assert code == 0, err[-3000:]
     assert "tokens kept" in err and "clips/s" in err and "ROC-AUC" in err
     assert len(out) < 1_000_000 and json.loads(out)["cells"]
@@ -169,6 +171,12 @@ def test_killed_and_resumed_run_gives_the_same_losses(folder, undisturbed, tmp_p
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
+def test_the_notebook_resumes_a_run(folder, undisturbed, tmp_path):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    code, out, err = run_notebook(folder, {"resume": run})
+    assert code == 0 and "finished already" in err and "ROC-AUC" in err, err[-3000:]
+
+
 def test_sigterm_saves_and_the_run_resumes(folder, undisturbed, tmp_path):
     run = tmp_path / "stopped"
     process = start(folder, *options(FULL_RECIPE | {"dataset": folder, "num_validations": 6, "out_dir": run}))
@@ -506,7 +514,7 @@ def test_effnet_is_trained_by_the_same_loop(small, tmp_path):
 
 
 def test_invalid_parameters_end_before_anything_is_built(folder, tmp_path):
-    code, out, err = papermill(folder, tmp_path / "x", "-p", "dataset", "nowhere")
+    code, out, err = papermill(folder, tmp_path / "x", dataset="nowhere")
     last = err.strip().splitlines()[-1]
     assert code != 0 and "nowhere" in last and "tunes" in last, err[-500:]
 
@@ -576,7 +584,7 @@ def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
         assert (same.seconds, same.patchout_columns) == (seconds, columns)
 
 
-@pytest.mark.parametrize(("step_s", "steps"), [(0.001, 2300), (0.2, 2300), (0.96, 500), (60, 230)])
+@pytest.mark.parametrize(("step_s", "steps"), [(0.001, 2900), (0.16, 2900), (0.96, 500), (60, 290)])
 def test_steps_follow_the_preset_unless_the_machine_is_slow(step_s, steps, monkeypatch, caplog):
     monkeypatch.delenv("MAESTLIB_MINUTES")
     monkeypatch.setattr("maestlib.training.config.default_device", lambda: torch.device("cpu"))
@@ -585,7 +593,7 @@ def test_steps_follow_the_preset_unless_the_machine_is_slow(step_s, steps, monke
     with caplog.at_level(logging.INFO, "maestlib"):
         config = TrainConfig().resolve_auto()
     assert (config.max_steps, config.max_minutes) == (steps, None)
-    assert f"{steps:,} steps" in caplog.text and ("max_steps=2300" in caplog.text) == (steps < 2300)
+    assert f"{steps:,} steps" in caplog.text and ("max_steps=2900" in caplog.text) == (steps < 2900)
     for chosen in ({"max_steps": 7}, {"max_steps": 0}):
         assert TrainConfig(**chosen).resolve_auto().max_steps == chosen["max_steps"]
     for other_limit in ({"epochs": 2}, {"max_minutes": 3}):

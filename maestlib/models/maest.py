@@ -251,7 +251,8 @@ class MAEST(Encoder):
         self.head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_labels))
         self.head_dist = nn.Linear(embed_dim, num_labels)
         if config.column_labels:
-            self.column_head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, len(config.column_labels)))
+            inputs = config.grid[0] * embed_dim
+            self.column_head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(inputs, len(config.column_labels)))
 
     def init_weights(
         self,
@@ -308,8 +309,21 @@ class MAEST(Encoder):
             grid = patch_grid(mel.shape[2], mel.shape[1])
             patchout = draw_patches(grid, patchout, len(mel), generator, 0)
         features, middle = self.forward_tokens(self.embed_patches(mel, patchout))
-        heard = middle[:, 2:].unflatten(1, (patchout.rows.shape[-1], -1)).mean(1)
-        return self.forward_head(features), self.column_head(heard)
+        return self.forward_head(features), self.hear_columns(middle, patchout.rows)
+
+    def hear_columns(
+        self,
+        tokens: torch.Tensor,  # (batch, 2 + kept, embed_dim) after the middle block
+        rows: torch.Tensor,  # (kept rows,) or (batch, kept rows) of patches
+    ) -> torch.Tensor:  # (batch, kept columns, column labels) logits
+        "Hear what sounds in each column, with weights of its own for each row; a row that was dropped says nothing."
+        norm, output = self.column_head
+        patches = norm(tokens[:, 2:]).unflatten(1, (rows.shape[-1], -1))
+        if rows.shape[-1] < self.config.grid[0]:
+            kept, clip = patches, torch.arange(len(patches), device=rows.device)[:, None]
+            patches = kept.new_zeros(len(kept), self.config.grid[0], *kept.shape[2:])
+            patches[clip, rows] = kept
+        return output(patches.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/models/maest.ipynb #f373d136
 def count_flops(

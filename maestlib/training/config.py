@@ -39,17 +39,17 @@ PAPER_PRESET = {
     "num_validations": EPOCHS, "validation_keep_every": 1, "test_keep_every": 1, "column_weight": 0, "init": "random",
 }  # fmt: skip
 LAPTOP_PRESET = {
-    "size": "tiny", "depth": 4, "patchout_rows": 0, "mixup": 0, "time_masks": 0, "frequency_masks": 0,
+    "size": "tiny", "depth": 3, "patchout_rows": 0, "mixup": 0, "time_masks": 0, "frequency_masks": 5,
     "equalizer": 0.15, "balanced_sampling": False, "swa": False, "schedule": "cosine", "epochs": EPOCHS,
-    "max_steps": 2300, "batch_size": 16, "learning_rate": 4e-4, "weight_decay": 1e-4, "head_lr_scale": 10,
+    "max_steps": 2900, "batch_size": 16, "learning_rate": 8e-4, "weight_decay": 1e-4, "head_lr_scale": 10,
     "num_validations": 4, "validation_keep_every": 6, "test_keep_every": 2, "column_weight": 0, "init": BUNDLED_MODEL,
 }  # fmt: skip
 PRESETS = {f"maest-{s}s": PAPER_PRESET | {"seconds": s, "patchout_columns": c} for s, c in PAPER_COLUMNS.items()}
-PRESETS["laptop"] = LAPTOP_PRESET
-PRESETS["bundled"] = LAPTOP_PRESET | {"dataset": "scores", "init": "random",  # of the model that comes with the package
-    "seconds": 10, "depth": 8, "mixup": 0.3, "max_steps": 3300, "batch_size": 32, "column_weight": 0.5,
-    "learning_rate": 6e-4, "head_lr_scale": 3, "num_validations": 6, "validation_keep_every": 4, "test_keep_every": 1,
-}  # fmt: skip
+PRESETS |= {"laptop": LAPTOP_PRESET, "bundled": LAPTOP_PRESET | {  # bundled: of the model that comes with the package
+    "dataset": "scores", "init": "random", "seconds": 10, "depth": 8, "mixup": 0.3, "frequency_masks": 0,
+    "max_steps": 6600, "batch_size": 32, "learning_rate": 6e-4, "head_lr_scale": 3, "column_weight": 2,
+    "num_validations": 6, "validation_keep_every": 4, "test_keep_every": 1,
+}}  # fmt: skip
 EFFNET_PRESET = {"learning_rate": 1e-3, "head_lr_scale": 1, "init": "random"}  # PSLA's rate, for any preset
 INIT_CHECKPOINTS = {"deit": "deit_base_distilled_patch16_384", "passt": "passt_s_swa_p16_128_ap476"}  # §4.2
 

@@ -153,10 +153,10 @@ class Objectives(nn.Module):
         bce = F.binary_cross_entropy_with_logits
         losses = {"labels": bce(self.model.forward_head(features).float(), labels)}
         if self.weights["column_weight"]:
-            heard = middle[:, 2:].unflatten(1, (patches.rows.shape[-1], -1)).mean(1)
+            heard = self.model.hear_columns(middle, patches.rows)
             clip = torch.arange(len(mel), device=mel.device)[:, None]
             kept = [part[clip, view.columns] for part, view in zip(columns.chunk(len(views)), views, strict=True)]
-            losses["column"] = bce(self.model.column_head(heard).float(), torch.cat(kept))
+            losses["column"] = bce(heard.float(), torch.cat(kept))
         if self.weights["contrast_weight"]:
             losses["contrast"] = self._contrast(features)
         if self.weights["masked_weight"]:

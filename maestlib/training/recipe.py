@@ -74,7 +74,7 @@ def specaugment(
     frequency_mask: torch.Tensor,  # (batch, 96) from `specaugment_mask`
 ) -> torch.Tensor:  # a new tensor of mel's shape
     "Set the masked frames and bands to the mean."
-    return mel * time_mask[:, None] * frequency_mask[:, :, None]
+    return (mel * frequency_mask[:, :, None]).mul_(time_mask[:, None])
 
 # %% ../../nbs/training/recipe.ipynb #ca110002
 def equalizer_curves(
