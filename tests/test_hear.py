@@ -146,7 +146,7 @@ def page(tmp_path_factory):
 
 
 def assert_same_tags(page, path, model):
-    expected = dict(tag(path, model, top=None, dtype="float32").rows())  # as in the page; bfloat16 may change them by .005
+    expected = dict(tag(path, model, top=None, dtype="float32").rows())  # bfloat16 differs by .005
     table = page.table()
     assert table.keys() == expected.keys()
     assert max(abs(table[label][0] - value) for label, value in expected.items()) < 1e-3
