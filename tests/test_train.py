@@ -170,13 +170,13 @@ def test_killed_and_resumed_run_gives_the_same_losses(folder, undisturbed, tmp_p
     assert not (run / "state.pt").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
 def test_the_notebook_resumes_a_run(folder, undisturbed, tmp_path):
     run = shutil.copytree(undisturbed, tmp_path / "run")
     code, out, err = run_notebook(folder, {"resume": run})
     assert code == 0 and "finished already" in err and "ROC-AUC" in err, err[-3000:]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking it")
 def test_sigterm_saves_and_the_run_resumes(folder, undisturbed, tmp_path):
     run = tmp_path / "stopped"
     process = start(folder, *options(FULL_RECIPE | {"dataset": folder, "num_validations": 6, "out_dir": run}))

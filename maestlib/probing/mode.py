@@ -19,7 +19,8 @@ from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
 from ..datasets.columns import column_starts, sounding_columns
 from ..datasets.synth import CLIP_S, arrange
-from ..models.patchout import PATCH, STRIDE, patch_grid
+from ..models.maest import gather_patches
+from ..models.patchout import patch_grid, select_patches
 
 # %% ../../nbs/probing/mode.ipynb #30de0007
 def sounding_classes(
@@ -67,7 +68,7 @@ def column_patches(
     parts = []
     for rows in np.array_split(corpus.store_rows, max(1, len(corpus.store_rows) // 64)):
         mel = corpus.store.read_crops(rows, frames)
-        patches = mel.unfold(1, PATCH, STRIDE).unfold(2, PATCH, STRIDE)  # (tracks, rows, columns, 16, 16)
+        patches = gather_patches(mel, *select_patches(patch_grid(frames, corpus.mel.n_mels)))
         patches = patches.unflatten(-1, (4, 4)).mean(-1).transpose(1, 2).flatten(3)
         parts.append((patches - patches.mean((2, 3), keepdim=True)).half())
     return torch.cat(parts)
