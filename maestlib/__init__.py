@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _load, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["core", "audio", "datasets", "models", "inference", "training", "probing", "speed", "paper", "widgets"],
+    submodules=["core", "stats", "audio", "datasets", "models", "inference", "training", "probing", "speed", "paper", "widgets", "demo", "collection"],
     submod_attrs={
         "audio.mel": ["MelConfig", "load_audio", "logmel", "normalize"],
         "audio.store": ["MelStore", "verify_store"],
@@ -21,13 +21,13 @@ _load, __dir__, __all__ = lazy_loader.attach(
         "models.checkpoint": ["load_model", "save_checkpoint"],
         "models.publish": ["save_pretrained", "push_to_hub"],
         "inference.embedding": ["embed", "tag"],
-        "inference.records": ["Library"],
-        "inference.scan": ["scan"],
-        "inference.search": ["nearest"],
-        "inference.playlist": ["playlist"],
-        "inference.write_tags": ["write_tags", "undo_tags"],
+        "collection.library": ["Library"],
+        "collection.scan": ["scan"],
+        "collection.search": ["nearest"],
+        "collection.playlist": ["playlist"],
+        "collection.write_tags": ["write_tags", "undo_tags"],
         "training.config": ["TrainConfig"],
-        "training.metrics": ["evaluate"],
+        "stats.metrics": ["evaluate"],
         "training.loop": ["fit"],
         "speed.tradeoff": ["recommend"],
     },

@@ -24,18 +24,18 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; oversu
 use_forked_kernels()
 
 SLOW_NOTEBOOKS = """
-    nbs/train.ipynb nbs/inference/ray.ipynb nbs/training/throughput.ipynb nbs/training/ablations.ipynb
-    nbs/training/confirmation.ipynb nbs/probing/transfer.ipynb nbs/probing/transfer_tests.ipynb
-    nbs/probing/musicnn.ipynb nbs/probing/robustness.ipynb nbs/datasets/heldout.ipynb nbs/speed/songs_per_hour.ipynb
-    nbs/probing/objective_study.ipynb nbs/speed/tradeoff.ipynb nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb
+    nbs/train.ipynb nbs/inference/ray.ipynb nbs/studies/throughput.ipynb nbs/studies/ablations.ipynb
+    nbs/studies/confirmation.ipynb nbs/studies/transfer.ipynb nbs/studies/transfer_tests.ipynb
+    nbs/probing/musicnn.ipynb nbs/studies/robustness.ipynb nbs/demo/heldout.ipynb nbs/studies/songs_per_hour.ipynb
+    nbs/studies/objective_study.ipynb nbs/speed/tradeoff.ipynb nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb
 """.split()  # a cell cannot be marked where it is written
 LONGEST = [  # they start first, so that no worker is idle at the end
     *"""tests/test_browser.py tests/test_train.py tests/test_paper.py tests/test_ray.py tests/test_datasets.py
     tests/test_portable.py tests/test_public.py tests/test_scores.py""".split(),
     *SLOW_NOTEBOOKS,
     *"""tests/test_store.py tests/test_embed.py nbs/audio/extract.ipynb nbs/inference/embedding.ipynb
-    nbs/inference/search.ipynb nbs/speed/benchmark.ipynb nbs/explore.ipynb nbs/probing/retrieval.ipynb
-    nbs/probing/layers.ipynb nbs/training/evaluation.ipynb nbs/datasets/columns.ipynb
+    nbs/collection/search.ipynb nbs/speed/benchmark.ipynb nbs/explore.ipynb nbs/studies/retrieval.ipynb
+    nbs/probing/layers.ipynb nbs/training/evaluation.ipynb nbs/demo/columns.ipynb
     nbs/datasets/discogs.ipynb""".split(),
 ]
 
@@ -63,7 +63,7 @@ def start_fork_server():
     "Start the server of worker processes with all that any test of this process needs there; the first decides."
     from maestlib.audio.workers import start_server
 
-    modules = ["maestlib.audio.extract", "maestlib.datasets.scores", "maestlib.inference.library", "music21", "pytest"]
+    modules = ["maestlib.audio.extract", "maestlib.demo.scores", "maestlib.inference.jobs", "music21", "pytest"]
     with pytest.MonkeyPatch.context() as patch:  # tests kill processes, and what these leave is cleaned up
         patch.setenv("PYTHONWARNINGS", "ignore:resource_tracker")
         start_server(modules)

@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from maestlib.audio.channels import encode_decode
+from maestlib.collection.cli import main
 from maestlib.core.files import asset_path
 from maestlib.datasets.batches import Corpus
-from maestlib.inference.cli import main
 from maestlib.inference.embedding import tag
 from maestlib.models.checkpoint import load_model, read_tensors, save_checkpoint
 from maestlib.models.effnet import EffNet, EffNetConfig
 from maestlib.models.reduction import ReducedMAEST, quantize_int8
 from maestlib.probing.embeddings import Embeddings
 from maestlib.probing.probe import ProbeConfig
-from maestlib.probing.retrieval import hubness, k_occurrence, label_relevance, rank_neighbors, retrieval_scores
-from maestlib.probing.robustness import TRANSFORMS
-from maestlib.probing.transfer import join_splits, map_labels, read_tag_map, run_transfer
-from maestlib.training.errors import confusions, hardest_tracks
+from maestlib.studies.errors import confusions, hardest_tracks
+from maestlib.studies.retrieval import hubness, k_occurrence, label_relevance, rank_neighbors, retrieval_scores
+from maestlib.studies.robustness import TRANSFORMS
+from maestlib.studies.transfer import join_splits, map_labels, read_tag_map, run_transfer
 from maestlib.training.thresholds import fit_thresholds, store_thresholds, threshold_scores
 
 LABELS = ["Genre---Jazz", "Genre---Rock", "Instrument---Guitar"]

@@ -9,7 +9,7 @@ import pytest
 
 from maestlib.audio.workers import worker_context
 from maestlib.core.chunks import UNSIGNED_S, ChunkClaims
-from maestlib.inference.library import METADATA_KEY, ParquetJob, stream_to_parquet
+from maestlib.inference.jobs import METADATA_KEY, ParquetJob, stream_to_parquet
 
 NAMES = [f"{i:03}" for i in range(40)]
 

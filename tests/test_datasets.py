@@ -17,8 +17,9 @@ import pytest
 import soundfile
 
 from maestlib.audio import extract
-from maestlib.datasets import abc, registry, sounds, synth, tunes
+from maestlib.datasets import registry
 from maestlib.datasets.table import label_vocabulary, multi_hot
+from maestlib.demo import abc, sounds, synth, tunes
 
 CLIPS = 20
 

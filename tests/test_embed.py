@@ -12,10 +12,10 @@ import torch
 from forks import start_python
 
 from maestlib.audio.mel import MelConfig, load_audio, logmel
+from maestlib.collection.cli import main
+from maestlib.collection.search import nearest
 from maestlib.inference import embedding
-from maestlib.inference.cli import main
 from maestlib.inference.embedding import embed, tag
-from maestlib.inference.search import nearest
 from maestlib.inference.windows import stream_mel
 from maestlib.models.checkpoint import load_model, save_checkpoint
 
@@ -109,7 +109,7 @@ def test_a_decoder_that_crashes(corpus, model, tmp_path, crash_on):
 
 SLOWLY = """
 import os, pathlib, sys, time
-from maestlib.inference import cli, embedding
+from maestlib.collection import cli; from maestlib.inference import embedding
 to_table = embedding._to_table
 meeting = pathlib.Path(os.environ.get("MEETING", "."))  # a folder in which two workers wait for each other
 def slow_to_table(path, *arguments, **options):

@@ -17,10 +17,10 @@ from maestlib.audio.mel import logmel, normalize
 from maestlib.datasets.batches import load_corpus
 from maestlib.models.checkpoint import BUNDLED_MODEL, load_model
 from maestlib.models.patchout import Patchout
+from maestlib.studies.throughput import write_noise_store
 from maestlib.training.config import TrainConfig
 from maestlib.training.evaluation import predict
 from maestlib.training.loop import fit
-from maestlib.training.throughput import write_noise_store
 from maestlib.training.trainer import Trainer, create_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -47,7 +47,7 @@ def test_inference_without_the_extras(tmp_path):
         import contextlib, io, pydoc
         import numpy as np, soundfile
         import maestlib as ml
-        from maestlib.inference.cli import main
+        from maestlib.collection.cli import main
 
         rng = np.random.default_rng(0)
         for name in ("a.wav", "b.wav"):
@@ -111,7 +111,7 @@ MISSING = [  # a call, and what it must name
     ("import maestlib as ml; ml.fit", "plotly", "demo"),
     ("import maestlib as ml; ml.recommend", "plotly", "demo"),
     ("import maestlib.train", "plotly", "demo"),
-    ("from maestlib.inference.write_tags import read_fields; read_fields('a.mp3')", "mutagen", "tags"),
+    ("from maestlib.collection.write_tags import read_fields; read_fields('a.mp3')", "mutagen", "tags"),
     ("from maestlib.models.export import export_onnx; export_onnx(None, 'a.onnx')", "onnx", "onnx"),
     (
         "from maestlib.inference.ray import embed_with_ray; embed_with_ray('a.wav', 'maest-30s-tunes', 'out')",

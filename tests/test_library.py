@@ -17,12 +17,13 @@ import soundfile
 import torch
 from forks import start_python
 
-from maestlib.inference import collection, write_tags
-from maestlib.inference.cli import main
-from maestlib.inference.collection import read_identity
-from maestlib.inference.records import Library
-from maestlib.inference.scan import scan
-from maestlib.inference.similar import SongIndex, VectorIndex
+from maestlib.collection import files as collection
+from maestlib.collection import write_tags
+from maestlib.collection.cli import main
+from maestlib.collection.files import read_identity
+from maestlib.collection.library import Library
+from maestlib.collection.scan import scan
+from maestlib.collection.similar import SongIndex, VectorIndex
 from maestlib.models.checkpoint import load_model, save_checkpoint
 
 PROJECT = Path(__file__).parents[1]
@@ -185,7 +186,7 @@ def test_a_full_disk(music, model, undisturbed, tmp_path, monkeypatch, capsys):
 
 PROGRAM = """
 import sys, torch
-from maestlib.inference.scan import scan
+from maestlib.collection.scan import scan
 torch.set_num_threads(1)
 music, out = sys.argv[1:]
 scan(music, out, f"{music}/m.safetensors", batch_size=1, num_workers=1, flush_s=0, progress=False)
@@ -254,7 +255,7 @@ def test_command_line(music, tmp_path, capsys, monkeypatch):
     lines = [line for line in (tmp_path / "a.m3u8").read_text(encoding="utf8").splitlines() if line[0] != "#"]
     assert all((tmp_path / line).samefile(tmp_path / line) and not Path(line).is_absolute() for line in lines)
     assert "00" in lines[0] and "05" in lines[-1]
-    monkeypatch.setattr("maestlib.inference.scan.list_audio", lambda paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("maestlib.collection.scan.list_audio", lambda paths: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([*command, str(music)]) == 130
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
@@ -297,7 +298,7 @@ def test_the_graph_finds_nearly_all(tmp_path):
 
 
 def test_a_song_from_outside_and_its_copy(music, undisturbed, tmp_path, monkeypatch, model):
-    monkeypatch.setattr("maestlib.inference.similar.load_library_model", lambda library: model)
+    monkeypatch.setattr("maestlib.collection.similar.load_library_model", lambda library: model)
     index = SongIndex(undisturbed)
     inside = index.find("album 0/03")
     wave, rate = soundfile.read(index.songs["path"][inside])
@@ -376,7 +377,7 @@ def test_links_to_folders_are_followed_once(music, tmp_path):
 
 
 def test_the_module_runs_as_a_program(tmp_path):
-    program = [sys.executable, "-m", "maestlib.inference.cli", "search", "x", "--library", str(tmp_path / "none")]
+    program = [sys.executable, "-m", "maestlib.collection.cli", "search", "x", "--library", str(tmp_path / "none")]
     env = os.environ | {"PYTHONPATH": str(PROJECT)}
     child = subprocess.run(program, capture_output=True, encoding="utf8", env=env)
     assert child.returncode == 2 and "no library" in child.stderr and not child.stdout

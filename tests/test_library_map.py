@@ -9,13 +9,13 @@ import pytest
 import soundfile
 from test_explore import send_upload, small_model
 
-from maestlib.inference.records import Library, LibrarySettings, song_table
-from maestlib.inference.scan import scan
+from maestlib.collection.explore_library import LibraryExplorer
+from maestlib.collection.library import Library, LibrarySettings, song_table
+from maestlib.collection.library_controls import open_library
+from maestlib.collection.library_map import SongSpaces
+from maestlib.collection.my_tags import MyTags
+from maestlib.collection.scan import scan
 from maestlib.models.checkpoint import save_checkpoint
-from maestlib.widgets.explore_library import LibraryExplorer
-from maestlib.widgets.library_controls import open_library
-from maestlib.widgets.library_map import SongSpaces
-from maestlib.widgets.my_tags import MyTags
 
 
 def vectors_library(folder, count, model="model", seed=0, blocks=(2, 5), dim=16):

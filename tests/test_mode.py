@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from maestlib.probing import mode
+from maestlib.studies import mode
 
 SCALES = {"Major": (0, 2, 4, 5, 7, 9, 11), "Dorian": (0, 2, 3, 5, 7, 9, 10), "Minor": (0, 2, 3, 5, 7, 8, 10),
           "Mixolydian": (0, 2, 4, 5, 7, 9, 10)}  # fmt: skip

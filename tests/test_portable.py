@@ -19,10 +19,10 @@ import pytest
 import soundfile
 import torch
 
+from maestlib.collection.cli import main
 from maestlib.core import device as device_module
 from maestlib.core.device import default_device, default_dtype, device_name, peak_memory, processor_name
 from maestlib.core.files import atomic_write, cache_path, file_lock, write_json
-from maestlib.inference.cli import main
 from maestlib.models.checkpoint import load_model
 from maestlib.models.hub import ReleasedModel, download
 

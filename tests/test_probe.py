@@ -23,8 +23,8 @@ from maestlib.probing.study import (
     resample_study,
     run_study,
 )
-from maestlib.training.metrics import evaluate
-from maestlib.training.significance import paired_bootstrap
+from maestlib.stats.metrics import evaluate
+from maestlib.stats.significance import paired_bootstrap
 from maestlib.widgets import studies
 
 LABELS = ["Band---A", "Band---B", "Key---C"]

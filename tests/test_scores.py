@@ -15,8 +15,9 @@ pytest.importorskip("music21")
 pytest.importorskip("symusic")
 
 from maestlib.audio.store import MelStore, verify_store
-from maestlib.datasets import batches, heldout, scores, sounds, tunes, works
-from maestlib.datasets.abc import tune_catalogue
+from maestlib.datasets import batches
+from maestlib.demo import heldout, scores, sounds, tunes, works
+from maestlib.demo.abc import tune_catalogue
 from maestlib.training import trainer
 from maestlib.training.config import TrainConfig
 
@@ -89,7 +90,7 @@ def test_tunes_that_others_are_tested_with_are_left_out(table):
 
 RENDER = """
 import hashlib, numpy as np
-from maestlib.datasets.sounds import play_font
+from maestlib.demo.sounds import play_font
 notes = np.array([[0.2 * i, 0.5, 35 + 6 * i, 90] for i in range(9)])
 print([hashlib.sha256(play_font(notes, p, shift=s, seconds=2)).hexdigest() for p in (19, 48, 65, 94) for s in (0, 4)])
 """

@@ -25,7 +25,7 @@ pytest.importorskip("mkdocs", reason="MkDocs is not installed: pip install -e '.
 from pages import convert_notebook, link_names, prose, reading_order  # noqa: E402
 from reference import lazy_names, modules  # noqa: E402
 
-PAGES = ("index", "class", "notebooks/index", "notebooks/explore", "notebooks/training/metrics", "reference/inference")
+PAGES = ("index", "class", "notebooks/index", "notebooks/explore", "notebooks/stats/metrics", "reference/inference")
 ENTITIES = {
     "a": "href",
     "link": "href",

@@ -153,7 +153,7 @@ def test_a_reduced_model_goes_where_a_maest_goes(how):
 
 
 def test_another_reduction_is_another_model():
-    from maestlib.inference.library import model_fingerprint
+    from maestlib.inference.jobs import model_fingerprint
 
     model = small()
     found = {

@@ -27,11 +27,11 @@ from maestlib.core.files import resolve_path
 from maestlib.datasets import registry
 from maestlib.datasets.batches import BatchDataset, load_corpus
 from maestlib.models.checkpoint import BUNDLED_MODEL, load_model
+from maestlib.stats.metrics import evaluate
 from maestlib.training import trainer as trainer_module
 from maestlib.training.config import TrainConfig
 from maestlib.training.evaluation import compare_runs, predict, predict_test, window_starts
 from maestlib.training.loop import TrainingInterrupted, fit
-from maestlib.training.metrics import evaluate
 from maestlib.training.trainer import create_model
 
 PROJECT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from reference import FLOORS, Writer
 
 HERE = Path(__file__).resolve().parent
 HEAR = "Hear your music"
-CARD = "probing/model_card.ipynb"  # has a tab of its own
+CARD = "studies/model_card.ipynb"  # has a tab of its own
 
 
 def write(path: Path, text: str):

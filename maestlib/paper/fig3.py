@@ -20,7 +20,7 @@ from .results import Report, join_reports, make_manifest, make_results
 from .scales import PaperConfig, dataset_names, describe_scale, manifest_settings, split_names
 from ..speed.benchmark import InferenceSetting, benchmark
 from ..speed.tradeoff import evaluate_quality, plot_pareto
-from ..training.metrics import METRICS
+from ..stats.metrics import METRICS
 
 # %% ../../nbs/paper/fig3.ipynb #5f297ba2
 KEEP_EVERY = (1, 2, 3, 5, 10)

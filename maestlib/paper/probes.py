@@ -48,7 +48,7 @@ from maestlib.probing.layers import (
 from ..probing.musicnn import musicnn_features
 from ..probing.probe import ProbeConfig
 from ..probing.study import ResampledStudy, probe_settings, resample_study, run_study
-from ..training.metrics import METRICS
+from ..stats.metrics import METRICS
 
 # %% ../../nbs/paper/probes.ipynb #dbafcf5b
 def load_probe_corpus(

@@ -10,7 +10,7 @@ import polars as pl
 
 from ..core.extras import optional_import
 from ..core.plotting import PALETTE
-from ..training.metrics import METRICS
+from ..stats.metrics import METRICS
 
 # %% ../../nbs/paper/published.ipynb #2ab5ef87
 EXPERIMENTS = {

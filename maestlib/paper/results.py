@@ -24,9 +24,9 @@ from ..core.files import atomic_write, file_lock, project_root, resolve_path
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
 from ..datasets.splits import split_fingerprint
-from ..inference.library import model_fingerprint
+from ..inference.jobs import model_fingerprint
 from .published import DATASET_TITLES, EXPERIMENTS, published_scores
-from ..training.metrics import METRICS
+from ..stats.metrics import METRICS
 
 # %% ../../nbs/paper/results.ipynb #b58b23f8
 VERSIONED = ("maestlib", "torch", "torchaudio", "numpy", "polars", "timm")

@@ -26,7 +26,7 @@ from ..core.device import default_device, resolve_dtype
 from ..core.files import atomic_write, cache_path, log, resolve_path, runs_dir, write_json
 from ..datasets.batches import Corpus
 from ..datasets.table import SPLITS
-from ..inference.library import model_fingerprint
+from ..inference.jobs import model_fingerprint
 from ..inference.windows import make_forward
 from ..models.checkpoint import TUNES_MODEL, load_model
 from ..models.effnet import EffNet

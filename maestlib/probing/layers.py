@@ -17,8 +17,8 @@ from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
 from .embeddings import Embeddings
 from .study import SETTING_COLUMNS, TOKEN_STACKS, ResampledStudy, list_settings, resample_study
-from ..training.metrics import METRICS, confidence_interval
-from ..training.significance import simultaneous_intervals
+from ..stats.metrics import METRICS, confidence_interval
+from ..stats.significance import simultaneous_intervals
 
 with optional_import():
     from scipy.sparse.linalg import svds

@@ -23,7 +23,7 @@ from ..datasets.batches import Corpus
 from .embeddings import Embeddings
 from .probe import Probe, ProbeConfig, ProbeResult, split_indices, standardize, train_probes
 from .references import CROSS_CHECKS
-from ..training.metrics import METRICS, MIN_POSITIVES, bootstrap_weights, macro_average, score_labels
+from ..stats.metrics import METRICS, MIN_POSITIVES, bootstrap_weights, macro_average, score_labels
 
 # %% ../../nbs/probing/study.ipynb #c8f96dfe
 TOKEN_STACKS = ("c", "d", "t", "cd", "ct", "dt", "cdt")  # of cls, dist and patch mean (t): the paper's Figure 2

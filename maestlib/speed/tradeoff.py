@@ -21,7 +21,7 @@ from ..core.extras import optional_import
 from ..core.files import atomic_write, cache_path, resolve_path
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
-from ..inference.library import model_fingerprint
+from ..inference.jobs import model_fingerprint
 from ..models.effnet import EffNet
 from ..models.maest import MAEST, MAESTConfig, auto_batch_size
 from ..models.patchout import STRIDE, Patchout, select_patches
@@ -30,7 +30,7 @@ from ..probing.layers import paired_differences, summarize
 from ..probing.probe import ProbeConfig
 from ..probing.study import resample_study, run_study
 from .benchmark import InferenceSetting, build_forward
-from ..training.metrics import METRICS, evaluate
+from ..stats.metrics import METRICS, evaluate
 
 # %% ../../nbs/speed/tradeoff.ipynb #46143696
 def _embed_all(corpus: Corpus, setting: InferenceSetting, model: MAEST | EffNet, tags: bool) -> np.ndarray:

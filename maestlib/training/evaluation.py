@@ -25,7 +25,7 @@ from ..datasets.splits import sample_balanced
 from ..models.checkpoint import load_model
 from ..models.maest import auto_batch_size
 from ..models.patchout import Patchout
-from .metrics import evaluate
+from ..stats.metrics import evaluate
 
 # %% ../../nbs/training/evaluation.ipynb #f9ce1b06
 def window_starts(

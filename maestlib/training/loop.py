@@ -24,9 +24,9 @@ from ..core.files import atomic_write, log, write_json
 from ..datasets.batches import Corpus
 from ..models.checkpoint import save_checkpoint
 from ..models.maest import MAEST
+from ..stats.metrics import evaluate
 from .config import TrainConfig
 from .evaluation import predict
-from .metrics import evaluate
 from .trainer import Trainer
 
 # %% ../../nbs/training/loop.ipynb #b407be5f

@@ -18,7 +18,7 @@ from ..core.extras import optional_import
 from ..core.files import atomic_write, resolve_path
 from ..core.plotting import PALETTE
 from ..models.checkpoint import find_checkpoint, read_tensors
-from .metrics import bootstrap_weights, confidence_interval
+from ..stats.metrics import bootstrap_weights, confidence_interval
 
 # %% ../../nbs/training/thresholds.ipynb #ec1dc5ed
 MIN_THRESHOLD_POSITIVES = 10  # positives of a label in validation, from which on it has a threshold of its own
