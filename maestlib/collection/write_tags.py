@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from ..core.text import split_label
 from tqdm.auto import tqdm
 
 from .files import read_identity, real_path
 from .library import Library
 from ..core.extras import optional_import
 from ..core.files import atomic_write, log, resolve_path
-from ..inference.labels import split_label
 
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e005
 FIELDS = ("genre", "mood")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'project_root', 'resolve_path', 'asset_path', 'runs_dir', 'explain_read_only', 'cache_path', 'atomic_write',
-           'write_json', 'read_json', 'named_rng', 'rank_and_world_size', 'file_lock', 'NotebookHandler']
+           'write_json', 'read_json', 'write_parquet', 'named_rng', 'rank_and_world_size', 'file_lock',
+           'NotebookHandler']
 
 # %% ../../nbs/core/files.ipynb #0aa196a1
 import contextlib
@@ -129,6 +130,16 @@ def read_json(
 ) -> Any:  # the decoded value
     "Read a JSON file. Raises `FileNotFoundError`, or `json.JSONDecodeError` (a `ValueError`) for anything else."
     return json.loads(Path(path).read_text(encoding="utf8"))
+
+# %% ../../nbs/core/files.ipynb #70a90002
+def write_parquet(
+    path: str | Path,  # the file to write
+    table,  # a polars DataFrame
+    **options,  # of polars' `write_parquet`
+) -> None:
+    "Write a table atomically. Raises `OSError` as `explain_read_only` does."
+    with atomic_write(path) as temporary:
+        table.write_parquet(temporary, **options)
 
 # %% ../../nbs/core/files.ipynb #ca765ac8
 def named_rng(
