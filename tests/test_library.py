@@ -20,11 +20,15 @@ from forks import start_python
 from maestlib.collection import files as collection
 from maestlib.collection import write_tags
 from maestlib.collection.cli import main
+from maestlib.collection.clusters import cluster_songs
 from maestlib.collection.files import read_identity
 from maestlib.collection.library import Library
+from maestlib.collection.library_map import SongSpaces
 from maestlib.collection.scan import scan
 from maestlib.collection.similar import SongIndex, VectorIndex
+from maestlib.inference.embedding import embed
 from maestlib.models.checkpoint import load_model, save_checkpoint
+from maestlib.models.patchout import Patchout
 
 PROJECT = Path(__file__).parents[1]
 LABELS = ["Jazz---Bop", "Jazz---Cool", "Rock---Surf", "Mood---calm"]
@@ -76,6 +80,22 @@ def assert_complete(library, undisturbed):
     assert contents.is_unique().all() and set(contents) == undisturbed.contents()
     assert np.allclose(library.vectors()[1], undisturbed.vectors()[1], atol=2e-3)
     assert np.allclose(library.activations()[1], undisturbed.activations()[1], atol=2e-3)
+
+
+@pytest.mark.parametrize("tokens, drop_rows", [("cdtrs", ()), ("rs", (0, 7, 8))])
+def test_rows_of_patches_are_scanned_as_they_are_embedded(music, model, tmp_path, tokens, drop_rows):
+    "A row of patches is a vector: search, clusters and the map read what a scan with r and s writes."
+    pytest.importorskip("sklearn")
+    settings = dict(block=(2, 6), tokens=tokens, drop_rows=drop_rows)
+    scan(music / "album 0", tmp_path / "library", model, progress=False, **settings)
+    library = Library(tmp_path / "library")
+    songs, vectors = library.vectors(6)
+    patchout = Patchout(drop_rows=drop_rows)
+    expected = embed(songs["path"].to_list(), model, 6, tokens, patchout, average=True)["embedding"].to_numpy()
+    assert np.allclose(vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=2e-3)
+    assert len(SongIndex(library).nearest([songs["path"][0]], k=3)) == 3
+    assert cluster_songs(library, 2)["cluster"].n_unique() == 2
+    assert SongSpaces(library).vectors("block 2").shape == vectors.shape
 
 
 def test_bad_files_are_named_once(music, model, tmp_path):

@@ -28,7 +28,7 @@ from .files import Identity, Listing, hash_file, list_audio, read_identity, real
 from .library import Library, LibrarySettings, song_table
 from ..core.device import default_device, worker_count
 from ..core.files import log, resolve_path
-from ..inference.embedding import make_embedder, resolve_blocks, weighted_mean
+from ..inference.embedding import count_vectors, make_embedder, resolve_blocks, weighted_mean
 from ..inference.jobs import model_fingerprint
 from ..inference.windows import iter_results, iter_windows
 from ..models.checkpoint import load_model
@@ -261,7 +261,7 @@ def _open(out: str | Path, model: MAEST | str | Path | None, device, given: dict
     config = loaded.config
     blocks = resolve_blocks(config.middle_block if settings.block is None else settings.block, config.depth)
     make_embedder(loaded, blocks, settings.tokens, settings.patchout, settings.dtype)  # raises for wrong parameters
-    dim = len(settings.tokens) * config.embed_dim
+    dim = count_vectors(loaded, settings.tokens, settings.patchout) * config.embed_dim
     header = dict(fingerprint=model_fingerprint(loaded), blocks=blocks, dim=dim)
     return Library.create(out, settings, **header, labels=config.labels, thresholds=loaded.thresholds), loaded
 
