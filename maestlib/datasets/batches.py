@@ -136,13 +136,6 @@ def _log_labels_without_positives(table: pl.DataFrame, labels: list[str]):
             log.info(f"{len(missing)} labels have no track in {split} and no score: {', '.join(missing[:5])}")
 
 # %% ../../nbs/datasets/batches.ipynb #08c728fa
-def _standardize(values: np.ndarray, train: np.ndarray) -> np.ndarray:  # float, NaN where unknown → uint8
-    "Count numbers in deviations from the mean of the training split; an unknown one is the mean."
-    mean, deviation = np.nanmean(values[train], 0), np.nanstd(values[train], 0)
-    steps = np.nan_to_num((values - mean) / np.maximum(deviation, 1e-6)) * NUMBER_SCALE
-    return np.clip(np.round(steps) + 128, 0, 255).astype(np.uint8)
-
-
 def load_corpus(
     dataset: str,  # as `registry.load_dataset` takes it
     labels: list[str] | None = None,  # a given vocabulary, such as a model's; None: the labels of the training split
@@ -150,14 +143,13 @@ def load_corpus(
     audio: str | Path = "",  # folder of the audio, for a public benchmark
     stored_s: float | None = STORED_S,  # seconds to keep from the middle of each track; None: whole tracks
     columns: bool = False,  # load, too, what sounds in each column of patches
-    numbers: bool = False,  # load, too, the numbers that are known of each track
     **options,  # as `registry.load_dataset` takes them
 ) -> Corpus:  # without the tracks whose audio could not be read, which are logged
     """Load the table, targets and mel-spectrograms of a dataset; computes the mel-spectrograms the first time.
 
     A dataset that is a mel store, or is rendered with one, has the length it has, whatever `stored_s` says.
     Raises `ValueError` where a split is empty, there are no labels, audio files are missing, or a dataset does not know
-    its columns or numbers, and what `registry.load_dataset` raises.
+    its columns, and what `registry.load_dataset` raises.
     """
     options |= {"audio": audio} if audio else {}
     table, mels = registry.load_dataset(dataset, **options), registry.find_mels(dataset, **options)
@@ -173,9 +165,6 @@ def load_corpus(
     targets = multi_hot(table.with_columns(in_vocabulary), labels)
     known = registry.load_columns(dataset, table["track_id"].to_list(), **options) if columns else ()
     corpus = Corpus(table, store, store.lookup(table["track_id"]), labels, targets, store.config, *known)
-    if numbers:
-        values = registry.load_measures(dataset, table["track_id"].to_list(), **options)
-        corpus.numbers = _standardize(values, corpus.indices("train"))
     sample = corpus.read_sample(500, seconds=10)
     corpus.mel = replace(store.config, mean=float(sample.mean()), std=float(sample.std()))
     return corpus

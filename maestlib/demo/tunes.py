@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_CLIPS_PER_SPLIT', 'RENDER_TIMEOUT_S', 'CLIPS', 'CONFIRMATION_SEED', 'draw_split', 'write_clip', 'read_plans',
-           'load_or_render', 'render_mels', 'load_clips', 'build_tunes', 'build_confirmation', 'held_out_families']
+           'load_or_render', 'render_mels', 'build_tunes', 'build_confirmation', 'held_out_families']
 
 # %% ../../nbs/demo/tunes.ipynb #d70814cb
 import contextlib
@@ -176,17 +176,6 @@ def _find_or_build(
             log.info(f"{folder.parent.name}: rendering {len(plans):,} clips, once")
             _fill_store(store, plans, workers)
     return store
-
-
-def load_clips(
-    build: Callable[..., Path],  # `build_tunes` or `build_confirmation`
-    first: int | None = None,  # only this many clips; None: all
-    **options,  # of `build`
-) -> pl.DataFrame:  # a dataset table, and collection, title, dance, metre, mode, lead, second, accompaniment, bpm
-    "Load the table of a rendered corpus. Raises as `build`."
-    store = MelStore(build(first=first, **options))
-    path = pl.format("{}/{}.flac", pl.lit(str(store.path.parent / "audio")), "track_id")
-    return store.tracks[:first].with_columns(path=path)
 
 # %% ../../nbs/demo/tunes.ipynb #e626e4b7
 CLIPS = 1200  # of the corpus, by default

@@ -99,7 +99,7 @@ def load_training_corpus(
     config: TrainConfig,  # resolved
 ) -> Corpus:
     "Load the dataset of a run with the targets that its objectives need. Raises as `load_corpus`."
-    known = {"columns": config.column_weight > 0, "numbers": config.number_weight > 0}
+    known = {"columns": config.column_weight > 0}
     return load_corpus(config.dataset, audio=config.audio, **known)
 
 
