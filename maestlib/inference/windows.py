@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..audio.decode import open_audio
 from ..audio.mel import MelConfig, logmel, normalize, read_span
+from ..audio.windows import window_starts
 from ..core.device import autocast, resolve_dtype, worker_count
 from ..core.files import rank_and_world_size, resolve_path
 from ..models.maest import MAEST, MAESTConfig
@@ -43,11 +44,11 @@ def stream_mel(
             return
         if wave.ndim != 1:
             raise ValueError(f"waveform of shape {tuple(wave.shape)}: give (samples,), mono, at {rate} Hz")
-        yield logmel(wave, config)[:, : math.ceil(len(wave) / hop)]
+        yield logmel(wave, config)[:, : len(wave) // hop]
         return
     path = resolve_path(source)
     with opener(path) as opened:
-        frames = math.ceil(opened[1] / opened[0] * rate / hop - 1e-6)
+        frames = math.ceil(opened[1] / opened[0] * rate - 1e-6) // hop
         step = int(part_s * rate) // hop
         for first in range(0, max(1, frames), step):
             before = min(first, context)
@@ -56,7 +57,7 @@ def stream_mel(
             wave = read_span(path, opened, offset_s, duration_s, sample_rate=rate)
             if len(wave) < config.n_fft:
                 raise ValueError(f"{source}: {len(wave)} samples long; a mel needs at least {config.n_fft}")
-            yield logmel(wave, config)[:, before : min(before + step, math.ceil(len(wave) / hop))]
+            yield logmel(wave, config)[:, before : min(before + step, len(wave) // hop)]
 
 # %% ../../nbs/inference/windows.ipynb #11e411dc
 def iter_windows(
@@ -68,7 +69,10 @@ def iter_windows(
     center: bool = True,  # read the excerpt in the middle, else at the beginning
     opener: Callable = open_audio,  # or that of `DecoderProcesses`
 ) -> Iterator[tuple[float, float, torch.Tensor]]:  # start (s), end (s), normalized mel (n_mels, at most `frames`)
-    "Cut a recording into windows that cover all of it; only what is shorter than a patch is padded."
+    """Cut a recording into the windows of `window_starts`; only what is shorter than a patch is padded.
+
+    Raises as `stream_mel` does.
+    """
     frame_s, offset_s = config.hop_length / config.sample_rate, 0.0
     if excerpt_s is not None:
         path = resolve_path(source)
@@ -76,15 +80,20 @@ def iter_windows(
             offset_s = max(0.0, opened[1] / opened[0] - excerpt_s) / 2 if center else 0.0
             rate = config.sample_rate
             source = read_span(path, opened, duration_s=excerpt_s, center=center, sample_rate=rate)
-    buffer, first = torch.zeros(config.n_mels, 0), 0
+    kept, length, yielded = torch.zeros(config.n_mels, 0), 0, 0
+
+    def window(start):
+        mel = kept[:, start - length + kept.shape[1] :][:, :frames]
+        start_s = offset_s + start * frame_s
+        return start_s, start_s + mel.shape[1] * frame_s, normalize(pad_to_patch(mel), config)
+
     for part in stream_mel(source, config, opener=opener):
-        buffer = torch.cat([buffer, part], 1)
-        while buffer.shape[1] > frames:
-            start = offset_s + first * frame_s
-            yield start, start + frames * frame_s, normalize(buffer[:, :frames], config)
-            buffer, first = buffer[:, hop_frames:], first + hop_frames
-    start = offset_s + first * frame_s
-    yield start, start + buffer.shape[1] * frame_s, normalize(pad_to_patch(buffer), config)
+        kept, length = torch.cat([kept[:, -frames:], part], 1), length + part.shape[1]
+        starts = window_starts(length, frames, hop_frames)
+        for start in starts[yielded:-1]:  # the last one moves on with the next part
+            yield window(start)
+        yielded = len(starts) - 1
+    yield window(starts[-1])
 
 # %% ../../nbs/inference/windows.ipynb #223c3720
 def _next_items(job: Iterator, step: int) -> list:

@@ -16,10 +16,11 @@ import polars as pl
 import torch
 
 from ..audio.mel import MelConfig, load_audio
+from ..audio.windows import window_starts
 from ..core.extras import optional_import
 from ..core.files import resolve_path
 from ..datasets.batches import Corpus
-from .embeddings import Embeddings, check_whole_tracks, embed_in_parts, embed_tracks, segment_starts
+from .embeddings import Embeddings, check_whole_tracks, embed_in_parts, embed_tracks
 
 # %% ../../nbs/probing/features.ipynb #f7940079
 def _check_matrix(track_ids: list[str], matrix: np.ndarray, name: str):
@@ -145,7 +146,7 @@ def _embed_waves(model: _OnnxModel, paths: list[str], sample_rate: int, batch_si
     values = []
     for path in paths:
         wave = load_audio(path, sample_rate=sample_rate)
-        windows = [wave[start : start + model.size] for start in segment_starts(len(wave), model.size)]
+        windows = [wave[start : start + model.size] for start in window_starts(len(wave), model.size)]
         batches = [torch.stack(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
         values.append(np.concatenate([model(batch) for batch in batches]).mean(0))
     return np.stack(values)

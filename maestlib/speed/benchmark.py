@@ -24,13 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 
 from ..audio.mel import logmel, normalize
+from ..audio.windows import window_starts
 from ..core.device import device_name, matmul_tflops, resolve_dtype
 from ..inference.windows import make_forward
 from ..models.effnet import EffNet
 from ..models.maest import MAEST, MAESTConfig, auto_batch_size
 from ..models.patchout import Patchout
 from ..models.reduction import ReducedMAEST, prepare_dtype
-from ..probing.embeddings import segment_starts
 
 # %% ../../nbs/speed/benchmark.ipynb #2353ab39
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def windows_per_clip(
     overlap: float = 0.0,  # fraction of a window that the next one repeats
 ) -> int:
     "Return how many of the model's windows cover a clip."
-    return len(segment_starts(config.mel.num_frames(clip_s), config.num_frames, overlap))
+    hop = max(1, int(config.num_frames * (1 - overlap)))
+    return len(window_starts(config.mel.num_frames(clip_s), config.num_frames, hop))
 
 
 def make_workload(
@@ -175,7 +176,7 @@ def make_workload(
 
     def cut(mels):  # (clips, n_mels, frames) -> (windows * clips, n_mels, frames)
         mels = normalize(mels[..., :clip_frames], mel)
-        starts = segment_starts(clip_frames, min(frames, clip_frames), setting.overlap)
+        starts = window_starts(clip_frames, frames, max(1, int(frames * (1 - setting.overlap))))
         return torch.cat([mels[..., s : s + frames] for s in starts])
 
     def embed(windows, num_clips):

@@ -15,12 +15,13 @@ import polars as pl
 import torch
 
 from ..audio.mel import MEL, MelConfig, normalize
+from ..audio.windows import window_starts
 from ..core.extras import optional_import
 from ..core.plotting import PALETTE
 from ..inference.windows import make_forward
 from ..models.maest import MAEST
 from ..models.patchout import PATCH, STRIDE, patch_grid
-from ..probing.embeddings import Embeddings, segment_starts
+from ..probing.embeddings import Embeddings
 from ..probing.layers import track_titles
 from .theme import FIGURE_WIDTH, mel_figure, neutral_theme
 
@@ -204,7 +205,7 @@ def sliding_tags(
     if not (0 < window_s <= config.seconds):
         raise ValueError(f"window_s={window_s}: give up to {config.seconds:g}, the input length of the model")
     frames, mel = max(PATCH, config.mel.num_frames(window_s)), normalize(mel, config.mel)
-    starts = np.array(segment_starts(mel.shape[1], frames))
+    starts = np.array(window_starts(mel.shape[1], frames))
     for batch in np.split(starts, range(batch_size, len(starts), batch_size)):
         centers = (batch + min(frames, mel.shape[1]) / 2) * config.mel.hop_length / config.mel.sample_rate
         yield centers, forward(torch.stack([mel[:, i : i + frames] for i in batch]))
