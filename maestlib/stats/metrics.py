@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..core.extras import optional_import
 from ..core.files import named_rng
 from ..core.text import split_label
 
@@ -23,20 +22,34 @@ METRICS = ("roc_auc", "map")  # the names of the columns in every table of score
 MIN_POSITIVES = 20  # with fewer positive tracks a label is rare, and its score hardly more than an anecdote
 
 # %% ../../nbs/stats/metrics.ipynb #57a70002
-def roc_auc(
-    targets: np.ndarray,  # (tracks, labels) 0 or 1
-    scores: np.ndarray,  # (..., tracks, labels) logits or probabilities; only their order counts
-) -> np.ndarray:  # (..., labels) float64; NaN for a label with one class only
-    "Compute the ROC-AUC of each label for any number of models."
-    with optional_import():
-        from scipy.stats import rankdata
+def _tied_ranks(values: torch.Tensor) -> torch.Tensor:  # (..., n) sorted -> (n,) or (..., n) float64, counted from 0
+    n, device = values.shape[-1], values.device
+    differs = values[..., 1:] != values[..., :-1]
+    if differs.all():
+        return torch.arange(n, device=device, dtype=torch.float64)
+    edge, position = torch.ones_like(differs[..., :1]), torch.arange(n, device=device)
+    first = torch.where(torch.cat([edge, differs], -1), position, 0).cummax(-1).values
+    last = torch.where(torch.cat([differs, edge], -1), position, n).flip(-1).cummin(-1).values.flip(-1)
+    return (first + last) / 2
 
-    is_positive = np.asarray(targets).T > 0
-    ranks = rankdata(np.ascontiguousarray(np.swapaxes(scores, -1, -2)), axis=-1)
-    positives = is_positive.sum(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        excess = (ranks * is_positive).sum(-1) - positives * (positives + 1) / 2
-        return excess / (positives * (is_positive.shape[-1] - positives))
+
+def roc_auc(
+    targets: np.ndarray | torch.Tensor,  # (tracks, labels) 0 or 1
+    scores: np.ndarray | torch.Tensor,  # (..., tracks, labels) logits or probabilities; only their order counts
+) -> np.ndarray:  # (..., labels) float64; NaN for a label with one class only
+    "Compute the ROC-AUC of each label for any number of models, on the device of the scores."
+    scores = torch.as_tensor(scores).mT.contiguous()
+    if scores.device.type in ("cpu", "mps"):  # numpy sorts faster than torch on a CPU; mps has no float64
+        scores = scores.cpu()
+        order = torch.from_numpy(scores.numpy().argsort(-1))
+    else:
+        order = scores.argsort(-1)
+    is_positive = (torch.as_tensor(targets).mT > 0).to(scores.device)
+    ranks = _tied_ranks(scores.gather(-1, order)) + 1
+    rank_sum = torch.where(is_positive.expand_as(order).gather(-1, order), ranks, 0.0).sum(-1)
+    positives = is_positive.sum(-1).double()
+    excess = rank_sum - positives * (positives + 1) / 2
+    return (excess / (positives * (is_positive.shape[-1] - positives))).cpu().numpy()
 
 # %% ../../nbs/stats/metrics.ipynb #7db2401d
 def _rank_tracks(targets, scores):  # (tracks,) each → (order, bounds) of `embedding_bag`
