@@ -29,7 +29,7 @@ from maestlib.audio.mel import load_audio  # noqa: E402
 from maestlib.core.files import asset_path, cache_path  # noqa: E402
 from maestlib.inference.embedding import tag  # noqa: E402
 from maestlib.models.checkpoint import load_model  # noqa: E402
-from maestlib.models.maest import count_flops  # noqa: E402
+from maestlib.models.cost import count_flops  # noqa: E402
 from maestlib.models.patchout import Patchout  # noqa: E402
 from maestlib.widgets.hear import RUNTIME, RUNTIME_VERSION, export_page  # noqa: E402
 

@@ -103,7 +103,7 @@ def test_every_module_imports_or_names_the_extra(tmp_path):
 
 MISSING = [  # a call, and what it must name
     ("from maestlib.audio.mel import plot_mel; plot_mel(torch.zeros(96, 9))", "plotly", "demo"),
-    ("from maestlib.models.maest import plot_cost; plot_cost(None)", "plotly", "demo"),
+    ("from maestlib.models.patchout import plot_patch_grid; plot_patch_grid((9, 30), {})", "plotly", "demo"),
     ("from maestlib.training.recipe import plot_schedule; plot_schedule(None)", "plotly", "demo"),
     ("from maestlib.models.effnet import EffNet, EffNetConfig; EffNet(EffNetConfig())", "timm", "demo"),
     ("import maestlib.datasets.discogs", "lxml", "demo"),

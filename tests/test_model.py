@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maestlib.models.maest import MAEST, MAESTConfig, count_flops
+from maestlib.models.cost import count_flops
+from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.models.patchout import Patchout, patch_grid, select_patches
 from maestlib.models.transformer import chunked_attention
 

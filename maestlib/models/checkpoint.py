@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from .columns import build_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -136,7 +137,7 @@ def model_from_tensors(
 ) -> MAEST:  # on the CPU, float32, in evaluation mode; float32 tensors are shared, not copied
     "Build a model of exactly these tensors. Raises `ValueError`, which names every tensor that does not fit."
     with torch.device("meta"):
-        model = MAEST(config)
+        model = build_model(config)
     mismatches = _find_mismatches(model.state_dict(), tensors)
     if mismatches:
         raise ValueError(
@@ -283,12 +284,14 @@ def _name_file_in_errors(path):
 
 # %% ../../nbs/models/checkpoint.ipynb #5b1f0002
 def keep_first_blocks(
-    model: MAEST,  # changed in place
+    model: MAEST,  # whose weights are shared
     depth: int,  # number of blocks to keep
-) -> None:
-    "Remove the last blocks, and the head of the columns; a model that has no more than `depth` blocks stays as it is."
-    if depth < model.config.depth:
-        log.info(f"the first {depth} of {model.config.depth} blocks")
-        model.blocks, model.config = model.blocks[:depth], replace(model.config, depth=depth, column_labels=())
-        if hasattr(model, "column_head"):
-            del model.column_head
+) -> MAEST:  # the same model where it has no more than `depth` blocks
+    "Return a model of the first blocks, without a column head: that reads the middle block, which is another now."
+    if depth >= model.config.depth:
+        return model
+    log.info(f"the first {depth} of {model.config.depth} blocks")
+    config, tensors = replace(model.config, depth=depth, column_labels=()), model.state_dict()
+    with torch.device("meta"):
+        names = MAEST(config).state_dict()
+    return model_from_tensors({name: tensors[name] for name in names}, config)

@@ -10,6 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +70,8 @@ class ReducedMAEST(MAEST):
         drop_after_block: int = 2,  # the block by whose attention patches are dropped, numbered from 0
     ):
         _check_reduction(merge, keep_rate, drop_after_block, model.config.depth)
-        super().__init__(model.config)
-        self.load_state_dict(model.state_dict(), assign=True)
+        super().__init__(replace(model.config, column_labels=()))
+        self.load_state_dict({name: model.state_dict()[name] for name in self.state_dict()}, assign=True)
         self.thresholds = model.thresholds
         # a buffer, so that the settings count in a fingerprint of the model
         self.register_buffer("reduction", torch.tensor([merge, keep_rate, drop_after_block]))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..models.cost import auto_batch_size
 from tqdm.auto import tqdm
 
 from ..audio.mel import MEL, MelConfig, audio_duration, normalize
@@ -31,7 +32,7 @@ from ..inference.jobs import model_fingerprint
 from ..inference.windows import make_forward
 from ..models.checkpoint import TUNES_MODEL, load_model
 from ..models.effnet import EffNet
-from ..models.maest import MAEST, auto_batch_size
+from ..models.maest import MAEST
 from ..models.patchout import Patchout, pad_to_patch
 
 # %% ../../nbs/probing/embeddings.ipynb #b79ea383

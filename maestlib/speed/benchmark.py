@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+from ..models.cost import auto_batch_size
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 
@@ -28,7 +29,7 @@ from ..audio.windows import window_starts
 from ..core.device import device_name, matmul_tflops, resolve_dtype
 from ..inference.windows import make_forward
 from ..models.effnet import EffNet
-from ..models.maest import MAEST, MAESTConfig, auto_batch_size
+from ..models.maest import MAEST, MAESTConfig
 from ..models.patchout import Patchout
 from ..models.reduction import ReducedMAEST, prepare_dtype
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from ..models.cost import auto_batch_size
 from tqdm.auto import tqdm
 
 from ..core.extras import optional_import
@@ -23,7 +24,7 @@ from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
 from ..inference.jobs import model_fingerprint
 from ..models.effnet import EffNet
-from ..models.maest import MAEST, MAESTConfig, auto_batch_size
+from ..models.maest import MAEST, MAESTConfig
 from ..models.patchout import STRIDE, Patchout, select_patches
 from ..probing.embeddings import Embeddings, embed_tracks
 from ..probing.layers import paired_differences, summarize

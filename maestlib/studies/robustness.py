@@ -25,9 +25,10 @@ from ..core.extras import optional_import
 from ..core.files import named_rng
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
-from ..inference.embedding import make_embedder, weighted_mean
+from ..inference.embedding import make_embedder
 from ..inference.windows import iter_results
-from ..models.maest import MAEST, auto_batch_size
+from ..models.cost import auto_batch_size
+from ..models.maest import MAEST
 from ..models.patchout import Patchout
 from ..probing.embeddings import Embeddings
 from ..probing.probe import Probe, ProbeConfig, train_probes
@@ -85,7 +86,7 @@ def transformed_outputs(
         for _, windows in iter_results(groups, model, forward, None, batch_size, None):
             if isinstance(windows, Exception):
                 raise windows
-            values.append(weighted_mean(windows))
+            values.append(np.mean([values for *_, values in windows], 0))
     values = np.stack(values)
     return ModelOutputs(values[:, width:].reshape(len(values), 3, -1), values[:, :width])
 

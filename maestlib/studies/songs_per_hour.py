@@ -16,15 +16,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+from ..collection.similar import VectorIndex
+from ..models.cost import auto_batch_size
 
 from ..collection.files import list_audio, read_identity
 from ..collection.library import Library, LibrarySettings, song_table
 from ..collection.scan import scan, scan_hours
-from ..collection.similar import VectorIndex
 from ..core.device import cpu_count, device_name, peak_memory
 from ..inference.embedding import make_embedder
 from ..inference.windows import iter_windows
-from ..models.maest import MAEST, auto_batch_size
+from ..models.maest import MAEST
 from ..models.patchout import Patchout
 
 # %% ../../nbs/studies/songs_per_hour.ipynb #e5c0e006

@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 import torch
 import torch.nn.functional as F
+from ..models.cost import count_flops
 
 from ..audio.mel import MEL
 from ..audio.store import INDEX_SCHEMA, shard_path, table_checksums
@@ -27,7 +28,7 @@ from ..core.extras import optional_import
 from ..core.files import log, write_json
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus, load_corpus
-from ..models.maest import MAEST, MAESTConfig, count_flops
+from ..models.maest import MAEST, MAESTConfig
 from ..models.patchout import Patchout
 from ..models.transformer import Attention, eager_attention
 from ..training.config import TrainConfig

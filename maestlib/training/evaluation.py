@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+from ..models.cost import auto_batch_size
 from tqdm.auto import tqdm
 
 from ..audio.mel import normalize
@@ -24,7 +25,6 @@ from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
 from ..datasets.splits import sample_balanced
 from ..models.checkpoint import load_model
-from ..models.maest import auto_batch_size
 from ..models.patchout import Patchout
 from ..stats.metrics import evaluate
 

@@ -153,7 +153,7 @@ class Objectives(nn.Module):
         bce = F.binary_cross_entropy_with_logits
         losses = {"labels": bce(self.model.forward_head(features).float(), labels)}
         if self.weights["column_weight"]:
-            heard = self.model.hear_columns(middle, patches.rows)
+            heard = self.model.predict_columns(middle, patches.rows)
             clip = torch.arange(len(mel), device=mel.device)[:, None]
             kept = [part[clip, view.columns] for part, view in zip(columns.chunk(len(views)), views, strict=True)]
             losses["column"] = bce(heard.float(), torch.cat(kept))

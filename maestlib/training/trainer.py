@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ..models.columns import build_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ..audio.mel import MelConfig, normalize
@@ -55,7 +56,7 @@ def _init_random_maest(config: TrainConfig, corpus: Corpus) -> MAEST:
         mel=corpus.mel,
         column_labels=corpus.column_labels,
     )
-    model = MAEST(model_config).init_weights(config.seed)
+    model = build_model(model_config).init_weights(config.seed)
     crops = corpus.read_sample(400, config.seconds)
     recipe.whiten_patch_embed_(model, normalize(crops, corpus.mel), config.seed)
     return model
@@ -79,8 +80,7 @@ def _load_pretrained(config: TrainConfig, corpus: Corpus) -> tuple[MAEST, bool]:
     if list(model.config.labels) == corpus.labels and model.config.depth <= config.depth:
         return model, False
     model = load_model(config.init, **options, **new_head)
-    keep_first_blocks(model, config.depth)
-    return model, True
+    return keep_first_blocks(model, config.depth), True
 
 
 def _check_size(config: TrainConfig, model: MAEST):

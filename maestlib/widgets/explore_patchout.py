@@ -11,10 +11,11 @@ import time
 import numpy as np
 import polars as pl
 import torch
+from ..models.cost import count_flops
 
 from ..audio.mel import logmel, normalize
 from ..core.extras import optional_import
-from ..models.maest import MAEST, MAESTConfig, count_flops
+from ..models.maest import MAEST, MAESTConfig
 from ..models.patchout import Patchout, patch_grid, select_patches
 from .controls import LatestOnlyWorker, TrackPicker, make_control, panel, row
 from .figures import ROW_DROP_ORDER, coverage_mask, plot_patches, plot_tag_comparison

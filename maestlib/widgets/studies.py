@@ -14,11 +14,12 @@ from itertools import compress
 from pathlib import Path
 
 import polars as pl
+from ..models.cost import count_flops
 
 from ..core.extras import optional_import
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus
-from ..models.maest import MAESTConfig, count_flops
+from ..models.maest import MAESTConfig
 from ..models.patchout import Patchout
 from ..probing.embeddings import Embeddings
 from ..probing.layers import METRIC_TITLES, plot_layers, plot_map, summarize
