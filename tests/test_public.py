@@ -11,11 +11,12 @@ import polars as pl
 import pytest
 import soundfile
 
+from maestlib.audio.windows import window_starts
 from maestlib.core.files import asset_path
 from maestlib.datasets import protocol, registry
 from maestlib.datasets.batches import load_corpus
 from maestlib.models.maest import MAEST, MAESTConfig
-from maestlib.probing.embeddings import check_whole_tracks, extract_embeddings, segment_starts
+from maestlib.probing.embeddings import check_whole_tracks, extract_embeddings
 from maestlib.training.config import TrainConfig
 
 PROJECT = Path(__file__).parents[1]
@@ -124,7 +125,7 @@ def test_every_second_of_a_whole_track_counts(named, tmp_path):
     corpus = load_corpus("mtg-genre", audio=named("mtg-genre"), stored_s=None)
     values = extract_embeddings(corpus, "mel", tmp_path).values[0, 0, 0, :96]
     mel = (corpus.store.read(corpus.store_rows[0]).astype(np.float32) - 2.06755686) / (2 * 1.26829282)
-    starts = segment_starts(2500, 1875)
+    starts = window_starts(2500, 1875)
     assert starts == [0, 625] and np.allclose(
         values, np.mean([mel[s : s + 1875].mean(0) for s in starts], 0), atol=2e-3
     )

@@ -30,7 +30,7 @@ from maestlib.models.checkpoint import BUNDLED_MODEL, load_model
 from maestlib.stats.metrics import evaluate
 from maestlib.training import trainer as trainer_module
 from maestlib.training.config import TrainConfig
-from maestlib.training.evaluation import compare_runs, predict, predict_test, window_starts
+from maestlib.training.evaluation import compare_runs, predict, predict_test
 from maestlib.training.loop import TrainingInterrupted, fit
 from maestlib.training.trainer import create_model
 
@@ -598,14 +598,6 @@ def test_steps_follow_the_preset_unless_the_machine_is_slow(step_s, steps, monke
         assert TrainConfig(**chosen).resolve_auto().max_steps == chosen["max_steps"]
     for other_limit in ({"epochs": 2}, {"max_minutes": 3}):
         assert TrainConfig(**other_limit).resolve_auto().max_steps == 0
-
-
-def test_windows_cover_every_frame():
-    for length in (1, 311, 312, 313, 1875, 1876, 10_000):
-        covered = np.zeros(length, bool)
-        for first in window_starts(length, 312):
-            covered[first : first + 312] = True
-        assert covered.all()
 
 
 def test_run_folders_do_not_overwrite(tmp_path, monkeypatch):

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from .similar import SongIndex
 
 from .library import Library
 from .scan import load_library_model
-from .similar import SongIndex
 from ..core.extras import optional_import
 from ..core.files import named_rng
 from ..core.plotting import PALETTE
-from ..inference.embedding import make_embedder, weighted_mean
+from ..inference.embedding import make_embedder
 from ..inference.labels import label_degrees
 from ..inference.windows import iter_results
 from ..widgets.theme import FIGURE_WIDTH, TEXT_COLOR, neutral_theme
@@ -198,7 +198,7 @@ class SongSpaces:
         ((_, result),) = iter_results([[str(path)]], model, forward, batch_size=8, num_workers=1, **options)
         if isinstance(result, Exception):
             raise result
-        return weighted_mean(result)
+        return np.mean([values for *_, values in result], 0)
 
 # %% ../../nbs/collection/library_map.ipynb #c1a0e00e
 DEGREE_COLORS = [[0, "rgba(127,127,127,0.4)"], [0.5, PALETTE[5]], [1, PALETTE[3]]]
