@@ -21,16 +21,18 @@ from maestlib.datasets.batches import load_corpus
 from maestlib.datasets.registry import load_dataset
 from maestlib.models.checkpoint import save_checkpoint
 from maestlib.models.maest import MAEST, MAESTConfig
-from maestlib.paper.experiments import PaperReport
+from maestlib.paper.experiments import PaperReport, results_path
+from maestlib.paper.probes import model_title
 from maestlib.paper.published import EXPERIMENTS
+from maestlib.paper.results import Report, append_results, make_manifest, make_results, plot_results, to_latex
 from maestlib.paper.scales import PUBLIC_DATASETS, PaperConfig
 
 pytest.importorskip("papermill")
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TRACKS = {"train": 6, "validation": 3, "test": 4}
 TRACK_S = 42  # two segments and a half of 30 s windows: more than the centre of a track
 TAGS = ("jazz", "rock", "slow")
+TINY = "MAEST-30s (tiny, ours)"
 
 
 def tracks():  # yields number, split, tags
@@ -147,6 +149,7 @@ def results(executed, public) -> pl.DataFrame:
     return pl.read_parquet(public / "results/results.parquet")
 
 
+@pytest.mark.slow
 def test_every_experiment_leaves_results(results):
     assert set(results["experiment"]) == set(EXPERIMENTS) and set(results["scale"]) == {"full"}
     scores = results.filter(pl.col("metric").is_in(["map", "roc_auc"]) & pl.col("reference").is_null())
@@ -160,44 +163,48 @@ def in_process(public, monkeypatch, **changed) -> PaperReport:
     return PaperReport(PaperConfig.from_params(parameters(public) | changed))
 
 
+@pytest.mark.slow
 def test_seven_datasets_beside_the_paper(results, public, monkeypatch):
     paper = in_process(public, monkeypatch, datasets="auto", experiment="downstream")
     paper.show("downstream")
     paper.check()
     results = pl.read_parquet(public / "results/results.parquet").filter(experiment="downstream")
-    table = results.filter(metric="map", setting="MAEST-30s").filter(pl.col("reference").is_null())
+    table = results.filter(metric="map", setting=TINY).filter(pl.col("reference").is_null())
     published = dict(table.select("dataset", "published").iter_rows())
     assert published == {
         "mtg-genre": 0.216, "mtg-instrument": 0.229, "mtg-mood": 0.154, "mtg-top50": 0.315, "mtt": 0.419, "msd": 0.407,
         "msd-cals": 0.354,
     }  # fmt: skip
-    assert {"MAEST-30s", "MAEST-10s", "mel statistics", "MAEST-30s, block chosen"} <= set(results["setting"])
+    assert {TINY, TINY.replace("30", "10"), "mel statistics", f"{TINY}, block chosen"} <= set(results["setting"])
     manifests = [json.loads(text) for text in results["manifest"].unique()]
     assert len({m["data"]["labels"] for m in manifests}) == 6, "msd and msd-cals have the same tracks and labels"
     for manifest in manifests:
-        assert set(manifest["weights"]) == {"MAEST-30s", "MAEST-10s"} and manifest["versions"]["torch"]
+        assert set(manifest["weights"]) == {TINY, TINY.replace("30", "10")} and manifest["versions"]["torch"]
         assert manifest["settings"]["keep_every"] == 1 and manifest["settings"]["probe_learning_rate"] == 1e-4
 
 
+@pytest.mark.slow
 def test_grid_is_searched_on_validation(results, public, monkeypatch):
     grid = {"batch_size": (64,), "epochs": (2, 3), "dropout": (0.5,), "learning_rate": (1e-4, 1e-3)}
     monkeypatch.setattr("maestlib.paper.probes.PAPER_GRID", grid)
     paper = in_process(public, monkeypatch, grid=True, experiment="downstream", rivals="", out_dir=f"{public}/grid")
     paper.show("downstream")
     paper.check()
-    probes = pl.read_parquet(public / "grid/probes-mtt.parquet").filter(model="MAEST-30s", tokens="cdt", blocks="1")
+    probes = pl.read_parquet(public / "grid/probes-mtt.parquet").filter(model=TINY, tokens="cdt", blocks="1")
     points = probes.select("epochs", "learning_rate").unique()
     assert len(points) == 4 + 1, "the grid, and the default for the block chosen"
 
 
+@pytest.mark.slow
 def test_figure_2_has_every_block_and_stack(results):
     rows = results.filter(experiment="fig2", dataset="mtt", metric="map").filter(pl.col("reference").is_null())
-    own = rows.filter(pl.col("setting").str.starts_with("MAEST-30s, block"))
+    own = rows.filter(pl.col("setting").str.starts_with(f"{TINY}, block"))
     assert len(own) == 2 * 7, "two blocks, seven stacks"
     differences = results.filter(experiment="fig2", dataset="mtt", metric="map", reference="mel statistics")
     assert len(differences) == 1
 
 
+@pytest.mark.slow
 def test_trained_settings_and_their_weights(results):
     init = results.filter(experiment="init", metric="map").filter(pl.col("reference").is_null())
     assert set(init["setting"]) == {"random", "maest-10s"}, "PaSST's weights cannot be had here"
@@ -210,6 +217,7 @@ def test_trained_settings_and_their_weights(results):
     assert set(lengths["setting"]) == {"5 s", "10 s", "20 s", "30 s"}
 
 
+@pytest.mark.slow
 def test_training_follows_the_recipe(results, public):
     configs = [json.loads(path.read_text()) for path in (public / "results/runs").glob("*/config.json")]
     by_seconds = {c["seconds"]: c for c in configs if c["preset"] != "laptop"}
@@ -217,15 +225,17 @@ def test_training_follows_the_recipe(results, public):
     assert all(c["swa"] and c["mixup"] == 0.3 and c["schedule"] == "recipe" for c in configs)
 
 
+@pytest.mark.slow
 def test_report_shows_figures_and_limits(executed):
     outputs = [o for cell in executed["cells"] for o in cell.get("outputs", [])]
     data = [o["data"] for o in outputs if "data" in o]
     assert sum("application/vnd.plotly.v1+json" in d for d in data) >= 7
     prose = "".join("".join(d.get("text/markdown", "")) for d in data)
-    assert "PaSST is left out" in prose and "the paper prints Figure 2 without values" in prose
+    assert "PaSST is skipped" in prose and "the paper prints Figure 2 without values" in prose
     assert "\\begin{tabular}" in "".join("".join(o.get("text", "")) for o in outputs)
 
 
+@pytest.mark.slow
 def test_same_question_again_trains_nothing(results, public, monkeypatch):
     monkeypatch.setattr("maestlib.paper.runs.fit", lambda *_: pytest.fail("trained again"))
     paper = in_process(public, monkeypatch)
@@ -238,6 +248,7 @@ def test_same_question_again_trains_nothing(results, public, monkeypatch):
         "setting", "weights", "metric", "dataset", "value")["value"].to_list()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_store_of_cut_tracks_is_refused(results, public, monkeypatch):
     in_process(public, monkeypatch)
     cut = load_corpus("mtt", audio=str(public / "audio/mtt"), quiet=True)  # the centre 30 s, as training takes them
@@ -249,6 +260,7 @@ def test_a_store_of_cut_tracks_is_refused(results, public, monkeypatch):
         paper.check()
 
 
+@pytest.mark.slow
 def test_teacher_of_other_labels_is_refused(results, public, monkeypatch):
     paper = in_process(public, monkeypatch, teacher=f"{public}/maest-30s.safetensors")
     paper.show("teacher")
@@ -258,3 +270,64 @@ def test_teacher_of_other_labels_is_refused(results, public, monkeypatch):
 def test_dataset_without_audio_is_refused():
     with pytest.raises(ValueError, match="mtt needs audio="):
         PaperConfig.from_params({"scale": "full", "experiment": "fig2", "datasets": "mtt"})
+
+
+def score(setting: str, counterpart: str, metric: str, value: float, weights: str | None = "last") -> dict:
+    row = {"experiment": "length" if weights else "downstream", "scale": "desk", "dataset": "tunes"}
+    row |= {"setting": setting, "counterpart": counterpart, "weights": weights, "metric": metric, "runs": 1}
+    return row | {"value": value, "low": value - 0.05, "high": value + 0.05}
+
+
+def test_a_dataset_with_two_counterparts_has_a_row_for_each():
+    rows = [
+        score(setting, counterpart, metric, value + i / 100)
+        for i, setting in enumerate(("5 s", "10 s"))
+        for counterpart, metric, value in (
+            ("discogs20", "roc_auc", 0.6), ("discogs20", "map", 0.2), ("mtt", "roc_auc", 0.8), ("mtt", "map", 0.4))
+    ]  # fmt: skip
+    results = make_results(rows, make_manifest())
+    table = Report(results).table()
+    assert len(table) == 4 and not table.select("setting", "counterpart").is_duplicated().any()
+    pairs = table.select("counterpart", pl.col("ROC-AUC", "mAP").str.head(4)).rows()
+    assert pairs == [
+        ("discogs20", "60.0", "20.0"),
+        ("mtt", "80.0", "40.0"),
+        ("discogs20", "61.0", "21.0"),
+        ("mtt", "81.0", "41.0"),
+    ]
+    assert table["mAP, paper"].to_list() == ["21.1", "40.8", "22.8", "41.1"]
+    titles = [annotation.text for annotation in plot_results(results).layout.annotations]
+    assert titles == ["tunes", "the paper's Discogs20", "tunes", "the paper's MTT"], "no axis is shared"
+
+
+def test_both_counterparts_of_one_dataset_are_kept(tmp_path):
+    results = make_results([score("5 s", name, "map", 0.4) for name in ("discogs20", "mtt")], make_manifest())
+    append_results(tmp_path / "results.parquet", results)
+    assert len(append_results(tmp_path / "results.parquet", results[1:])) == 2
+
+
+def test_latex_names_the_dataset_of_the_papers_values():
+    rows = [score(TINY, "mtt", "map", 0.3, None), score("mel statistics", "mtt", "map", 0.2, None)]
+    latex = to_latex(make_results(rows, make_manifest()))
+    assert "tunes (paper: MTT) mAP" in latex
+    assert f"{TINY} & \\textbf{{30.0}}" in latex and "MAEST-30s (paper) & 41.9" in latex
+    same = [row | {"dataset": "mtt"} for row in rows]
+    assert "(paper: MTT)" not in to_latex(make_results(same, make_manifest()))
+    alone = make_results(rows[1:], make_manifest())
+    assert "(paper" not in to_latex(alone), "no published value, nothing to name"
+
+
+def test_only_released_models_have_the_papers_names():
+    tiny = MAEST(MAESTConfig.from_size("tiny", depth=1, seconds=30, labels=("a",)))
+    assert model_title("maest-30s-tunes", tiny) == model_title("runs/x/best.safetensors", tiny) == TINY
+    assert model_title("discogs-maest-30s-pw-129e", tiny) == "MAEST-30s"
+
+
+def test_answers_of_earlier_parameters_are_not_counted(tmp_path):
+    paper = PaperReport(PaperConfig.from_params({"experiment": "curation", "out_dir": str(tmp_path)}))
+    rows = [score("5 s", "mtt", "map", 0.4)]
+    now, before = (make_results(rows, make_manifest(settings={"seed": seed})) for seed in (0, 1))
+    for results in (before, now):
+        append_results(results_path(paper.config), results)
+    paper.reports["length"] = Report(now)
+    assert paper.results().equals(now)
