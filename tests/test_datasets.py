@@ -228,8 +228,8 @@ def three_plans(catalogue):
 
 def _render_any_pitch(path, plans, **options):  # in a worker process
     synth.MAX_PITCH = 127
-    tunes.RENDER_TIMEOUT_S = 2 if path.endswith("1.flac") else 60
-    return tunes.load_or_render(path, plans)
+    with tunes.time_limit(2 if path.endswith("1.flac") else 60):  # the clip of that file never ends
+        return tunes.load_or_render(path, plans)
 
 
 def test_a_clip_that_hangs_is_left_out(tmp_path, monkeypatch, three_plans):
@@ -237,14 +237,14 @@ def test_a_clip_that_hangs_is_left_out(tmp_path, monkeypatch, three_plans):
     three_plans[1] |= {"lead": "Cello", "second": None, "octave": 4}
     monkeypatch.setattr(tunes, "load_or_render", _render_any_pitch)
     with pytest.raises(RuntimeError, match=r"1 of 3 clips could not be rendered .*1\.flac"):
-        tunes._fill_store(tmp_path / "store", three_plans, workers=1)
+        tunes.fill_store(tmp_path / "store", three_plans, workers=1)
     assert sorted(f.name for f in (tmp_path / "audio").iterdir()) == ["0.flac", "2.flac"]
 
 
 def test_a_bug_is_not_taken_for_clips_without_sound(tmp_path, three_plans, capsys):
     three_plans[0]["lead"] = "no such instrument"
     with pytest.raises(RuntimeError, match="1 of 3 clips could not be rendered .'no such instrument'"):
-        tunes._fill_store(tmp_path / "store", three_plans, workers=0)
+        tunes.fill_store(tmp_path / "store", three_plans, workers=0)
     assert not (tmp_path / "store").exists() and "left out: 'no such instrument'" in capsys.readouterr().out
 
 
@@ -315,7 +315,7 @@ def test_building_without_a_package_names_the_extra(tmp_path, monkeypatch, packa
 
 def test_building_without_the_sound_font_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
-    monkeypatch.setattr(synth, "package_dir", lambda name: tmp_path)
+    monkeypatch.setattr(sounds, "package_dir", lambda name: tmp_path)
     with pytest.raises(ImportError, match=r"TimGM6mb.sf2 is missing: pip install .*maestlib\[demo\]"):
         registry.load_dataset("tunes")
 
@@ -423,8 +423,8 @@ def test_the_confirmation_corpus_shares_no_tune_and_no_family(tmp_path, monkeypa
     family_of = dict(catalogue.select("tune", "family").rows())
     used = {family_of[tune] for tune in catalogue["tune"].gather(synth.sampling_order(catalogue, 0)[:1200])}
     first = registry.load_dataset("tunes-confirmation", first=20)
-    plans = tunes._plan_confirmation(catalogue)
-    assert len(plans) == 1200 and plans == tunes._plan_confirmation(catalogue)
+    plans = tunes.plan_confirmation(catalogue)
+    assert len(plans) == 1200 and plans == tunes.plan_confirmation(catalogue)
     assert first["tune"].to_list() == [plan["tune"] for plan in plans[:20]]
     assert first["labels"].to_list() == [plan["labels"] for plan in plans[:20]]
     assert not used & {family_of[plan["tune"]] for plan in plans}

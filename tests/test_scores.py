@@ -110,7 +110,7 @@ def test_what_sounds_in_each_column_is_learned(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "_check_splits", lambda *_: None)  # 24 clips are too few for all three
     corpus = batches.load_corpus("scores", columns=True, quiet=True, clips=24, works=4, fonts=FONTS)
     names, clip = corpus.column_labels, corpus.batch_targets(np.array([0]))[0, len(corpus.labels) :].view(61, -1)
-    families = {name for name, heard in zip(names, clip.any(0), strict=True) if heard and name.startswith("Family")}
+    families = {name for name, active in zip(names, clip.any(0), strict=True) if active and name.startswith("Family")}
     plan = scores.plan_score_clip(int(corpus.table["track_id"][0].split("-")[1]), works.training_works(4), FONTS)
     assert families == {label for label in plan["labels"] if label.startswith("Family")}
 
@@ -148,7 +148,7 @@ def test_excerpts_of_a_composer_are_few_and_instruments_are_drawn_without_regard
 
 
 def test_a_missing_font_is_named_with_its_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(sounds, "_FOLDERS", ())
+    monkeypatch.setattr(sounds, "FONT_FOLDERS", ())
     monkeypatch.setenv("MAESTLIB_SOUND_FONTS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="apt install opl3-soundfont"):
         scores.build_scores(24)
