@@ -48,13 +48,13 @@ def test_capture_qk_restores_the_model_after_an_error():
     with pytest.raises(RuntimeError, match="seen enough"):
         with attention.capture_qk(model, fail):
             model(torch.zeros(1, 96, 187))
-    assert all("attention" not in vars(block.attn) for block in model.blocks)
+    assert all("attend" not in vars(block.attn) for block in model.blocks)
 
 
 @pytest.mark.parametrize("patchout", [None, Patchout(keep_every=3, drop_rows=(0, 8))])
 def test_attention_maps_are_the_weights_that_the_model_uses(patchout):
     model, mel = small_model(), torch.randn(96, 187, generator=torch.Generator().manual_seed(0))
-    maps, x = attention.attention_maps(model, mel, patchout), model.embed_patches(mel[None], patchout)
+    maps, x = attention.attention_maps(model, mel, patchout), model.embed_patches(mel[None], patchout)[0]
     rows, columns = select_patches(patch_grid(187), patchout)
     assert maps.rows.tolist() == rows.tolist() and maps.columns.tolist() == columns.tolist()
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from maestlib.models.cost import count_flops
 from maestlib.models.maest import MAEST, MAESTConfig
-from maestlib.models.patchout import Patchout, patch_grid, select_patches
+from maestlib.models.patchout import Patchout, draw_patches, patch_grid, select_patches
 from maestlib.models.transformer import chunked_attention
 
 PARITY = Path(os.environ.get("MAESTLIB_DATA", Path(__file__).parents[2] / "shared")) / "parity"
@@ -124,11 +124,23 @@ def test_training_uses_the_full_time_table(model):
     mel = torch.zeros(1, 96, 100)
     model.train()
     starts = {
-        round(float(model.embed_patches(mel, generator=torch.Generator().manual_seed(s))[0, 2, 0].detach()), 5)
+        round(float(model.embed_patches(mel, generator=torch.Generator().manual_seed(s))[0][0, 2, 0].detach()), 5)
         for s in range(200)
     }
     model.eval()
     assert len(starts) == model.time_new_pos_embed.shape[-1] - patch_grid(100)[1] + 1
+
+
+@torch.no_grad()
+def test_an_embedding_draws_its_patches_once(model):
+    mel, patchout = torch.randn(2, 96, 312, generator=torch.Generator().manual_seed(0)), Patchout.random(2, 9)
+    torch.manual_seed(3)
+    kept = draw_patches((9, 30), patchout, 2)
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    random = model.embed(mel, (1, 3), patchout, rows=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.shape == (2, 2, 3 + 2 * 7, 96) and torch.equal(random, model.embed(mel, (1, 3), kept, rows=True))
 
 
 def test_random_patchout_is_uniform():

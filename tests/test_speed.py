@@ -9,7 +9,7 @@ import torch
 import maestlib as ml
 from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.models.patchout import Patchout
-from maestlib.models.reduction import ReducedMAEST, quantize_int8, top_attended
+from maestlib.models.reduction import ReducedMAEST, pool_weighted, quantize_int8, top_attended
 from maestlib.speed.benchmark import InferenceSetting, benchmark, build_forward
 from maestlib.speed.tradeoff import pareto_front, plot_pareto, predict_throughput, recommend
 
@@ -150,6 +150,22 @@ def test_a_reduced_model_goes_where_a_maest_goes(how):
     a, b = (torch.tensor(t["embedding"].to_numpy()) for t in (full, less))
     assert (torch.cosine_similarity(a, b) > 0.9).all() and not torch.allclose(a, b, atol=1e-4)
     assert ml.tag(wave, reduced, top=2)["activation"].is_between(0, 1).all()
+    full, less = (ml.embed(wave, m, block=2, tokens="rs", dtype="float32") for m in (model, reduced))
+    a, b = (torch.tensor(t["embedding"].to_numpy()) for t in (full, less))
+    assert a.shape == b.shape == (len(a), 2 * 9 * 32) and (torch.cosine_similarity(a, b) > 0.8).all()
+
+
+def test_rows_of_merged_tokens_are_those_of_their_patches():
+    model, mel = small(), torch.randn(2, 96, 125, generator=torch.Generator().manual_seed(0))
+    same = ReducedMAEST(model).embed(mel, (0, 2), Patchout(drop_rows=(0,)), rows=True)
+    assert torch.allclose(same, model.embed(mel, (0, 2), Patchout(drop_rows=(0,)), rows=True), atol=1e-5)
+    x = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0))  # cls, dist, and two tokens
+    counts = torch.tensor([[[1, 0], [1, 0], [2, 1], [1, 2]]])  # that stand for two rows of three patches
+    patches = x[:, [2, 2, 3, 2, 3, 3]]
+    rows = patches.unflatten(1, (2, 3))
+    pooled = pool_weighted(x, counts, rows=True)
+    expected = [x[:, :2], patches.mean(1, keepdim=True), rows.mean(2), rows.std(2, correction=0)]
+    assert torch.allclose(pooled, torch.cat(expected, 1), atol=1e-6)
 
 
 def test_another_reduction_is_another_model():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .maest import MAEST, MAESTConfig
-from .patchout import Patchout, PatchSelection, draw_patches, patch_grid
+from .patchout import Patchout, PatchSelection
 
 # %% ../../nbs/models/columns.ipynb #4c63a332
 class ColumnMAEST(MAEST):
@@ -32,11 +32,13 @@ class ColumnMAEST(MAEST):
         generator: torch.Generator | None = None,  # of random patchout, see `embed_patches`
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (batch, labels) logits; (batch, kept columns, column labels) logits
         "Compute the logits of the clip and of each column. Raises `ValueError` as `embed_patches` does."
-        if not isinstance(patchout, PatchSelection):
-            grid = patch_grid(mel.shape[2], mel.shape[1])
-            patchout = draw_patches(grid, patchout, len(mel), generator, 0)
-        features, middle = self.forward_tokens(self.embed_patches(mel, patchout))
-        return self.forward_head(features), self.predict_columns(middle, patchout.rows)
+        x, kept = self.embed_patches(mel, patchout, generator)
+        middle = x  # of a single block: the tokens that go in
+        for i, block in enumerate(self.blocks[:-1]):
+            x = block(x)
+            middle = x if i <= self.config.middle_block else middle
+        logits = self.forward_head(self.norm(self.blocks[-1](x, 2)))
+        return logits, self.predict_columns(middle, kept.rows)
 
     def predict_columns(
         self,

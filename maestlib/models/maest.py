@@ -6,6 +6,7 @@
 __all__ = ['SIZES', 'MAESTConfig', 'TokenEmbedding', 'gather_patches', 'Encoder', 'init_encoder_', 'MAEST']
 
 # %% ../../nbs/models/maest.ipynb #5c67c32d
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..audio.mel import MelConfig, validate_mel
-from .patchout import PATCH, STRIDE, Patchout, PatchSelection, draw_patches, patch_grid, select_patches
+from .patchout import PATCH, STRIDE, Patchout, PatchSelection, draw_patches, patch_grid
 from .transformer import Block
 
 # %% ../../nbs/models/maest.ipynb #de06dad4
@@ -57,7 +58,7 @@ class MAESTConfig:
 
     @property
     def middle_block(self) -> int:
-        "The block whose embeddings are used by default: 6 of the 12, near the best of the paper (§4.3)."
+        "The block whose embeddings are used by default: 6 of the 12, near the best of the paper (§4.1, Figure 2)."
         return self.depth // 2
 
     @classmethod
@@ -99,8 +100,8 @@ class TokenEmbedding(nn.Module):
         mel: torch.Tensor,  # (batch, n_mels, frames), normalized; up to `config.num_frames` frames
         patchout: Patchout | PatchSelection | None = None,  # which patches to drop, or those that are kept
         generator: torch.Generator | None = None,  # for random patchout, and for the time offset in training
-    ) -> torch.Tensor:  # (batch, 2 + kept, embed_dim): cls, dist, then patches, row by row from the lowest frequencies
-        """Embed the kept patches.
+    ) -> tuple[torch.Tensor, PatchSelection]:  # (batch, 2 + kept, embed_dim): cls, dist, patches; which are kept
+        """Embed the kept patches, row by row from the lowest frequencies.
 
         Raises `ValueError` for a mel of the wrong shape, dtype or length, and in evaluation on a CPU for NaN. In
         training and on a GPU, where looking for them would cost time, NaN come out.
@@ -121,7 +122,7 @@ class TokenEmbedding(nn.Module):
         x = F.linear(patches.flatten(3).to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
         x = x + self.encode_positions(rows, columns + offset)
         cls_dist = torch.cat([self.cls_token, self.dist_token], 1) + self.new_pos_embed
-        return torch.cat([cls_dist.expand(len(x), -1, -1), x.flatten(1, 2)], 1)
+        return torch.cat([cls_dist.expand(len(x), -1, -1), x.flatten(1, 2)], 1), patchout
 
     def encode_positions(
         self,
@@ -167,39 +168,49 @@ class Encoder(TokenEmbedding):
         generator: torch.Generator | None = None,  # see `embed_patches`
     ) -> torch.Tensor:  # (batch, 2, embed_dim)
         "Compute cls and dist after the final norm; the last block computes no other token."
-        return self.forward_tokens(self.embed_patches(mel, patchout, generator))[0]
-
-    def forward_tokens(
-        self,
-        x: torch.Tensor,  # (batch, tokens, embed_dim), from `embed_patches`
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # (batch, 2, embed_dim) as `forward_features`; all after the middle block
-        "Run the blocks on tokens. Of a single block, the tokens of the middle are those that go in."
-        middle = x
-        for i, block in enumerate(self.blocks[:-1]):
+        x, _ = self.embed_patches(mel, patchout, generator)
+        for block in self.blocks[:-1]:
             x = block(x)
-            middle = x if i == self.config.middle_block else middle
-        return self.norm(self.blocks[-1](x, 2)), middle
+        return self.norm(self.blocks[-1](x, 2))
 
     def embed(
         self,
         mel: torch.Tensor,  # (batch, n_mels, frames), normalized
         blocks: tuple[int, ...] | None = None,  # after which blocks, numbered from 0; None: the middle one
-        patchout: Patchout | None = None,  # which patches to drop
+        patchout: Patchout | PatchSelection | None = None,  # which patches to drop
         rows: bool = False,  # add mean and deviation over time of each kept row of patches, from the lowest on
     ) -> torch.Tensor:  # (batch, len(blocks), 3, embed_dim): cls, dist, mean of the patches; with rows 3 + 2 kept rows
         "Embed a mel after several blocks in one pass (§3.3). Raises `ValueError` for a block that does not exist."
         blocks = (self.config.middle_block,) if blocks is None else blocks
         self.check_blocks(blocks)
-        kept_rows = len(select_patches(patch_grid(mel.shape[2], mel.shape[1]), patchout)[0])
-        x, embeddings = self.embed_patches(mel, patchout), {}
-        for i, block in enumerate(self.blocks[: max(blocks) + 1]):
-            x = block(x)
-            if i in blocks:
-                embeddings[i] = torch.cat([x[:, :2], x[:, 2:].mean(1, keepdim=True)], 1)
-                if rows:
-                    of_rows = x[:, 2:].unflatten(1, (kept_rows, -1))
-                    embeddings[i] = torch.cat([embeddings[i], of_rows.mean(2), of_rows.std(2, correction=0)], 1)
+        outputs = zip(range(max(blocks) + 1), self.iter_blocks(mel, patchout), strict=False)
+        embeddings = {i: self.pool_tokens(x, layout, rows) for i, (x, layout) in outputs if i in blocks}
         return torch.stack([embeddings[b] for b in blocks], 1)
+
+    def iter_blocks(
+        self,
+        mel: torch.Tensor,  # (batch, n_mels, frames), normalized
+        patchout: Patchout | PatchSelection | None = None,  # which patches to drop
+        generator: torch.Generator | None = None,  # see `embed_patches`
+    ) -> Iterator[tuple[torch.Tensor, int]]:  # (batch, 2 + kept, embed_dim), and the number of kept rows
+        "Yield the tokens after each block, with the layout that `pool_tokens` needs."
+        x, kept = self.embed_patches(mel, patchout, generator)
+        for block in self.blocks:
+            x = block(x)
+            yield x, kept.rows.shape[-1]
+
+    @staticmethod
+    def pool_tokens(
+        x: torch.Tensor,  # (batch, 2 + kept, embed_dim), from `iter_blocks`
+        num_rows: int,  # of patches
+        rows: bool = False,  # add mean and deviation over time of each row
+    ) -> torch.Tensor:  # (batch, 3 or 3 + 2 num_rows, embed_dim)
+        "Stack cls, dist, the mean of the patches and, if asked for, the statistics of each row."
+        pooled = [x[:, :2], x[:, 2:].mean(1, keepdim=True)]
+        if rows:
+            by_row = x[:, 2:].unflatten(1, (num_rows, -1))
+            pooled += [by_row.mean(2), by_row.std(2, correction=0)]
+        return torch.cat(pooled, 1)
 
     def check_blocks(self, blocks: tuple[int, ...]):  # numbers of blocks, from 0
         "Raise `ValueError` for no block at all, and for one that does not exist."
@@ -259,11 +270,8 @@ class MAEST(Encoder):
         mel: torch.Tensor,  # (batch, n_mels, frames), normalized
         patchout: Patchout | None = None,  # which patches to drop
         generator: torch.Generator | None = None,  # see `embed_patches`
-        separate: bool = False,  # return the logits of both heads, see `forward_separate`
     ) -> torch.Tensor:  # (batch, labels) logits
         "Compute tag logits. Raises `ValueError` as `embed_patches` does."
-        if separate:
-            return self.forward_separate(mel, patchout, generator)
         return self.forward_head(self.forward_features(mel, patchout, generator))
 
     def forward_head(

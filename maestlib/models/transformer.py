@@ -61,7 +61,7 @@ class Attention(nn.Module):
         num_queries: int | None = None,  # compute the first n outputs; they attend to all tokens. None: all outputs
     ) -> torch.Tensor:  # (batch, num_queries, embed_dim)
         "Attend from the first `num_queries` tokens to all tokens."
-        return self.proj(self.attention(*self.project_qkv(x, num_queries)).transpose(1, 2).flatten(2))
+        return self.proj(self.attend(*self.project_qkv(x, num_queries)).transpose(1, 2).flatten(2))
 
     def project_qkv(
         self,
@@ -80,7 +80,7 @@ class Attention(nn.Module):
     def _split_heads(self, y, n):  # (batch, token, n * embed_dim) → n × (batch, head, token, channel)
         return y.unflatten(-1, (n, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def attention(
+    def attend(
         self,
         q: torch.Tensor,  # (batch, head, query, channel)
         k: torch.Tensor,  # (batch, head, token, channel)

@@ -19,7 +19,6 @@ import numpy as np
 import polars as pl
 import torch
 import torch.nn.functional as F
-from ..models.cost import count_flops
 
 from ..audio.mel import MEL
 from ..audio.store import INDEX_SCHEMA, shard_path, table_checksums
@@ -28,6 +27,7 @@ from ..core.extras import optional_import
 from ..core.files import log, write_json
 from ..core.plotting import PALETTE
 from ..datasets.batches import Corpus, load_corpus
+from ..models.cost import count_flops
 from ..models.maest import MAEST, MAESTConfig
 from ..models.patchout import Patchout
 from ..models.transformer import Attention, eager_attention
@@ -44,7 +44,7 @@ def _sdpa(self, q, k, v, bias=None):
     return F.scaled_dot_product_attention(q, k, v, bias)
 
 
-ATTENTION_IMPLEMENTATIONS = {"eager": _eager, "sdpa": _sdpa, "maestlib": Attention.attention}
+ATTENTION_IMPLEMENTATIONS = {"eager": _eager, "sdpa": _sdpa, "maestlib": Attention.attend}
 
 
 @contextlib.contextmanager
@@ -52,12 +52,12 @@ def use_attention(
     implementation: str,  # eager, sdpa or maestlib, which chooses by device, number format and number of tokens
 ):
     "Compute the attention of every model by one implementation inside the `with` block. `KeyError` for an unknown one."
-    default = Attention.attention
-    Attention.attention = ATTENTION_IMPLEMENTATIONS[implementation]
+    default = Attention.attend
+    Attention.attend = ATTENTION_IMPLEMENTATIONS[implementation]
     try:
         yield
     finally:
-        Attention.attention = default
+        Attention.attend = default
 
 # %% ../../nbs/studies/throughput.ipynb #356e3484
 def optimization_step(

@@ -43,11 +43,11 @@ def capture_qk(
 
     try:
         for index, block in enumerate(model.blocks):
-            block.attn.attention = wrap(index, block.attn.attention)
+            block.attn.attend = wrap(index, block.attn.attend)
         yield
     finally:
         for block in model.blocks:
-            del block.attn.attention  # uncovers the method of the class
+            del block.attn.attend  # uncovers the method of the class
 
 
 def attention_weights(
