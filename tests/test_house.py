@@ -15,6 +15,9 @@ LIBRARY = "core stats audio datasets models inference training probing speed pap
 APPLICATIONS = ["demo", "collection"]  # import the library; nothing of the library imports them
 FLOORS = [*LIBRARY, *APPLICATIONS, "studies", "top"]
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_EXPORT_CELL_LINES, MEDIAN_EXPORT_CELL_LINES, MAX_PROSE_WORDS = 40, 15, 120
+LONG_EXPORT_CELLS, LONG_PROSE_CELLS = 0, 0  # how many exceed it today; may only fall
+MAX_LIBRARY_LINES, MAX_LINES = 14_500, 20_000  # exported, without and with the applications
 TOP_NOTEBOOKS = {"index", "train", "explore", "paper"}
 
 MODULES = {
@@ -178,6 +181,41 @@ def test_functions_are_short():
                     problem = f"{node.name} has {lines} lines; at most {MAX_FUNCTION_LINES}"
                     problems.append(at(MODULES[module], node.lineno, problem))
     report(problems)
+
+
+def export_cells():
+    "Yield `(path, cell, lines of source)` of every exported cell."
+    for path, notebook in NOTEBOOKS.items():
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code" and re.match(r"#\|\s*export", "".join(cell["source"])):
+                yield path, cell, len(source_lines(cell))
+
+
+def test_exported_cells_are_short():
+    cells = list(export_cells())
+    long = [(path, cell, lines) for path, cell, lines in cells if lines > MAX_EXPORT_CELL_LINES]
+    if len(long) > LONG_EXPORT_CELLS:
+        report(
+            [at(p, cell_line(p, c), f"{n} lines; at most {MAX_EXPORT_CELL_LINES}: split the cell") for p, c, n in long]
+        )
+    assert sorted(lines for *_, lines in cells)[len(cells) // 2] <= MEDIAN_EXPORT_CELL_LINES
+
+
+def test_prose_is_short():
+    long = []
+    for path, notebook in NOTEBOOKS.items():
+        for cell in notebook["cells"]:
+            words = len("".join(cell["source"]).split())
+            if cell["cell_type"] == "markdown" and words > MAX_PROSE_WORDS:
+                long.append(at(path, cell_line(path, cell), f"{words} words; at most {MAX_PROSE_WORDS}"))
+    if len(long) > LONG_PROSE_CELLS:
+        report(long)
+
+
+def test_the_library_is_small():
+    lines = {module: len(path.read_text(encoding="utf8").splitlines()) for module, path in MODULES.items()}
+    library = sum(n for module, n in lines.items() if floor(module) not in APPLICATIONS)
+    assert library <= MAX_LIBRARY_LINES and sum(lines.values()) <= MAX_LINES, (library, sum(lines.values()))
 
 
 def test_no_public_name_is_defined_in_two_modules():

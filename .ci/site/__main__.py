@@ -28,11 +28,9 @@ def write(path: Path, text: str):
 
 
 def paper_page(names: dict[str, str]) -> str:
-    "The mapping of the paper's sections to commands and notebooks, as the index has it, and where each is mentioned."
+    "The mapping of the paper's sections to commands and notebooks, and where each is mentioned."
     order = [entry for entries in reading_order().values() for entry in entries]
-    cells = [source(c) for c in read_cells(NOTEBOOKS / "index.ipynb")]
-    table = next(text for text in cells if "| in the paper |" in text)
-    mapping = prose(table[table.index("| in the paper |") :], names, "../")
+    mapping = prose((HERE / "paper.md").read_text(encoding="utf8"), names, "../")
     mentions = {}
     for title, path in order:
         text = "\n".join(source(c) for c in read_cells(NOTEBOOKS / path))
@@ -83,13 +81,13 @@ def write_pages(docs: Path) -> list:  # the navigation
     ]
 
 
-def front_page(docs: Path, with_hear: bool):
+def front_page(docs: Path, with_page: bool):
     "Complete the front page: its buttons, and what README says was measured."
     readme = (PROJECT / "README.md").read_text(encoding="utf8")
     measured = readme.split("<!-- measured -->\n")[1].split("<!-- end -->")[0]
     measured = re.sub(r"\]\(nbs/([^)]+)\.ipynb\)", r"](notebooks/\1.md)", measured)
     targets = {"Read the notebooks": "notebooks/index.md", "Reference": "reference/index.md"}
-    if with_hear:
+    if with_page:
         targets = {HEAR: "hear/index.html"} | targets
     buttons = [f"[{title}]({target}){{ .md-button }}" for title, target in targets.items()]
     buttons[0] = buttons[0].replace(".md-button", ".md-button .md-button--primary")
@@ -111,13 +109,13 @@ def make_config(docs: Path, out: Path, navigation: list) -> dict:
     )
 
 
-def build(out: Path, with_hear: bool):
+def build(out: Path, with_page: bool):
     docs = PROJECT / "build/site"
     shutil.rmtree(docs, ignore_errors=True)
     navigation = write_pages(docs)
-    front_page(docs, with_hear)
-    if with_hear:
-        from maestlib.widgets.hear import export_page  # needs torch, unlike all other pages
+    front_page(docs, with_page)
+    if with_page:
+        from maestlib.collection.page import export_page  # needs torch, unlike all other pages
 
         navigation.insert(1, {HEAR: "hear/index.html"})
         export_page(docs / "hear")
@@ -127,11 +125,11 @@ def build(out: Path, with_hear: bool):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=PROJECT / "site", help="default: site/")
-    parser.add_argument("--without-hear", action="store_true", help="leave out the page that tags music in the browser")
+    parser.add_argument("--without-page", action="store_true", help="leave out the page that tags music in the browser")
     arguments = parser.parse_args()
     sys.path.append(str(PROJECT))
-    with_hear = not arguments.without_hear and find_spec("maestlib.widgets.hear") is not None
-    build(arguments.out.resolve(), with_hear)
+    with_page = not arguments.without_page and find_spec("maestlib.collection.page") is not None
+    build(arguments.out.resolve(), with_page)
     print(f"{arguments.out}/index.html")
     return 0
 

@@ -11,7 +11,7 @@ from latex2mathml.converter import convert
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = PROJECT / "nbs"
-ROW = re.compile(r"^\| \[(.+?)\]\((\S+?\.ipynb)\) \| (.+) \|$", re.M)  # of the tables of index.ipynb
+ROW = re.compile(r"^\| \[(.+?)\]\((\S+?\.ipynb)\) \| (.+) \|$", re.M)  # of the tables in the outputs of index.ipynb
 SUMMARY = re.compile(r"^> (.+?)(?= \*\*You will learn\*\*|$)(.*)$", re.M)
 CODE = re.compile(r"(?ms)(^```.*?^```$|`[^`\n]+`)")  # what is not prose
 
@@ -25,15 +25,15 @@ def source(cell: dict) -> str:
 
 
 def reading_order() -> dict[str, list[tuple[str, str]]]:  # heading → [(title, path below nbs/)]
-    "The notebooks by floor, as `index.ipynb` lists them."
-    floors, heading = {}, None
+    "The notebooks by room, as the outputs of `index.ipynb` list them; the course is a choice of them."
+    rooms = {}
     for cell in read_cells(NOTEBOOKS / "index.ipynb"):
-        if cell["cell_type"] == "markdown":
-            if found := re.match(r"## (.+)", source(cell)):
-                heading = found[1]
-            if rows := heading and ROW.findall(source(cell)):
-                floors.setdefault(heading, []).extend((title, path) for title, path, _ in rows)
-    return floors
+        for item in cell.get("outputs", []):
+            text = "".join(item.get("data", {}).get("text/markdown", []))
+            heading = re.match(r"## (.+)", text)
+            if heading and not heading[1].startswith("A course"):
+                rooms[heading[1]] = [(title, path) for title, path, _ in ROW.findall(text)]
+    return rooms
 
 
 def module_of(cells: list[dict]) -> str | None:  # such as audio.mel

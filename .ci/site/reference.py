@@ -12,7 +12,7 @@ from pathlib import Path
 from pages import PROJECT
 
 PACKAGE = PROJECT / "maestlib"
-FLOORS = "core audio datasets models inference training probing speed paper widgets".split()
+FLOORS = "core stats audio datasets models inference training probing speed paper widgets demo collection".split()
 
 
 @dataclass

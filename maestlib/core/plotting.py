@@ -69,15 +69,18 @@ def plot_intervals(
 
     low, high = (name if name in table.columns else name.split("_")[-1] for name in (f"{value}_low", f"{value}_high"))
     figure, names = go.Figure(), table[y].unique(maintain_order=True).to_list()
-    groups = table.group_by(color, maintain_order=True) if color else [((None,), table)]
+    groups = list(table.group_by(color, maintain_order=True)) if color else [((None,), table)]
     for i, ((name,), rows) in enumerate(groups):
         marker = {"color": PALETTE[i % len(PALETTE)], "size": 9}
+        offset = (i - (len(groups) - 1) / 2) * 0.6 / len(groups)  # groups of one row lie beside each other
+        places = [names.index(row) + offset for row in rows[y]]
         bars = interval_bars(rows, value, low, high, color=marker["color"])
-        figure.add_scatter(x=rows[value], y=rows[y], error_x=bars, mode="markers", marker=marker, name=str(name))
+        figure.add_scatter(x=rows[value], y=places, error_x=bars, mode="markers", marker=marker, name=str(name))
     if reference is not None:
         figure.add_vline(x=reference, line={"color": "#888888", "width": 1, "dash": "dot"})
-    figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1], automargin=True)
-    figure.update_xaxes(title_text=x_title)
+    figure.update_yaxes(tickvals=[*range(len(names))], ticktext=names, range=[len(names) - 0.5, -0.5], zeroline=False)
+    figure.update_yaxes(automargin=True).update_xaxes(title_text=x_title, zeroline=False)
     legend = {"orientation": "h", "yanchor": "bottom", "y": 1, "x": 0}
-    return style_figure(figure, title, 150 + 26 * max(4, len(names)), showlegend=color is not None, legend=legend,
-                        margin_t=90 if color else 60, scattermode="group")  # fmt: skip
+    height = 130 + 22 * len(names) * max(1, len(groups) / 2)
+    return style_figure(figure, title, round(max(220, height)), legend=legend, showlegend=color is not None,
+                        margin_t=90 if color else 60)  # fmt: skip

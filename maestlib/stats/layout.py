@@ -24,7 +24,8 @@ def pca_map(
     "Project vectors on their first principal components."
     count = min(axes, *x.shape)
     pca = PCA(count, svd_solver="randomized" if count < min(x.shape) else "full", random_state=seed)
-    points = pca.fit_transform(np.asarray(x, np.float32))
+    with np.errstate(invalid="ignore", divide="ignore"):  # without variance its fractions are undefined
+        points = pca.fit_transform(np.asarray(x, np.float32))
     missing = axes - count
     return np.pad(points, ((0, 0), (0, missing))), np.pad(np.nan_to_num(pca.explained_variance_ratio_), (0, missing))
 
