@@ -1,4 +1,4 @@
-"""The page that hears music, in a real browser and offline: its tags are Python's, and it keeps its promises.
+"""The page that tags music, in a real browser and offline: its tags are Python's, and nothing leaves the machine.
 
 Needs the extra `onnx`, Chromium, and onnxruntime-web in the cache or npm to fetch it.
 """
@@ -26,12 +26,12 @@ from selenium.webdriver import Keys  # noqa: E402
 from selenium.webdriver.support.select import Select  # noqa: E402
 
 from maestlib.audio.mel import load_audio  # noqa: E402
+from maestlib.collection.page import RUNTIME, RUNTIME_VERSION, export_page  # noqa: E402
 from maestlib.core.files import asset_path, cache_path  # noqa: E402
 from maestlib.inference.embedding import tag  # noqa: E402
 from maestlib.models.checkpoint import load_model  # noqa: E402
 from maestlib.models.cost import count_flops  # noqa: E402
 from maestlib.models.patchout import Patchout  # noqa: E402
-from maestlib.widgets.hear import RUNTIME, RUNTIME_VERSION, export_page  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

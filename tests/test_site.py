@@ -124,7 +124,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site") / "site"
-    command = [sys.executable, str(ROOT / ".ci/site"), "--out", str(folder), "--without-hear"]
+    command = [sys.executable, str(ROOT / ".ci/site"), "--out", str(folder), "--without-page"]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]
     return folder

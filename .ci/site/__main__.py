@@ -18,7 +18,7 @@ from pages import NOTEBOOKS, PROJECT, convert_notebook, module_of, prose, read_c
 from reference import FLOORS, Writer
 
 HERE = Path(__file__).resolve().parent
-HEAR = "Hear your music"
+PAGE = "Tag your music"
 CARD = "studies/model_card.ipynb"  # has a tab of its own
 
 
@@ -88,7 +88,7 @@ def front_page(docs: Path, with_page: bool):
     measured = re.sub(r"\]\(nbs/([^)]+)\.ipynb\)", r"](notebooks/\1.md)", measured)
     targets = {"Read the notebooks": "notebooks/index.md", "Reference": "reference/index.md"}
     if with_page:
-        targets = {HEAR: "hear/index.html"} | targets
+        targets = {PAGE: "hear/index.html"} | targets
     buttons = [f"[{title}]({target}){{ .md-button }}" for title, target in targets.items()]
     buttons[0] = buttons[0].replace(".md-button", ".md-button .md-button--primary")
     text = (docs / "index.md").read_text(encoding="utf8")
@@ -117,7 +117,7 @@ def build(out: Path, with_page: bool):
     if with_page:
         from maestlib.collection.page import export_page  # needs torch, unlike all other pages
 
-        navigation.insert(1, {HEAR: "hear/index.html"})
+        navigation.insert(1, {PAGE: "hear/index.html"})
         export_page(docs / "hear")
     mkdocs.commands.build.build(make_config(docs, out, navigation))
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from ..core.text import split_label
 
 from .library import Library
 from .playlist import write_playlist
-from .similar import SongIndex
+from .search import SongIndex
 from ..core.extras import optional_import
 from ..core.files import resolve_path
+from ..core.text import split_label
 
 # %% ../../nbs/collection/clusters.ipynb #d4b0e005
 def distinctive_tags(

@@ -162,7 +162,7 @@ def run_search(
 ) -> int:  # the exit code
     "Run `maestlib search` or `maestlib playlist`."
     from maestlib.collection.playlist import playlist, write_playlist
-    from maestlib.collection.similar import SongIndex
+    from maestlib.collection.search import SongIndex
 
     index = SongIndex(from_shell(args.library), args.block, args.approximate)
     songs, options = _songs_from_shell(args.songs), dict(tags=args.tags, k=args.k, per_artist=args.per_artist)
@@ -188,7 +188,7 @@ def run_clusters(
 ) -> int:  # the exit code
     "Run `maestlib clusters`."
     from maestlib.collection.clusters import cluster_songs
-    from maestlib.collection.similar import SongIndex
+    from maestlib.collection.search import SongIndex
 
     index = SongIndex(from_shell(args.library), args.block)
     table = cluster_songs(index, args.n, out=args.out and from_shell(args.out))

@@ -61,6 +61,11 @@ class LibrarySettings:
         "Return the patchout."
         return Patchout(self.keep_every, self.drop_rows)
 
+    @property
+    def reading(self) -> dict:
+        "Return which seconds of a file are read, for `iter_results`."
+        return dict(hop_s=self.hop_s, excerpt_s=self.excerpt_s, center=self.center)
+
 # %% ../../nbs/collection/library.ipynb #b3a0e008
 class Library:
     """The songs of a collection with their tags and vectors, in a folder that `maestlib.scan` fills.

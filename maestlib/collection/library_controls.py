@@ -18,7 +18,7 @@ from .library import Library
 from .library_map import SongSpaces, given_labels, plot_song_map, song_layout, song_names
 from .my_tags import MyTagProbe, MyTags
 from .scan import scan
-from .similar import SongIndex
+from .search import SongIndex
 from ..core.extras import optional_import
 from ..core.files import file_lock, log, resolve_path, runs_dir
 from ..datasets.registry import load_dataset
