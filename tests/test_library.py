@@ -25,7 +25,8 @@ from maestlib.collection.files import read_identity
 from maestlib.collection.library import Library
 from maestlib.collection.library_map import SongSpaces
 from maestlib.collection.scan import scan
-from maestlib.collection.similar import SongIndex, VectorIndex
+from maestlib.collection.search import SongIndex
+from maestlib.collection.vectors import VectorIndex
 from maestlib.inference.embedding import embed
 from maestlib.models.checkpoint import load_model, save_checkpoint
 from maestlib.models.patchout import Patchout
@@ -83,7 +84,7 @@ def assert_complete(library, undisturbed):
 
 
 @pytest.mark.parametrize("tokens, drop_rows", [("cdtrs", ()), ("rs", (0, 7, 8))])
-def test_rows_of_patches_are_scanned_as_they_are_embedded(music, model, tmp_path, tokens, drop_rows):
+def test_rows_of_patches_are_scanned_as_they_are_embedded(music, model, tmp_path, monkeypatch, tokens, drop_rows):
     "A row of patches is a vector: search, clusters and the map read what a scan with r and s writes."
     pytest.importorskip("sklearn")
     settings = dict(block=(2, 6), tokens=tokens, drop_rows=drop_rows)
@@ -95,7 +96,12 @@ def test_rows_of_patches_are_scanned_as_they_are_embedded(music, model, tmp_path
     assert np.allclose(vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=2e-3)
     assert len(SongIndex(library).nearest([songs["path"][0]], k=3)) == 3
     assert cluster_songs(library, 2)["cluster"].n_unique() == 2
-    assert SongSpaces(library).vectors("block 2").shape == vectors.shape
+    spaces = SongSpaces(library)
+    assert spaces.vectors("block 2").shape == vectors.shape
+    monkeypatch.setattr("maestlib.collection.scan.load_library_model", lambda library: model)
+    row = spaces.songs["path"].to_list().index(songs["path"][0])
+    for title, vector in spaces.read(songs["path"][0])[0].items():
+        assert vector @ spaces.vectors(title)[row] > 0.99, "a file is read as the songs of the library were"
 
 
 def test_bad_files_are_named_once(music, model, tmp_path):
@@ -318,7 +324,7 @@ def test_the_graph_finds_nearly_all(tmp_path):
 
 
 def test_a_song_from_outside_and_its_copy(music, undisturbed, tmp_path, monkeypatch, model):
-    monkeypatch.setattr("maestlib.collection.similar.load_library_model", lambda library: model)
+    monkeypatch.setattr("maestlib.collection.scan.load_library_model", lambda library: model)
     index = SongIndex(undisturbed)
     inside = index.find("album 0/03")
     wave, rate = soundfile.read(index.songs["path"][inside])
@@ -326,6 +332,19 @@ def test_a_song_from_outside_and_its_copy(music, undisturbed, tmp_path, monkeypa
     assert index.find(tmp_path / "copy.flac") is None
     assert index.vector(tmp_path / "copy.flac") @ index.vectors[inside] > 0.99
     assert index.nearest([index.songs["path"][inside]], k=50).height < 12, "not itself"
+
+
+def test_a_file_is_read_like_the_excerpts_of_a_library(model, tmp_path, monkeypatch):
+    "From the beginning, where the library's excerpts are from there; the map did read its middle."
+    wave = np.concatenate([noise(6), np.sin(np.arange(6 * 16_000) * 0.2)[:, None] * 0.3, noise(6, 1)])
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.wav", np.roll(wave, i * 48_000, 0), 16_000)
+    settings = dict(excerpt_s=5, center=False)
+    scan([tmp_path / "0.wav", tmp_path / "1.wav"], tmp_path / "library", model, progress=False, **settings)
+    monkeypatch.setattr("maestlib.collection.scan.load_library_model", lambda library: model)
+    spaces = SongSpaces(tmp_path / "library")
+    ((title, vector),) = spaces.read(tmp_path / "0.wav")[0].items()
+    assert vector @ spaces.vectors(title)[0] > 0.99
 
 
 def test_tags_of_a_calibrated_library(undisturbed):
