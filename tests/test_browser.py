@@ -230,40 +230,6 @@ def test_a_study_runs_to_the_end(lab):
     lab.run_all("probing/probe")
 
 
-@pytest.fixture(scope="module")
-def studies(lab):
-    lab.run_all("widgets/studies")
-    return lab
-
-
-@pytest.mark.slow
-def test_layers_shows_what_is_chosen_and_probes_what_is_missing(studies):
-    figure, numbers = ".maestlib-study .maestlib-curves", ".maestlib-study .maestlib-numbers"
-    before = until(lambda: studies.state(figure), "the curves are drawn")
-    studies.choose(".maestlib-study .maestlib-label", 2)
-    until(lambda: studies.state(figure) != before, "another label, other curves")
-    studies.choose(".maestlib-study .maestlib-token", 0)
-    button = studies.bring(".maestlib-compute button, button.maestlib-compute")
-    studies.js("""const blocks = document.querySelector('.maestlib-study .maestlib-blocks select');
-    for (const option of blocks.options) option.selected = option.index < 2;
-    blocks.dispatchEvent(new Event('change', {bubbles: true}))""")
-    until(lambda: "block 0+1, c: not probed" in studies.bring(numbers).text, "what was not probed is named")
-    until(button.is_enabled, "the button can be clicked")
-    button.click()
-    until(lambda: "0+1 c" in studies.bring(numbers).text, "probed")
-    studies.picture("probes")
-
-
-@pytest.mark.slow
-def test_speed(studies):
-    panel = ".maestlib-tradeoff"
-    for figure in (".maestlib-grid", ".maestlib-frontier"):
-        elapsed_ms = studies.changes(f"{panel} .maestlib-keep", f"{panel} {figure}")
-        print(f"keep every → {figure}: {elapsed_ms:.0f} ms")
-    studies.changes(f"{panel} .maestlib-block", f"{panel} .maestlib-frontier", LEFT)
-    studies.picture("speed")
-
-
 @pytest.mark.slow
 def test_the_explorer_as_an_app(tmp_path):
     pytest.importorskip("voila", reason="Voilà is not installed: pip install -e '.[dev]'")

@@ -25,7 +25,6 @@ from maestlib.probing.study import (
 )
 from maestlib.stats.metrics import evaluate
 from maestlib.stats.significance import paired_bootstrap
-from maestlib.widgets import studies
 
 LABELS = ["Band---A", "Band---B", "Key---C"]
 
@@ -340,20 +339,3 @@ def test_the_best_of_many_is_no_finding():
         single.append(((rows["map_low"] > 0) | (rows["map_high"] < 0)).any())
         together.append(rows["map_significant"].any())
     assert sum(single) >= 5 and sum(together) <= 3, (single, together)
-
-
-def test_the_widget_starts_from_nothing(tmp_path):
-    corpus, embeddings = make_corpus()
-    embeddings.values = np.concatenate([embeddings.values] * 2, 1)  # four blocks
-    shallow = Embeddings(embeddings.values[:, :2], {"model": "shallow"})
-    corpus.targets[corpus.indices("train"), 2] = 0
-    corpus.table = corpus.table.with_columns(path=pl.col("track_id"))
-    data = {"made": (corpus, {"deep": embeddings, "shallow": shallow})}
-    panel = studies.LayersWidget(data, {"made": tmp_path / "s.parquet"}, [CONFIG])
-    assert "not probed yet" in panel.view.text.value and not panel.button.disabled
-    assert LABELS[2] not in panel.controls.label.options
-    panel.controls.blocks.value = (3,)
-    panel.compute()
-    assert "not probed" not in panel.view.text.value
-    panel.controls.model.value = "shallow"
-    assert panel.controls.blocks.options == (0, 1) and "not probed yet" in panel.view.text.value
