@@ -296,18 +296,3 @@ def test_a_label_missing_in_one_split_is_dropped_from_all_on_request(copy, capsy
     table = load("mtg-genre", copy, drop_empty=True)
     assert label_vocabulary(table) == ["genre---electronic", "genre---soundtrack"] and table.height == 12
     assert "2 labels without a positive in some split are left out: genre---pap, genre---pop" in capsys.readouterr().out
-
-
-# Figures
-
-
-def test_figures_show_the_tables():
-    rows = protocol.published_protocols()
-    bars = protocol.plot_protocols(rows).data
-    total = np.sum([b.x for b in bars], 0)[::-1]
-    assert np.allclose(total, 100 * rows["tracks"] / rows["paper_tracks"])
-    table = load("mtg-genre")
-    validation, test, _ = protocol.plot_label_frequency(table, "mtg-genre").data
-    assert list(test.hovertext) == label_vocabulary(table)
-    expected = 100 * multi_hot(table.filter(pl.col("split") == "test"), list(test.hovertext)).mean(0)
-    assert np.allclose(test.y, expected) and len(validation.x) == 3

@@ -315,21 +315,3 @@ def test_draws_are_seeded_without_replacement_and_by_weight():
     counts = np.bincount(drawn, minlength=1000)
     fraction = counts.reshape(-1, 5).sum(0) / counts.sum()
     assert np.abs(fraction - np.array([0.1, 0.2, 0.3, 0.4, 0])).max() < 0.01  # 10 of 800: nearly with replacement
-
-
-# Figures
-
-
-def test_figures_show_the_tables(dumps):
-    masters, releases, *_ = dumps
-    table, drops = c.curate(masters, releases, discogs.catalogue_from_tracklists(releases))
-    assert sum(c.plot_labels_per_track(table).data[0].y) == table.height
-    top = c.plot_most_frequent(table, "labels", top=3).data[0]
-    assert top.x[-1] == max(Counter(table["labels"].explode()).values()) and len(top.x) == 3
-    steps = c.plot_drops(drops).data[0]
-    assert sum(steps.y[:-1]) == steps.y[-1] == table.height
-    assert len(splits.plot_splits(table, top=5).data[0].x) == 5
-    z = np.array(c.plot_cooccurrence(table, top=10).data[0].z, float)
-    assert z.shape == (10, 10) and np.nanmax(z) <= 100 and np.isnan(np.diag(z)).all()
-    before, after = splits.plot_balance(table, [np.arange(table.height)]).data
-    assert np.allclose(before.y, after.y)  # an epoch of everything changes nothing
