@@ -24,10 +24,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores; oversu
 use_forked_kernels()
 
 SLOW_NOTEBOOKS = """
-    nbs/train.ipynb nbs/inference/ray.ipynb nbs/studies/throughput.ipynb nbs/studies/ablations.ipynb
-    nbs/studies/confirmation.ipynb nbs/studies/transfer.ipynb nbs/studies/transfer_tests.ipynb
-    nbs/probing/musicnn.ipynb nbs/studies/robustness.ipynb nbs/demo/heldout.ipynb nbs/studies/songs_per_hour.ipynb
-    nbs/studies/objective_study.ipynb nbs/speed/tradeoff.ipynb nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb
+    nbs/train.ipynb nbs/inference/ray.ipynb nbs/probing/musicnn.ipynb nbs/demo/heldout.ipynb nbs/speed/tradeoff.ipynb
+    nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb
 """.split()  # a cell cannot be marked where it is written
 LONGEST = [  # they start first, so that no worker is idle at the end
     *"""tests/test_browser.py tests/test_train.py tests/test_paper.py tests/test_ray.py tests/test_datasets.py
@@ -59,22 +57,9 @@ def pytest_xdist_auto_num_workers(config):
     return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) + 1
 
 
-def start_fork_server():
-    "Start the server of worker processes with all that any test of this process needs there; the first decides."
-    from maestlib.audio.workers import start_server
-
-    modules = ["maestlib.audio.extract", "maestlib.demo.scores", "maestlib.inference.jobs", "music21", "pytest"]
-    with pytest.MonkeyPatch.context() as patch:  # tests kill processes, and what these leave is cleaned up
-        patch.setenv("PYTHONWARNINGS", "ignore:resource_tracker")
-        start_server(modules)
-
-
 def pytest_sessionstart(session):
     "Before a run of all files, render the corpora on all cores: a notebook that renders one keeps others waiting."
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        start_fork_server()
-        return
-    if session.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
+    if "PYTEST_XDIST_WORKER" in os.environ or session.config.args_source != pytest.Config.ArgsSource.TESTPATHS:
         return
     try:
         from maestlib.datasets.registry import load_dataset

@@ -13,11 +13,12 @@ import polars as pl
 import pytest
 import torch
 
-from maestlib.audio.mel import logmel, normalize
+from maestlib.audio.mel import MEL, logmel, normalize
+from maestlib.audio.store import INDEX_SCHEMA, shard_path, table_checksums
+from maestlib.core.files import write_json
 from maestlib.datasets.batches import load_corpus
 from maestlib.models.checkpoint import BUNDLED_MODEL, load_model
 from maestlib.models.patchout import Patchout
-from maestlib.studies.throughput import write_noise_store
 from maestlib.training.config import TrainConfig
 from maestlib.training.evaluation import predict
 from maestlib.training.loop import fit
@@ -26,6 +27,34 @@ from maestlib.training.trainer import Trainer, create_model
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 ESSENTIA = np.load(Path(__file__).with_name("essentia.npz"))
 CUDA = torch.device("cuda:0")
+
+
+def write_noise_store(
+    folder: str | Path,  # is made
+    tracks: int,
+    seconds: float = 30,  # of each
+    labels: int = 400,  # the level of a track's noise says which it has
+) -> Path:  # the folder
+    "Write a mel store of noise in the three splits, to measure or to test with."
+    folder, frames, rng = Path(folder), MEL.num_frames(seconds), np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    noise = rng.normal(2, 1, (64, frames, MEL.n_mels)).astype(np.float16)
+    label = rng.integers(0, labels, tracks)
+    with open(shard_path(folder, 0), "wb") as file:
+        for i in range(tracks):
+            file.write((noise[i % 64] + np.float16(label[i] / labels)).tobytes())
+    ids = [f"track-{i:07}" for i in range(tracks)]
+    places = dict(shard=[0] * tracks, start=np.arange(tracks) * frames, frames=[frames] * tracks, checksum=[0] * tracks)
+    index = pl.DataFrame({"track_id": ids} | places, schema={"track_id": pl.String} | INDEX_SCHEMA)
+    split = [("test", "validation", *["train"] * 8)[i % 10] for i in range(tracks)]
+    names = [[f"Level---{x:03}", f"Parity---{x % 2}"] for x in label]
+    table = pl.DataFrame({"track_id": ids, "artist": ids, "path": ids, "labels": names, "split": split})
+    report = table[:0].select("track_id", "path", error="path")
+    for name, contents in {"index": index, "tracks": table, "report": report}.items():
+        contents.write_parquet(folder / f"{name}.parquet")
+    write_json(folder / "meta.json", {"seconds": seconds, "config": MEL.to_dict()})
+    (folder / "SHA256SUMS").write_bytes(table_checksums(folder).encode())
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +204,7 @@ import torch
 os.environ["LOCAL_RANK"] = "0"  # both on the first GPU, which NCCL refuses and gloo does not
 from maestlib.datasets.batches import load_corpus
 from maestlib.training.config import TrainConfig
-from maestlib.training.trainer import Trainer, _distribute, create_model
+from maestlib.training.trainer import Trainer, create_model, distribute
 store, out, compile = sys.argv[1:]
 torch.distributed.init_process_group(os.environ["BACKEND"])
 config = TrainConfig(dataset=store, preset="maest-5s", seconds=5, size="tiny", batch_size=16, max_steps=4,
@@ -184,7 +213,7 @@ config = TrainConfig(dataset=store, preset="maest-5s", seconds=5, size="tiny", b
 corpus = load_corpus(store, quiet=True)
 trainer = Trainer(config, corpus, create_model(config, corpus))
 if trainer.world_size == 1:
-    trainer.ddp_model = _distribute(trainer.model, config, 2)  # gradients go through NCCL all the same
+    trainer.loss = distribute(trainer.loss, config, 2)  # gradients go through NCCL all the same
 trainer.model.train()
 losses = []
 for batch in trainer.load_batches():

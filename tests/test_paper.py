@@ -229,7 +229,7 @@ def test_training_follows_the_recipe(results, public):
 def test_report_shows_figures_and_limits(executed):
     outputs = [o for cell in executed["cells"] for o in cell.get("outputs", [])]
     data = [o["data"] for o in outputs if "data" in o]
-    assert sum("application/vnd.plotly.v1+json" in d for d in data) >= 7
+    assert sum("application/vnd.plotly.v1+json" in d for d in data) >= 6
     prose = "".join("".join(d.get("text/markdown", "")) for d in data)
     assert "PaSST is skipped" in prose and "the paper prints Figure 2 without values" in prose
     assert "\\begin{tabular}" in "".join("".join(o.get("text", "")) for o in outputs)
