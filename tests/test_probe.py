@@ -17,7 +17,6 @@ from maestlib.probing.probe import Probe, ProbeConfig, train_probes
 from maestlib.probing.study import (
     STUDY_SCHEMA,
     TOKEN_STACKS,
-    concat_studies,
     data_id,
     probe_settings,
     resample_study,
@@ -276,8 +275,6 @@ def test_studies_of_two_datasets_join():
     for table, of in zip(tables, (corpus, other), strict=True):
         joined, alone = (resample_study(t, of, n_bootstrap=20) for t in (both, table))
         assert np.array_equal(joined.values, alone.values)
-    with pytest.raises(ValueError, match="numbers of resamples"):
-        concat_studies([alone, resample_study(both, other, n_bootstrap=30)])
     with pytest.raises(ValueError, match="lacks labels"):
         resample_study(pl.concat([tables[0], tables[0].with_columns(tokens=pl.lit("c"))[:2]]), corpus, 20)
 

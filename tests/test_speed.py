@@ -11,7 +11,7 @@ from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.models.patchout import Patchout
 from maestlib.models.reduction import ReducedMAEST, pool_weighted, quantize_int8, top_attended
 from maestlib.speed.benchmark import InferenceSetting, benchmark, build_forward
-from maestlib.speed.tradeoff import pareto_front, plot_pareto, predict_throughput, recommend
+from maestlib.speed.tradeoff import embed_options, pareto_front, plot_pareto, recommend
 
 
 def small(**fields):
@@ -24,7 +24,7 @@ def small(**fields):
 
 def results(rows):
     "A results table: (setting, realtime factor, mAP on validation, can be recommended)."
-    kwargs = InferenceSetting(keep_every=2, merge=0.2).embed_kwargs(30)
+    kwargs = embed_options(InferenceSetting(keep_every=2, merge=0.2), 30)
     shared = dict(memory_mb=1.0, family="patchout", ratio=1.0, model="maest", device="x", threads=2)
     return pl.DataFrame(
         [
@@ -69,8 +69,8 @@ def test_only_what_embed_supports_is_recommended():
         InferenceSetting(compiled=True),
         InferenceSetting(threads=1),
     ]
-    assert [s.embed_kwargs(30) for s in unsupported] == [None] * 5
-    assert json.loads(InferenceSetting(dtype="int8").embed_kwargs(30))["options"]["dtype"] == "int8"
+    assert [embed_options(s, 30) for s in unsupported] == [None] * 5
+    assert json.loads(embed_options(InferenceSetting(dtype="int8"), 30))["options"]["dtype"] == "int8"
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,6 @@ def test_nothing_measured_yet(tmp_path):
 
 def test_an_empty_selection_is_a_figure():
     assert "nothing" in plot_pareto(TABLE[:0]).layout.title.text
-
-
-def test_prediction_needs_two_points():
-    assert abs(predict_throughput(TABLE, 1.0) / 100 - 1) < 0.01
-    with pytest.raises(ValueError, match="two measured"):
-        predict_throughput(TABLE.head(1), 1.0)
 
 
 @pytest.mark.parametrize(

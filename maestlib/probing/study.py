@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['TOKEN_STACKS', 'PROBE_FIELDS', 'KEY_COLUMNS', 'SETTING_COLUMNS', 'STUDY_SCHEMA', 'BlockTokens', 'PROBE_SCALES',
-           'probe_settings', 'fill_scale', 'data_id', 'run_study', 'ResampledStudy', 'list_settings', 'resample_study',
-           'concat_studies']
+           'probe_settings', 'fill_scale', 'data_id', 'run_study', 'ResampledStudy', 'list_settings', 'resample_study']
 
 # %% ../../nbs/probing/study.ipynb #a6eade38
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -286,15 +285,3 @@ def resample_study(
         runs = part["scores"].explode().to_numpy().reshape(-1, len(labels), len(test)).swapaxes(1, 2)
         value[:] = score_labels(targets, runs, labels, weights, seed)
     return ResampledStudy(table.drop("scores"), settings, labels, targets.sum(0).astype(int), values)
-
-# %% ../../nbs/probing/study.ipynb #concat00
-def concat_studies(
-    studies: list[ResampledStudy],  # of one corpus, with the same resamples
-) -> ResampledStudy:
-    "Join the settings of several studies. Raises `ValueError` where labels or resamples differ."
-    filled = [study for study in studies if len(study.settings)] or studies[:1]
-    first = filled[0]
-    if any(s.labels != first.labels or s.values.shape[3] != first.values.shape[3] for s in filled):
-        raise ValueError("studies: other labels or numbers of resamples; join studies of one corpus")
-    rows, settings = (pl.concat([getattr(s, name) for s in filled]) for name in ("rows", "settings"))
-    return replace(first, rows=rows, settings=settings, values=np.concatenate([s.values for s in filled]))
