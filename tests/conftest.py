@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from forks import use_forked_kernels
+from processes import use_forked_kernels
 
 RUNS = Path(__file__).resolve().parent.parent / "runs/tests"  # not beside the user's own runs
 if "PYTEST_XDIST_WORKER" not in os.environ:

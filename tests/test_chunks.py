@@ -2,12 +2,12 @@
 
 import multiprocessing
 import os
+import sys
 import time
 
 import polars as pl
 import pytest
 
-from maestlib.audio.workers import worker_context
 from maestlib.core.chunks import UNSIGNED_S, ChunkClaims
 from maestlib.inference.jobs import METADATA_KEY, ParquetJob, stream_to_parquet
 
@@ -16,7 +16,11 @@ NAMES = [f"{i:03}" for i in range(40)]
 
 @pytest.fixture
 def context():
-    return worker_context(["maestlib.core.chunks"])
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["maestlib.inference.jobs"])  # with PyTorch, which takes seconds
+    return context
 
 
 def _work(folder, barrier, won):
