@@ -17,6 +17,7 @@ import pytest
 import soundfile
 
 from maestlib.audio import extract
+from maestlib.audio.isolated import time_limit
 from maestlib.datasets import registry
 from maestlib.datasets.table import label_vocabulary, multi_hot
 from maestlib.demo import abc, sounds, synth, tunes
@@ -149,7 +150,7 @@ def test_a_plain_arrangement_tells_neither_dance_nor_region_nor_mode(catalogue):
 def test_a_confirmation_by_a_font_that_is_not_known_or_not_there(monkeypatch):
     with pytest.raises(ValueError, match="font='FluidR3': give one of"):
         tunes.build_confirmation(font="FluidR3")
-    monkeypatch.setattr(sounds, "_FOLDERS", ())
+    monkeypatch.setattr(sounds, "FONT_FOLDERS", ())
     with pytest.raises(FileNotFoundError, match="csound-soundfont"):
         tunes.build_confirmation(font="Csound", plain=True)
 
@@ -228,7 +229,7 @@ def three_plans(catalogue):
 
 def _render_any_pitch(path, plans, **options):  # in a worker process
     synth.MAX_PITCH = 127
-    with tunes.time_limit(2 if path.endswith("1.flac") else 60):  # the clip of that file never ends
+    with time_limit(2 if path.endswith("1.flac") else 60):  # the clip of that file never ends
         return tunes.load_or_render(path, plans)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("music21")
 pytest.importorskip("symusic")
+program_to_instrument_name = pytest.importorskip("pretty_midi").program_to_instrument_name
 
 from maestlib.audio.store import MelStore, verify_store
 from maestlib.datasets import batches
@@ -41,7 +42,7 @@ def test_labels_are_what_is_played(table):
     for clip in range(12):
         plan = scores.plan_score_clip(clip, table, FONTS)
         played = {p["program"] for p in plan["players"].values() if not p["voice"] and not p["is_drum"]}
-        named = {f"Instrument---{scores.program_names()[program]}" for program in played}
+        named = {f"Instrument---{program_to_instrument_name(program)}" for program in played}
         drums = {"Instrument---Drum kit"} if any(p["is_drum"] for p in plan["players"].values()) else set()
         assert {label for label in plan["labels"] if label.startswith("Instrument")} == named | drums
         channels = {label.removeprefix("Channel---") for label in plan["labels"] if label.startswith("Channel")}
@@ -134,10 +135,16 @@ def test_what_sounds_in_each_column_is_learned(cache, tmp_path, monkeypatch):
 
 
 def test_columns_are_asked_only_of_a_corpus_that_knows_them(tmp_path):
-    with pytest.raises(ValueError, match="dataset=tunes: what sounds"):
+    with pytest.raises(ValueError, match="dataset=tunes: only scores has targets"):
         batches.load_corpus("tunes", columns=True, first=20)
     with pytest.raises(ValueError, match="column_weight=1: not with a teacher"):
         TrainConfig(column_weight=1, teacher="maest-10s-scores").resolve_auto()
+
+
+def test_notes_are_measured_over_the_whole_excerpt():
+    low_then_high = np.array([[t, 0.9, 50 if t < 10 else 70, 80] for t in range(20)], float)
+    measured = scores.measure_notes({"melody": low_then_high}, heldout.HELD_OUT_S)
+    assert (measured["Density"], measured["Polyphony"]) == (1, 1) and measured["Register"] == pytest.approx(60)
 
 
 def test_excerpts_of_a_composer_are_few_and_instruments_are_drawn_without_regard_to_the_period(cache):

@@ -300,7 +300,7 @@ def melodic_skeletons(
 ) -> set[tuple[int, ...]]:  # beats per bar, then semitones above the first pitch at every beat of the window
     """Describe a tune by the intervals on its beats, for every run of `window` bars; the key makes no difference.
 
-    Windows with a rest on a beat, or with fewer than four different pitches (a drum call), are left out.
+    Windows with a rest on a beat, or with fewer than four different pitches (a drum call), are skipped.
     """
     beats = _BEATS.get(metre, (0, 1 / 4, 1 / 2, 3 / 4))
     pitches = _beat_pitches(bars, beats)
@@ -337,11 +337,7 @@ def group_duplicates(
 ) -> list[int]:  # per tune: index of the first tune of its family
     "Group tunes into the connected components of tunes that share a key."
     nodes: dict = {}  # key: its node, after those of the tunes
-    edges = [
-        (tune, nodes.setdefault(key, len(keys) + len(nodes)))
-        for tune, tune_keys in enumerate(keys)
-        for key in tune_keys
-    ]
+    edges = [(i, nodes.setdefault(key, len(keys) + len(nodes))) for i, tune in enumerate(keys) for key in tune]
     size = len(keys) + len(nodes)
     rows, columns = np.array(edges, int).reshape(-1, 2).T
     graph = coo_array((np.ones(len(edges)), (rows, columns)), (size, size))

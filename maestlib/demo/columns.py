@@ -10,11 +10,14 @@ __all__ = ['PITCHES', 'COLUMN_HOP_S', 'COLUMN_S', 'COLUMN_LABELS', 'column_start
 import functools
 
 import numpy as np
+from tqdm.auto import tqdm
 
+from ..audio.isolated import imap_isolated
+from ..core.device import cpu_count
 from ..core.files import atomic_write, file_lock
 from .scores import FAMILIES, SCORE_CLIP_S, TRAINING_FONTS, build_scores, plan_score_clip
 from .sounds import MAX_NOTE_S, VOICES, playable_pitch
-from .works import map_processes, read_works
+from .works import read_works
 
 # %% ../../nbs/demo/columns.ipynb #c0150007
 PITCHES = range(28, 101)  # MIDI
@@ -81,7 +84,8 @@ def load_rolls(
         if not path.exists():
             fonts, works_file = options.get("fonts", TRAINING_FONTS), str(folder / "works.parquet")
             compute = functools.partial(_clip_roll, works_file=works_file, fonts=fonts, seed=seed)
-            rolls = np.stack(map_processes(compute, range(clips), "piano rolls", workers))
+            rolls = imap_isolated(compute, range(clips), workers or cpu_count())
+            rolls = np.stack(list(tqdm(rolls, "piano rolls", total=clips, unit="clip", delay=2)))
             with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, rolls)
     return np.load(path)[[int(track_id.split("-")[1]) for track_id in track_ids]]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from ..audio.isolated import time_limit
 from ..core.files import cache_path, file_lock, log, named_rng, write_parquet
 from .scores import SCORE_TIMEOUT_S, excerpt_score, measure_notes, mix_parts
 from .sounds import find_font
@@ -85,7 +86,8 @@ def _read_tables(folder: str) -> tuple[dict, dict]:  # excerpts by track_id; par
 def _render_excerpt(path: str, font: str, **_) -> np.ndarray:
     excerpts, parts = _read_tables(str(Path(path).parent))
     row = excerpts[Path(path).stem]
-    wave = mix_parts(*sample_excerpt(row, json.loads(parts[row["collection"], row["title"]]), font), HELD_OUT_S)
+    with time_limit(SCORE_TIMEOUT_S):
+        wave = mix_parts(*sample_excerpt(row, json.loads(parts[row["collection"], row["title"]]), font), HELD_OUT_S)
     return wave * np.float32(0.5 / np.abs(wave).max())
 
 
@@ -106,7 +108,7 @@ def build_heldout(
             write_parquet(folder / "works.parquet", works)
             write_parquet(folder / "excerpts.parquet", excerpts)
             log.info(f"heldout: rendering {len(excerpts)} excerpts, once")
-            render_mels(excerpts, store, functools.partial(_render_excerpt, font=font), SCORE_TIMEOUT_S, workers)
+            render_mels(excerpts, store, functools.partial(_render_excerpt, font=font), workers)
     return store
 
 # %% ../../nbs/demo/heldout.ipynb #632125d5
@@ -120,5 +122,5 @@ def excerpt_facts(
     for track_id in excerpts["track_id"]:
         row = rows[track_id]
         played, _ = sample_excerpt(row, json.loads(parts[row["collection"], row["title"]]))
-        facts.append([np.log(sum(map(len, played.values()))), len(played), *measure_notes(played).values()])
+        facts.append([np.log(sum(map(len, played.values()))), len(played), *measure_notes(played, HELD_OUT_S).values()])
     return np.array(facts)

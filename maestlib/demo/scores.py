@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORE_CLIP_S', 'FAMILIES', 'CHANNELS', 'SCORE_CLIPS', 'TRAINING_FONTS', 'MIN_CLIPS', 'SCORE_TIMEOUT_S',
-           'excerpt_score', 'sample_music', 'sample_players', 'apply_channels', 'program_names', 'measure_notes',
-           'list_labels', 'plan_score_clip', 'mix_parts', 'render_score_clip', 'build_scores']
+           'excerpt_score', 'sample_music', 'sample_players', 'apply_channels', 'measure_notes', 'list_labels',
+           'plan_score_clip', 'mix_parts', 'render_score_clip', 'build_scores']
 
 # %% ../../nbs/demo/scores.ipynb #d694d30d
 import functools
@@ -15,14 +15,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+from tqdm.auto import tqdm
 
 from ..audio import channels
+from ..audio.isolated import imap_isolated, time_limit
+from ..core.device import cpu_count
 from ..core.files import cache_path, file_lock, log, named_rng, write_parquet
 from .sounds import BROKEN_PROGRAMS, SAMPLE_RATE, VOICES, find_font, play_font, play_voice
 from .synth import BAR_S, choose_chord
 from .textures import TEXTURES, Bar, sample_style
 from .tunes import render_mels, sample_split
-from .works import map_processes, read_works, training_works
+from .works import read_works, training_works
 
 # %% ../../nbs/demo/scores.ipynb #90869374
 SCORE_CLIP_S = 10
@@ -163,14 +166,6 @@ def apply_channels(
         x = steps[name](x).float()
     return (x / x.abs().max().clamp(min=1e-6)).numpy() * np.float32(10 ** (-draw(1, 24) / 20))
 
-# %% ../../nbs/demo/scores.ipynb #a4b498e6
-@functools.cache
-def program_names() -> tuple[str, ...]:  # 128
-    "General MIDI's names of the programs."
-    from pretty_midi.constants import INSTRUMENT_MAP
-
-    return tuple(INSTRUMENT_MAP)
-
 # %% ../../nbs/demo/scores.ipynb #60dc6dea
 _BINS = {  # quantity: its upper limits and the names of the bins
     "Density": ((1.5, 3, 5.5, 9), ("Sparse", "Calm", "Moving", "Busy", "Dense")),
@@ -184,23 +179,24 @@ _BINS = {  # quantity: its upper limits and the names of the bins
 
 def measure_notes(
     parts: dict[str, np.ndarray],  # from `sample_music`; drums are not counted
+    seconds: float = SCORE_CLIP_S,  # of the clip
 ) -> dict[str, float]:  # empty without notes
     """Measure the notes of a clip.
 
-    Density: onsets per second; polyphony: mean number of sounding notes; register: mean MIDI pitch; note length: median,
-    in seconds; simultaneity: notes per onset; range: semitones.
+    Density: onsets per second; polyphony: mean number of sounding notes; register: mean MIDI pitch; note length: median
+    in s; simultaneity: notes per onset; range: semitones.
     """
     pitched = [notes for part, notes in parts.items() if part != "drums"]
     if not pitched:
         return {}
     notes = np.concatenate(pitched)
     start, length, pitch = notes[np.argsort(notes[:, 0])].T[:3]
-    ends = np.minimum(start + length, SCORE_CLIP_S)
+    ends = np.minimum(start + length, seconds)
     onsets = 1 + int((np.diff(start) > 0.04).sum())
-    grid = np.arange(0.05, SCORE_CLIP_S, 0.1)
+    grid = np.arange(0.05, seconds, 0.1)
     sounding = ((start[:, None] <= grid) & (ends[:, None] > grid)).sum(0)
     return {
-        "Density": onsets / SCORE_CLIP_S, "Polyphony": float(sounding[sounding > 0].mean()) if sounding.any() else 1.0,
+        "Density": onsets / seconds, "Polyphony": float(sounding[sounding > 0].mean()) if sounding.any() else 1.0,
         "Register": float(np.average(pitch, weights=np.maximum(ends - start, 0.01))),
         "Note length": float(np.median(length)), "Simultaneity": len(start) / onsets,
         "Range": float(np.quantile(pitch, 0.97) - np.quantile(pitch, 0.03)),
@@ -217,6 +213,8 @@ def list_labels(
     channel_names: list[str],
 ) -> list[str]:  # `Group---Tag`, sorted
     "List the labels of a clip."
+    from pretty_midi import program_to_instrument_name
+
     tags = [("Texture", facts["texture"]), *(("Channel", name) for name in channel_names)]
     for player in players.values():
         if player["is_drum"]:
@@ -224,7 +222,8 @@ def list_labels(
         elif player["voice"]:
             tags.append(("Voice", player["voice"]))
         else:
-            tags += [("Instrument", program_names()[player["program"]]), ("Family", FAMILIES[player["program"] // 8])]
+            program = player["program"]
+            tags += [("Instrument", program_to_instrument_name(program)), ("Family", FAMILIES[program // 8])]
     for name, value in measure_notes(parts).items():
         limits, names = _BINS[name]
         tags.append((name, names[int(np.searchsorted(limits, value))]))
@@ -299,13 +298,15 @@ def _clip_row(clip: int, works_file: str, fonts: tuple[str, ...], seed: int) -> 
 
 def _render_path(path: str, works_file: str, fonts: tuple[str, ...], seed: int, **_) -> np.ndarray:
     clip = int(Path(path).stem.split("-")[1])
-    return render_score_clip(plan_score_clip(clip, read_works(works_file), fonts, seed), seed, clip)
+    with time_limit(SCORE_TIMEOUT_S):
+        return render_score_clip(plan_score_clip(clip, read_works(works_file), fonts, seed), seed, clip)
 
 
 def _plan_table(folder: Path, clips: int, fonts: tuple[str, ...], seed: int, workers: int | None) -> pl.DataFrame:
     "List all clips, without rare labels."
     plan = functools.partial(_clip_row, works_file=str(folder / "works.parquet"), fonts=fonts, seed=seed)
-    rows = map_processes(plan, range(clips), "planning clips", workers)
+    rows = imap_isolated(plan, range(clips), workers or cpu_count())
+    rows = list(tqdm(rows, "planning", total=clips, unit="clip", delay=2))
     counts = pl.Series([label for row in rows for label in row["labels"]]).value_counts()
     kept = set(counts.filter(counts["count"] >= min(MIN_CLIPS, clips // 20))[counts.columns[0]])
     for row in rows:
@@ -340,5 +341,5 @@ def build_scores(
             log.info(f"scores: rendering {clips:,} clips, once")
             table = _plan_table(folder, clips, fonts, seed, workers)
             load = functools.partial(_render_path, works_file=str(works_file), fonts=fonts, seed=seed)
-            render_mels(table, store, load, SCORE_TIMEOUT_S, workers)
+            render_mels(table, store, load, workers)
     return store

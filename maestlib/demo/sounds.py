@@ -72,7 +72,6 @@ def guarded_font(
     copy = cache_path("fonts", f"{font.stem}-{font.stat().st_size}-guarded{GUARD}.sf2")
     with file_lock(copy):
         if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(copy) as temporary:
                 temporary.write_bytes(guard_samples(font.read_bytes()))
     return copy
@@ -128,7 +127,7 @@ def play_font(
     program: int,  # of General MIDI, from 0; ignored for drums
     font: str = "TimGM6mb",  # one of `FONTS`
     is_drum: bool = False,
-    shift: int = 0,  # semitones by which the formants are moved down; the pitch stays
+    shift: int = 0,  # semitones that it plays higher before it is slowed down: the pitch stays, the timbre changes
     seconds: float = 10,
 ) -> np.ndarray:  # (seconds × 16000,) float32
     """Render notes with a program of a font.

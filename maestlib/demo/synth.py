@@ -50,7 +50,7 @@ def sampling_order(
     tunes: pl.DataFrame,  # from `abc.tune_catalogue`
     seed: int,
 ) -> list[int]:  # row numbers of `tunes`, each once
-    "Draw a weighted random order of the tunes, the same for any number of clips (§3.1, balanced sampling)."
+    "Sample a weighted random order of the tunes, the same for any number of clips (§3.1, balanced sampling)."
     labels = tunes.select("dance", "metre", "mode")
     counts = Counter(label for column in labels for label in column.to_list())
     weights = [sum(1000 / (counts[label] + 100) for label in row if label is not None) for row in labels.rows()]
@@ -62,7 +62,7 @@ _ACCOMPANIMENTS = ("None", "Drone", "Chords", "Drums", "Band")
 
 
 def _sample_players(rng: np.random.Generator, tune: dict) -> tuple[str, str, str]:  # two instruments, accompaniment
-    "Draw instruments, those of the tune's region more often, and an accompaniment, drones more often in old modes."
+    "Sample instruments, those of the tune's region more often, and an accompaniment, drones more often in old modes."
     weights = np.array([3.0 if i.region == tune["region"] else 1.0 for i in INSTRUMENTS.values()])
     lead, second = rng.choice(list(INSTRUMENTS), 2, replace=False, p=weights / weights.sum()).tolist()
     weights = np.array([0.07, 0.4 if tune["mode"] in ("Dorian", "Mixolydian") else 0.07, 0.18, 0.28, 0.4])
@@ -83,7 +83,7 @@ def plan_clip(
     seed: int,
     plain: bool = False,  # players, tempo, swing and percussion are independent of dance, region and mode
 ) -> dict:  # the row and clip, seed, lead, second, bar_s, accompaniment, bpm, transpose, octave, labels; plain if it is
-    "Draw the instruments, tempo, key and accompaniment of a clip, and list its labels."
+    "Sample the instruments, tempo, key and accompaniment of a clip, and list its labels."
     rng = named_rng(seed, "tunes", clip)
     shown = tune | {"dance": "", "region": "", "mode": ""} if plain else tune
     lead, second, accompaniment = _sample_players(rng, shown)
@@ -244,7 +244,7 @@ def arrange(
 
 # %% ../../nbs/demo/synth.ipynb #056afcfd
 def _filter_response(n_fft: int, rng: np.random.Generator) -> np.ndarray:  # gain of each bin of `np.fft.rfft`
-    "Draw a spectral tilt (dB per octave around 1 kHz) and two resonances."
+    "Sample a spectral tilt (dB per octave around 1 kHz) and two resonances."
     octave = np.log2(np.maximum(np.fft.rfftfreq(n_fft, 1 / SAMPLE_RATE), 40).astype(np.float32) / 1000)
     decibels = float(rng.normal(0, 0.8)) * octave
     for _ in range(2):
@@ -253,7 +253,7 @@ def _filter_response(n_fft: int, rng: np.random.Generator) -> np.ndarray:  # gai
 
 
 def _impulse_response(rng: np.random.Generator) -> np.ndarray:  # (SAMPLE_RATE,) float32, one second
-    "Draw a reverberation: direct sound and exponentially decaying noise (-60 dB after 0.1 to 0.6 s)."
+    "Sample a reverberation: direct sound and exponentially decaying noise (-60 dB after 0.1 to 0.6 s)."
     noise = rng.standard_normal(SAMPLE_RATE, np.float32)
     tail = noise * np.exp(-6.9 * np.arange(SAMPLE_RATE) / SAMPLE_RATE / float(rng.uniform(0.1, 0.6)))
     tail *= float(rng.uniform(0, 0.3)) / np.sqrt(np.sum(tail**2))

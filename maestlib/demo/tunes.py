@@ -4,24 +4,24 @@
 
 # %% auto #0
 __all__ = ['MIN_CLIPS_PER_SPLIT', 'RENDER_TIMEOUT_S', 'CLIPS', 'CONFIRMATION_SEED', 'sample_split', 'write_clip', 'read_plans',
-           'load_or_render', 'time_limit', 'render_mels', 'fill_store', 'build_tunes', 'plan_confirmation',
-           'build_confirmation', 'held_out_families']
+           'load_or_render', 'render_mels', 'fill_store', 'build_tunes', 'plan_confirmation', 'build_confirmation',
+           'held_out_families']
 
 # %% ../../nbs/demo/tunes.ipynb #d70814cb
 import contextlib
-import faulthandler
 import functools
 import io
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from ..audio.extract import extract_mels
+from ..audio.isolated import time_limit
 from ..audio.mel import load_audio
 from ..core.device import cpu_count
 from ..core.files import atomic_write, cache_path, file_lock, log, named_rng, write_parquet
@@ -36,7 +36,7 @@ def sample_split(
     train: float,  # fraction of families for training
     validation: float,  # fraction for training and validation together
 ) -> str:
-    "Draw the split of a family from one uniform number."
+    "Sample the split of a family from one uniform number."
     draw = rng.random()
     return "train" if draw < train else "validation" if draw < validation else "test"
 
@@ -79,6 +79,9 @@ def _to_table(plans: list[dict], folder: Path) -> pl.DataFrame:
     return table.select(track_id, artist.alias("artist"), path.alias("path"), "labels", *_COLUMNS)
 
 # %% ../../nbs/demo/tunes.ipynb #a53566fd
+RENDER_TIMEOUT_S = 60  # of a clip, which takes about 0.1 s
+
+
 def write_clip(
     plan: dict,  # from `plan_clip`
     path: str | Path,  # the FLAC file to write
@@ -86,7 +89,8 @@ def write_clip(
     "Render a plan to a 16-bit FLAC file, atomically. Raises as `render`, and `OSError` if it cannot be written."
     import soundfile
 
-    pcm = np.rint(render(plan) * 32768).astype(np.int16)
+    with time_limit(RENDER_TIMEOUT_S):
+        pcm = np.rint(render(plan) * 32768).astype(np.int16)
     buffer = io.BytesIO()
     soundfile.write(buffer, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=0.1)
     with atomic_write(path) as temporary:
@@ -113,45 +117,22 @@ def load_or_render(
             return load_audio(path, **options)
     return write_clip(read_plans(plans)[Path(path).stem], path)
 
-# %% ../../nbs/demo/tunes.ipynb #b2ae3d29
-@contextlib.contextmanager
-def time_limit(
-    seconds: float,  # wall clock; replaces the limit of an outer block
-) -> Iterator[None]:
-    "End this process if the block takes longer, even inside native code."
-    with open(os.devnull, "w") as no_traceback:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=no_traceback)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-
-def _load_in_time(path: str, load: Callable, timeout_s: float, parent: int, **options) -> np.ndarray:
-    with time_limit(timeout_s) if os.getpid() != parent else contextlib.nullcontext():
-        return load(path, **options)
-
 # %% ../../nbs/demo/tunes.ipynb #322cfb80
 def render_mels(
     table: pl.DataFrame,  # a dataset table
     store: str | Path,  # the mel store to create or to resume
     load: Callable,  # renders the clip of a path, in place of `load_audio`
-    timeout_s: float,  # for one clip; a worker process that takes longer is ended
     workers: int | None = None,  # processes; None: one per core; 0: this process, without a time limit
 ) -> pl.DataFrame:  # track_id, path, error: clips that could not be rendered
     "Render a corpus and extract its mel-spectrograms in the same processes; the first five errors are logged."
     if workers is None:
         workers = cpu_count()  # also under torchrun, whose other processes wait for the lock
-    load = functools.partial(_load_in_time, load=load, timeout_s=timeout_s, parent=os.getpid())
     failed = extract_mels(table, store, num_workers=workers, load=load)
     for error in failed["error"].head(5):
         log.info(f"left out: {error}")
     return failed
 
 # %% ../../nbs/demo/tunes.ipynb #e41c8994
-RENDER_TIMEOUT_S = 60  # of a clip, which takes about 0.1 s
-
-
 def fill_store(
     store: Path,  # the mel store to create or to resume
     plans: list[dict],  # from `plan_clip`, with track_id and split
@@ -165,7 +146,7 @@ def fill_store(
     write_parquet(plans_file, pl.DataFrame(plans, infer_schema_length=None))
     folder.mkdir(exist_ok=True)
     load = functools.partial(load_or_render, plans=str(plans_file))
-    failed = render_mels(_to_table(plans, folder), store, load, RENDER_TIMEOUT_S, workers)
+    failed = render_mels(_to_table(plans, folder), store, load, workers)
     if len(failed) > len(plans) / 20:
         shutil.rmtree(store)  # the next call tries again
         count = f"{len(failed)} of {len(plans)} clips could not be rendered"
