@@ -117,12 +117,8 @@ def split_indices(corpus: Corpus) -> dict[str, torch.Tensor]:  # positions of th
     return splits
 
 # %% ../../nbs/probing/probe.ipynb #9b457f8c
-def init_linear(
-    fan_in: int,
-    fan_out: int,
-    generator: torch.Generator,
-) -> list[torch.Tensor]:  # weight (fan_in, fan_out) and bias (1, fan_out)
-    "Draw the weights of a linear layer with the distribution of `torch.nn.Linear`: uniform up to 1 / sqrt(fan_in)."
+def init_linear(fan_in: int, fan_out: int, generator: torch.Generator) -> list[torch.Tensor]:
+    "Draw the weight (fan_in, fan_out) and bias (1, fan_out) of a layer as `torch.nn.Linear` does."
     bound = fan_in**-0.5
     return [torch.empty(n, fan_out).uniform_(-bound, bound, generator=generator) for n in (fan_in, 1)]
 

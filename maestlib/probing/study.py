@@ -162,10 +162,9 @@ def _read_known(path: Path | None) -> pl.DataFrame:
     return known.select(*STUDY_SCHEMA)
 
 
-def _append(path: Path, known: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:  # all rows that are in the file now
+def _append(path: Path, new: pl.DataFrame) -> pl.DataFrame:  # all rows that are in the file now
     with file_lock(path):
-        if path.exists():
-            known = _read_known(path)
+        known = _read_known(path)
         table = pl.concat([known.join(new, on=KEY_COLUMNS, how="anti", nulls_equal=True), new])
         if len(new):
             write_parquet(path, table)
@@ -205,7 +204,7 @@ def run_study(
     missing = requested.join(known, on=KEY_COLUMNS, how="anti", nulls_equal=True, maintain_order="left").to_dicts()
     results = _train_rows(missing, embeddings, corpus, splits, **options)
     new = pl.concat([known[:0], *_tabulate(missing, results, corpus, splits)])
-    table = _append(path, known, new) if path else new
+    table = _append(path, new) if path else new
     return table.join(requested, on=KEY_COLUMNS, how="semi", nulls_equal=True, maintain_order="left")
 
 # %% ../../nbs/probing/study.ipynb #57d70001

@@ -54,12 +54,8 @@ def embed_corpus(
     "Embed every track in a setting, or read it from the cache; with `tags` one pass serves the settings of all blocks."
     checksums = corpus.store.index["checksum"].to_numpy()[corpus.store_rows]
     computed = replace(setting, block=None) if tags else setting
-    meta = {
-        "model": model_fingerprint(model),
-        "setting": computed.name,
-        "tracks": zlib.crc32(checksums.tobytes()),
-        "tags": tags,
-    }
+    meta = {"model": model_fingerprint(model), "setting": computed.name, "tracks": zlib.crc32(checksums.tobytes())}
+    meta["tags"] = tags
     path = cache_path("speed", f"{zlib.crc32(json.dumps(meta).encode()):08x}.npz")
     if not path.exists():
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
