@@ -154,8 +154,7 @@ class Embeddings:
 
     def check_corpus(self, corpus: Corpus):
         "Raise `ValueError` unless these are the embeddings of the corpus' tracks, in its order."
-        expected = corpus.table["track_id"].to_list()
-        if len(self.values) != len(expected):
+        if len(expected := corpus.table["track_id"].to_list()) != len(self.values):
             raise ValueError(f"embeddings of {len(self.values)} tracks: the corpus has {len(expected)}; extract anew")
         for (embedded, _), track in zip(self.track_keys or (), expected, strict=bool(self.track_keys)):
             if embedded != track:

@@ -60,10 +60,7 @@ class ProbeConfig:
         return np.concatenate([warmup, plateau, decay])
 
     @classmethod
-    def product(
-        cls,
-        **values,  # several values for each field that varies
-    ) -> list["ProbeConfig"]:
+    def product(cls, **values) -> list["ProbeConfig"]:  # several values for each field that varies
         "Return every combination of the given values, the last field varying fastest."
         return [cls(**dict(zip(values, point, strict=True))) for point in itertools.product(*values.values())]
 
