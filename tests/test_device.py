@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -12,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from maestlib.audio import mel as mel_module
 from maestlib.datasets.batches import load_corpus
+from maestlib.models.columns import build_model
 from maestlib.models.effnet import EffNet, EffNetConfig
 from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.models.patchout import Patchout, select_patches
@@ -61,22 +61,22 @@ def build_trainer(fake, corpus, monkeypatch, tmp_path, teacher=False, **settings
     settings = dict(seconds=5, batch_size=4, micro_batch_size=2, dtype="bfloat16", max_steps=4) | settings
     settings |= dict(preset="maest-5s", size="tiny", compile=False, num_workers=0, out_dir=str(tmp_path))
     config = TrainConfig(**settings, balanced_sampling=False).resolve_auto()
-    if config.number_weight:  # as if `tunes` knew pairs and numbers
-        pairs = corpus.table.with_row_index("pair").with_columns(pl.col("pair") // 2)
-        pairs = pairs.with_columns(split=pl.col("split").first().over("pair"))
-        corpus = replace(corpus, table=pairs, numbers=np.full((len(pairs), 6), 128, np.uint8))
+    if config.column_weight:  # as if `tunes` knew what is active in each column
+        known = np.zeros((len(corpus.table), 30, 1), np.uint8)
+        corpus = replace(corpus, column_labels=tuple("abcdefgh"), columns=known)
     shape = dict(seconds=5, labels=corpus.labels, mel=corpus.mel)
+    columns = dict(column_labels=corpus.column_labels) if config.column_weight else {}
     monkeypatch.setattr(trainer_module, "default_device", lambda: CUDA)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)  # built there; fake weights cannot move
     with fake, CUDA:
-        tiny = MAESTConfig.from_size("tiny", depth=2, separate_heads=teacher, **shape)
-        model = EffNet(EffNetConfig(**shape)) if config.model == "effnet-b0" else MAEST(tiny)
+        tiny = MAESTConfig.from_size("tiny", depth=2, separate_heads=teacher, **shape, **columns)
+        model = EffNet(EffNetConfig(**shape)) if config.model == "effnet-b0" else build_model(tiny)
         trainer = Trainer(config, corpus, model, MAEST(tiny) if teacher else None)
     trainer.model.train()
 
     def backward(loss):
         assert loss.is_cuda and loss.requires_grad
-        for parameter in (trainer.objectives or trainer.model).parameters():
+        for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
@@ -100,8 +100,8 @@ def take_step(fake, trainer):  # → CountWaits
         {"model": "effnet-b0"},
         {"dtype": "float16"},
         {"head_lr_scale": 10},
-        {"micro_batch_size": 4, "contrast_weight": 0.1, "masked_weight": 0.1, "number_weight": 0.1},
-        {"patchout_scope": "clip", "masked_weight": 0.1},
+        {"column_weight": 0.1},
+        {"patchout_scope": "clip", "column_weight": 0.1},
     ],
     ids=str,
 )
@@ -183,6 +183,7 @@ def test_blocks_are_compiled_four_times_in_a_run(corpus, tmp_path, monkeypatch):
     "All but the last block share a program, in training and in validation, however many steps there are."
     compile_ = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compile_(block, backend="eager", **how))
+    monkeypatch.setattr("maestlib.training.evaluation.auto_batch_size", lambda *_: 12)  # 12 windows of each track
     settings = dict(preset="maest-5s", size="tiny", depth=4, seconds=5, batch_size=4, micro_batch_size=2, max_steps=6)
     settings |= dict(num_validations=3, validation_keep_every=10, compile=True, num_workers=0, swa=False)
     config = TrainConfig(**settings, balanced_sampling=False, out_dir=str(tmp_path / "run")).resolve_auto()

@@ -1,7 +1,6 @@
 """Training runs: papermill, a folder of audio, reproducibility, resuming, several processes, invalid parameters."""
 
 import dataclasses
-import inspect
 import json
 import logging
 import os
@@ -19,16 +18,18 @@ import polars as pl
 import pytest
 import soundfile
 import torch
-from forks import start_python
+from processes import start_python
 from safetensors.torch import load_file
 
 from maestlib.audio.extract import extract_mels
+from maestlib.core.docs import parameter_comments
 from maestlib.core.files import resolve_path
 from maestlib.datasets import registry
 from maestlib.datasets.batches import BatchDataset, load_corpus
 from maestlib.models.checkpoint import BUNDLED_MODEL, load_model
 from maestlib.stats.metrics import evaluate
 from maestlib.training import trainer as trainer_module
+from maestlib.training.calibration import limit_steps
 from maestlib.training.config import TrainConfig
 from maestlib.training.evaluation import compare_runs, predict, predict_test
 from maestlib.training.loop import TrainingInterrupted, fit
@@ -463,7 +464,7 @@ def test_integer_buffers_are_averaged_as_on_a_gpu(small, tmp_path, monkeypatch):
 
 def test_nan_loss_ends_the_run(small, tmp_path, monkeypatch):
     def nan_loss(trainer, mel, *_):
-        return (trainer.ddp_model(mel) * torch.nan).sum()
+        return (trainer.model(mel) * torch.nan).sum()
 
     monkeypatch.setattr(trainer_module, "compute_loss", nan_loss)
     with pytest.raises(FloatingPointError, match="at step 0: give a smaller learning_rate"):
@@ -524,7 +525,7 @@ def test_invalid_parameters_end_before_anything_is_built(folder, tmp_path):
     [
         ({"seconds": -3}, "seconds=-3"),
         ({"seconds": 400}, "seconds=400"),
-        ({"seconds": "ten"}, "seconds=ten"),
+        ({"seconds": "ten"}, "seconds='ten': give a number or auto"),
         ({"size": "huge"}, "size='huge'.*tiny"),
         ({"patchout_columns": 186}, "patchout_columns=186: nothing is kept of 186"),
         ({"seconds": 5, "patchout_columns": 30}, "patchout_columns=30: nothing is kept of 30"),
@@ -557,18 +558,39 @@ def parameters_cell():
     return "".join(next(cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])))
 
 
-def test_parameters_cell_sets_the_fields_and_resume():
-    defaults, values = {f.name: f.default for f in dataclasses.fields(TrainConfig)}, {}
+def test_parameters_cell_sets_fields_to_their_defaults():
+    defaults, values = {f.name: f.default for f in dataclasses.fields(TrainConfig)} | {"resume": ""}, {}
     exec(parameters_cell(), values)
     del values["__builtins__"]
-    assert values == defaults | {"resume": ""}
+    assert values == {name: defaults[name] for name in values} and {"preset", "dataset", "resume"} <= set(values)
 
 
-def test_fields_and_parameters_have_the_same_comments():
-    fields = re.findall(r"^    (\w+): [^=#]* = (\S+)  # (.+)$", inspect.getsource(TrainConfig), re.MULTILINE)
-    parameters = re.findall(r"^(\w+) = (\S+)  # (.+)$", parameters_cell(), re.MULTILINE)
-    assert [name for name, _, _ in fields] == [f.name for f in dataclasses.fields(TrainConfig)]
-    assert [p for p in parameters if p[0] != "resume"] == fields
+def test_every_field_is_described():
+    comments = parameter_comments(TrainConfig)
+    assert list(comments) == [f.name for f in dataclasses.fields(TrainConfig)] and "" not in comments.values()
+
+
+def test_text_becomes_parameters():
+    config = TrainConfig.from_params(
+        {"seconds": "5", "swa": "true", "max_minutes": "none", "learning_rate": "1e-3", "audio": "", "batch_size": 8.0}
+    )
+    assert (config.seconds, config.swa, config.max_minutes) == (5, True, None)
+    assert (config.learning_rate, config.batch_size) == (1e-3, 8)
+
+
+def test_runs_of_older_versions_are_resumed_or_refused(small, tmp_path):
+    config, corpus, model = small(out_dir=str(tmp_path / "run"), max_steps=2, num_validations=1)
+    fit(config, corpus, model)
+    old = json.loads((tmp_path / "run/config.json").read_text()) | {"contrast_weight": 0, "number_weight": 0.0}
+    (tmp_path / "run/config.json").write_text(json.dumps(old))
+    assert TrainConfig.from_params({"resume": str(tmp_path / "run")}) == config
+    for name, value, message in (
+        ("masked_weight", 0.1, "masked_weight=0.1, a loss of older versions"),
+        ("number_of_wheels", 3, "number_of_wheels: there is no such parameter"),
+    ):
+        (tmp_path / "run/config.json").write_text(json.dumps(old | {name: value}))
+        with pytest.raises(ValueError, match=message):
+            TrainConfig.from_params({"resume": str(tmp_path / "run")})
 
 
 def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
@@ -588,16 +610,17 @@ def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
 def test_steps_follow_the_preset_unless_the_machine_is_slow(step_s, steps, monkeypatch, caplog):
     monkeypatch.delenv("MAESTLIB_MINUTES")
     monkeypatch.setattr("maestlib.training.config.default_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr("maestlib.training.config.measure_step_s", lambda *arguments: step_s)
+    monkeypatch.setattr("maestlib.training.calibration.measure_step_s", lambda *arguments: step_s)
     monkeypatch.setattr(logging.getLogger("maestlib"), "propagate", True)
     with caplog.at_level(logging.INFO, "maestlib"):
-        config = TrainConfig().resolve_auto()
+        config = TrainConfig().resolve_auto(limit_steps)
     assert (config.max_steps, config.max_minutes) == (steps, None)
+    assert TrainConfig().resolve_auto().max_steps == 2900, "without a measurement"
     assert f"{steps:,} steps" in caplog.text and ("max_steps=2900" in caplog.text) == (steps < 2900)
     for chosen in ({"max_steps": 7}, {"max_steps": 0}):
-        assert TrainConfig(**chosen).resolve_auto().max_steps == chosen["max_steps"]
+        assert TrainConfig(**chosen).resolve_auto(limit_steps).max_steps == chosen["max_steps"]
     for other_limit in ({"epochs": 2}, {"max_minutes": 3}):
-        assert TrainConfig(**other_limit).resolve_auto().max_steps == 0
+        assert TrainConfig(**other_limit).resolve_auto(limit_steps).max_steps == 0
 
 
 def test_run_folders_do_not_overwrite(tmp_path, monkeypatch):

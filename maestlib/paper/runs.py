@@ -26,9 +26,10 @@ from .published import FINDINGS
 from .results import Report, make_manifest, make_results, plot_results
 from .scales import PaperConfig, audio_folder, describe_scale, manifest_settings, split_names
 from ..probing.embeddings import extract_embeddings, subset_corpus
-from ..training.config import PAPER_COLUMNS, TrainConfig
+from ..training.config import TrainConfig
 from ..training.evaluation import predict
 from ..training.loop import fit
+from ..training.presets import PAPER_COLUMNS
 from ..training.trainer import create_model
 
 # %% ../../nbs/paper/runs.ipynb #060cff24

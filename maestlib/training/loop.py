@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from tqdm.auto import tqdm
 
 from ..core.device import call_in_rank_0
-from ..core.files import atomic_write, log, write_json
+from ..core.files import atomic_write, log, write_json, write_parquet
 from ..datasets.batches import Corpus
 from ..models.checkpoint import save_checkpoint
 from ..models.maest import MAEST
@@ -168,11 +168,6 @@ def _validate(trainer: Trainer, writer=None, on_batch=None) -> dict:  # the new 
     return row
 
 # %% ../../nbs/training/loop.ipynb #27bcf25d
-def _write_table(table: pl.DataFrame, path):
-    with atomic_write(path) as temporary:
-        table.write_parquet(temporary)
-
-
 def _history_table(trainer: Trainer) -> pl.DataFrame:
     return pl.DataFrame(trainer.history, infer_schema_length=None)
 
@@ -188,7 +183,6 @@ def _save_checkpoint(trainer: Trainer):
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
-        "objectives": trainer.objectives.heads.state_dict() if trainer.objectives else None,
         "swa_model": trainer.swa_model.state_dict() if trainer.swa_model else None,
         "step": trainer.step,
         "elapsed_s": trainer.elapsed_s,
@@ -196,9 +190,9 @@ def _save_checkpoint(trainer: Trainer):
     }
     trainer.step_log = [pl.concat([_NO_STEPS, *trainer.step_log])]
     with _warn_on_oserror(trainer):
-        _write_table(trainer.step_log[0], trainer.run_dir / "steps.parquet")
+        write_parquet(trainer.run_dir / "steps.parquet", trainer.step_log[0])
         if trainer.history:
-            _write_table(_history_table(trainer), trainer.run_dir / "metrics.parquet")
+            write_parquet(trainer.run_dir / "metrics.parquet", _history_table(trainer))
         with atomic_write(trainer.run_dir / "state.pt") as temporary:
             torch.save(state, temporary)
 
@@ -220,8 +214,6 @@ def _load_checkpoint(trainer: Trainer):
     trainer.model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
-    if trainer.objectives:
-        trainer.objectives.heads.load_state_dict(state["objectives"])
     if state["swa_model"]:
         trainer.swa_model = _create_swa_model(trainer)
         trainer.swa_model.load_state_dict(state["swa_model"])
