@@ -99,18 +99,18 @@ class Page:
     def upload(self, path):
         self.find("#file").send_keys(str(path))
 
-    def hear(self, act, name):
-        "Do something, and wait until the page has heard the recording of this name. Returns what it says."
+    def tag(self, act, name):
+        "Do something, and wait until the page has tagged the recording of this name. Returns its status."
         self.js("document.getElementById('status').textContent = ''")
         act()
-        heard = re.compile(rf"Heard \d+:\d\d of “{re.escape(name)}” in [\d.]+ s by .*")
-        status = until(lambda: heard.fullmatch(self.text("status")), f"{name} is heard")
+        done = re.compile(rf"Tagged \d+:\d\d of “{re.escape(name)}” in [\d.]+ s by .*")
+        status = until(lambda: done.fullmatch(self.text("status")), f"{name} is tagged")
         assert not self.find("#error").is_displayed()
         return status[0]
 
     def press(self, clip):
         button = self.find(f"[data-clip={clip}]")
-        return self.hear(button.click, button.text)
+        return self.tag(button.click, button.text)
 
     def table(self):  # {label: activations: whole, then each window}
         rows = list(csv.reader(io.StringIO(self.driver.execute_async_script(READ_TABLE))))
@@ -164,7 +164,7 @@ def test_tags_of_an_mp3_in_stereo(page, model, tmp_path):
     left, right = (load_audio(asset_path(f"hear/clips/{clip}.mp3"), sample_rate=44_100) for clip in ("song", "jig"))
     path = tmp_path / "two songs.mp3"
     soundfile.write(path, np.stack([left, right], 1)[: 44_100 * 17], 44_100, format="MP3")
-    print(page.hear(lambda: page.upload(path), path.name))
+    print(page.tag(lambda: page.upload(path), path.name))
     assert_same_tags(page, path, model)
     assert page.errors() == []
 
@@ -218,7 +218,7 @@ def test_another_window_and_where_the_model_looks(page):
     assert page.errors() == []
 
 
-def test_what_cannot_be_heard_is_said(page, tmp_path):
+def test_files_that_cannot_be_read_are_reported(page, tmp_path):
     page.press("song")
     (tmp_path / "broken.mp3").write_text("not music")
     soundfile.write(tmp_path / "short.wav", np.zeros(1600), 16_000)
@@ -235,7 +235,7 @@ def test_a_recording(page):
     until(lambda: page.text("record") == "Stop", "it records")
     page.js("window.began = performance.now()")
     until(lambda: page.js("return performance.now() - window.began > 2500"), "two seconds pass")
-    print(page.hear(page.find("#record").click, "Your recording"))
+    print(page.tag(page.find("#record").click, "Your recording"))
     assert page.text("record") == "Record" and page.errors() == []
 
 

@@ -1,7 +1,7 @@
 // Sound as the model takes it: 16 kHz, mono. Decoded, filtered and recorded by the browser.
 
 const MAX_BYTES = 500e6;
-const FACTOR = 3; // browsers resample with short filters: here to 48 kHz, far from what the model hears
+const FACTOR = 3; // browsers resample with short filters: here to 48 kHz, far above what the model reads
 const CROSSINGS = 64, ROLLOFF = 0.9475937, BETA = 14.769656; // the low-pass filter is that of Python
 
 // The modified Bessel function of order 0.

@@ -1,4 +1,4 @@
-// The page: choose music, hear it, leave patches out.
+// The page: choose music, tag it, leave patches out.
 
 import { decode, record } from "./audio.js";
 import { drawGrid, drawSpectrogram } from "./draw.js";
@@ -24,8 +24,8 @@ const element = (tag, properties = {}, ...children) => {
 
 let model; // a promise
 let song = null; // what is shown: { name, blob, wave, windows, chosen }
-// a window has `full` once it is heard, and `now` with patches left out
-let latest = null; // what is being heard, shown from its first window on
+// a window has `full` once it is tagged, and `now` with patches left out
+let latest = null; // what is being tagged, shown from its first window on
 let listening = Promise.resolve();
 
 function topLabels(activations, count = TOP, group = "") {
@@ -35,12 +35,11 @@ function topLabels(activations, count = TOP, group = "") {
     .slice(0, count);
 }
 
-// The mean over the windows that were heard, weighted by their seconds, as `maestlib.tag`.
+// The mean over the windows that are tagged already, as `maestlib.tag`.
 function meanActivations(windows) {
-  const heard = windows.filter((window) => window.full);
-  const total = heard.reduce((sum, { frames }) => sum + frames, 0);
+  const tagged = windows.filter((window) => window.full);
   return config.labels.map((_, label) =>
-    heard.reduce((sum, { frames, full }) => sum + frames * full.activations[label], 0) / total);
+    tagged.reduce((sum, { full }) => sum + full.activations[label], 0) / tagged.length);
 }
 
 // ---------------------------------------------------------------- choose music
@@ -62,8 +61,8 @@ async function open(blob, name) {
     const wave = await decode(blob, name, limits);
     const mine = { name, blob, wave, windows: listWindows(wave.length), chosen: 0 };
     latest = mine;
-    const follow = () => hear(mine).catch((error) => {
-      say(`“${name}” was not heard.`);
+    const follow = () => tag(mine).catch((error) => {
+      say(`“${name}” was not tagged.`);
       fail(error);
     });
     listening = listening.then(follow); // after the window that is being computed for another
@@ -74,14 +73,14 @@ async function open(blob, name) {
   }
 }
 
-async function hear(mine) {
+async function tag(mine) {
   if (mine !== latest) return; // another one was chosen
-  say(`Waiting for the model to hear “${mine.name}” …`);
+  say(`Waiting for the model to tag “${mine.name}” …`);
   const { run, backend } = await model;
   const seconds = mine.wave.length / config.sample_rate;
   const start = performance.now();
   const progress = Object.assign($("progress"), { hidden: false, max: mine.windows.length, value: 0 });
-  say(`Hearing ${clock(seconds)} of “${mine.name}” …`);
+  say(`Tagging ${clock(seconds)} of “${mine.name}” …`);
   for (const window of mine.windows) {
     window.full = await compute(run, mine.wave, window, selectPatches(gridOf(window.frames), 1, []));
     if (mine !== latest) return;
@@ -92,7 +91,7 @@ async function hear(mine) {
   progress.hidden = true;
   const took = ((performance.now() - start) / 1000).toFixed(1);
   const by = backend === "webgpu" ? "WebGPU" : "WebAssembly";
-  say(`Heard ${clock(seconds)} of “${mine.name}” in ${took} s by ${by}, on this machine.`);
+  say(`Tagged ${clock(seconds)} of “${mine.name}” in ${took} s by ${by}, on this machine.`);
   offerTable();
 }
 

@@ -35,13 +35,13 @@ export function cutWindow(wave, { first, frames }) {
   return cut;
 }
 
-// As the package cuts a recording: half overlapping, and to its very end.
+// As `window_starts` of the package places them: half overlapping, and the last one ends with the recording.
 export function listWindows(samples) {
-  const total = Math.ceil(samples / config.hop_length);
-  const windows = [];
-  let first = 0;
-  for (; total - first > config.frames; first += config.hop_frames) windows.push({ first, frames: config.frames });
-  return [...windows, { first, frames: total - first }];
+  const total = Math.floor(samples / config.hop_length);
+  const frames = Math.min(total, config.frames);
+  const starts = [];
+  for (let first = 0; first < total - frames; first += config.hop_frames) starts.push(first);
+  return [...starts, total - frames].map((first) => ({ first, frames }));
 }
 
 class Thread {
