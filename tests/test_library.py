@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 import soundfile
 import torch
-from forks import start_python
+from processes import start_python
 
 from maestlib.collection import files as collection
 from maestlib.collection import write_tags
@@ -392,7 +392,7 @@ def test_tags_that_would_change_the_sound_are_not_written(music, model, tmp_path
     shutil.copytree(music / "album 1", tmp_path / "music")
     scan(tmp_path / "music", tmp_path / "library", model, progress=False)
     files = {path: path.read_bytes() for path in (tmp_path / "music").iterdir()}
-    set_fields = write_tags._set_fields
+    set_fields = write_tags.set_fields
 
     def damage(file, fields):
         set_fields(file, fields)
@@ -400,7 +400,7 @@ def test_tags_that_would_change_the_sound_are_not_written(music, model, tmp_path
         data[-200] ^= 255
         Path(file.filename).write_bytes(data)
 
-    monkeypatch.setattr(write_tags, "_set_fields", damage)
+    monkeypatch.setattr(write_tags, "set_fields", damage)
     assert main(["write-tags", "--library", str(tmp_path / "library"), "--threshold", "0", "--write"]) == 1
     assert {path: path.read_bytes() for path in (tmp_path / "music").iterdir()} == files
 

@@ -7,6 +7,7 @@ __all__ = ['MAX_TSNE_SONGS', 'DEGREE_COLORS', 'place_songs', 'song_layout', 'Tag
            'plot_song_map', 'given_labels', 'map_code']
 
 # %% ../../nbs/collection/library_map.ipynb #c1a0e002
+import functools
 import html
 import re
 from collections import Counter
@@ -122,9 +123,12 @@ class TaggedSpaces(_Spaces):
         if label not in self.library.labels:
             raise ValueError(f"{label}: not a label of {self.library.folder}")
         i, thresholds = self.library.labels.index(label), self.library.thresholds
-        title = self.titles[0]
-        activations = self.indices[title].activations[self.rows[title]][:, [i]]
-        return label_degrees(activations, None if thresholds is None else [thresholds[i]])[:, 0]
+        return label_degrees(self.activations[:, [i]], None if thresholds is None else [thresholds[i]])[:, 0]
+
+    @functools.cached_property
+    def activations(self) -> np.ndarray:  # (songs, labels) float32
+        "The tags of all songs."
+        return self.indices[self.titles[0]].activations[self.rows[self.titles[0]]]
 
 # %% ../../nbs/collection/library_map.ipynb #a85ebe27
 class SongSpaces(TaggedSpaces):
@@ -201,7 +205,7 @@ def _category_marker(categories: Sequence[str | None]) -> tuple[dict, list[go.Sc
     picked = ([values[i] for i in ids] for values in (colors, symbols, sizes))
     return dict(zip(("color", "symbol", "size"), picked, strict=True)), legend
 
-
+# %% ../../nbs/collection/library_map.ipynb #e41dcd0d
 def plot_song_map(
     songs: pl.DataFrame,  # (n rows) path, artist, title
     layout: np.ndarray,  # (n, 2) of `song_layout`
@@ -255,18 +259,13 @@ def map_code(
 ) -> str:
     "Write the Python that draws a map, and a playlist of the songs that are selected."
     folders = ", ".join(repr(str(library.folder)) for library in spaces.libraries)
+    vectors = [f"spaces.vectors({title!r}), {method!r}" for title in (spaces.titles[0], *titles)]
+    ends = ["base" if code == vectors[0] else f"song_layout({code}, base)" for code in vectors[1:]]
     lines = [
         f"spaces = SongSpaces({folders})",
         "songs = spaces.songs",
-        f"base = song_layout(spaces.vectors({spaces.titles[0]!r}), {method!r})",
-    ]
-    layouts = [
-        "base" if title == spaces.titles[0] else f"song_layout(spaces.vectors({title!r}), {method!r}, base)"
-        for title in titles
-    ]
-    mixed = f"{1 - glide:g} * {layouts[0]} + {glide:g} * {layouts[1]}" if glide else layouts[0]
-    lines += [
-        f"layout = {mixed}",
+        f"base = song_layout({vectors[0]})",
+        f"layout = {f'{1 - glide:g} * {ends[0]} + {glide:g} * {ends[1]}' if glide else ends[0]}",
         f"values = {values}",
         f"figure = plot_song_map(songs, layout, values, name={name!r})",
     ]
@@ -274,17 +273,14 @@ def map_code(
         lines.append(f"selected = songs[{list(map(int, selected))}]")
         lines.append('write_playlist(selected, "my songs.m3u8")')
     used = set(re.findall(r"\w+", "\n".join(lines)))
-    imports = (
-        f"from maestlib.{module} import {', '.join(sorted(used & names))}"
-        for module, names in _CODE_NAMES.items()
-        if used & names
-    )
+    imports = [f"from maestlib.{module} import {', '.join(sorted(used & names))}"
+               for module, names in _CODE_NAMES.items() if used & names]  # fmt: skip
     return "\n".join([*imports, "", *lines, "figure"])
 
 
 _CODE_NAMES = {  # what the code may use
-    "datasets.registry": {"load_dataset"},
-    "collection.playlist": {"write_playlist"},
     "collection.library_map": {"SongSpaces", "given_labels", "plot_song_map", "song_layout"},
     "collection.my_tags": {"MyTags", "fit_my_tag"},
+    "collection.playlist": {"write_playlist"},
+    "datasets.registry": {"load_dataset"},
 }

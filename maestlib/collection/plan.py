@@ -17,8 +17,9 @@ import numpy as np
 import polars as pl
 import torch
 
+from ..audio.decode import Listing
 from ..audio.mel import audio_duration
-from .files import Listing, real_path
+from .files import real_path
 from .library import LibrarySettings
 from ..core.device import worker_count
 from ..core.files import log

@@ -20,9 +20,10 @@ import polars as pl
 import torch
 from tqdm.auto import tqdm
 
+from ..audio.decode import list_audio
 from ..audio.isolated import DecoderCrash, decoder_processes
-from .files import Identity, hash_file, list_audio, read_identity, real_path
-from .library import Library, LibrarySettings, song_table
+from .files import Identity, hash_file, read_identity, real_path
+from .library import Library, LibrarySettings, remove_songs, song_table
 from .plan import estimate_seconds, log_costs, plan_scan
 from ..core.device import default_device
 from ..core.files import log, resolve_path
@@ -48,7 +49,7 @@ def load_library_model(
         raise ValueError(f"{library.folder}: made with another model, {library.settings.model}; give another out")
     return loaded.to(device or default_device())
 
-
+# %% ../../nbs/collection/scan.ipynb #3efe1eac
 def library_embedder(
     library: Library,
     model: MAEST,  # of this library
@@ -107,6 +108,9 @@ def _create(out: str | Path, model: MAEST | str | Path | None, device, given: di
 
 def _open(out: str | Path, model: MAEST | str | Path | None, device, given: dict) -> tuple[Library, MAEST | None]:
     "Open a library, or make one, and return its model where it had to be loaded."
+    known = LibrarySettings.__dataclass_fields__.keys() - {"model"}
+    if not given.keys() <= known:
+        raise ValueError(f"{', '.join(sorted(given.keys() - known))}: unknown; give {', '.join(sorted(known))}")
     if not (resolve_path(out) / "library.json").exists():
         return _create(out, model, device, given)
     library = Library(out)
@@ -235,7 +239,7 @@ def _scan_files(library, todo, model, report, dry_run, batch_size, num_workers, 
         options = dict(batch_size=batch_size, num_workers=num_workers)
         _read_files(_Writer(library, todo, report), model, forward, expected, flush_s, progress, **options)
 
-
+# %% ../../nbs/collection/scan.ipynb #7b8f917b
 def _still_gone(library: Library, gone: list[str], dry_run: bool) -> list[str]:
     "The files that are gone and have not moved; the rows of those that have are removed."
     rows = library.songs.filter(pl.col("path").is_in(gone))
@@ -255,8 +259,15 @@ def _prune(library: Library, gone: list[str], force: bool) -> int:  # files that
         )
         return 0
     if gone:
-        library.remove(gone)
+        remove_songs(library, gone)
     return len(gone)
+
+
+def _count_gone(library: Library, gone: list[str], report: ScanReport, prune: bool, force: bool, dry_run: bool) -> None:
+    "Prune files that are gone if that is asked for, and count them."
+    gone = _still_gone(library, gone, dry_run)
+    report.pruned = _prune(library, gone, force) if prune and not dry_run else 0
+    report.gone = len(gone) - report.pruned
 
 # %% ../../nbs/collection/scan.ipynb #15367559
 def _summary(library: Library, report: ScanReport) -> str:
@@ -282,12 +293,6 @@ def _list_folders(paths) -> tuple[list[str], list]:  # absolute folders and file
         raise ValueError("paths: none; give folders or audio files")
     return folders, list_audio(folders)
 
-
-def _check_names(settings: dict) -> None:
-    known = LibrarySettings.__dataclass_fields__.keys() - {"model"}
-    if not settings.keys() <= known:
-        raise ValueError(f"{', '.join(sorted(settings.keys() - known))}: unknown; give {', '.join(sorted(known))}")
-
 # %% ../../nbs/collection/scan.ipynb #8da274fe
 def scan(
     paths: str | Path | Iterable[str | Path],  # folders and audio files
@@ -299,36 +304,32 @@ def scan(
     device: str | torch.device | None = None,  # None: `default_device()`
     batch_size: int | None = None,  # windows; None: `auto_batch_size(model)`
     num_workers: int | None = None,  # decoding threads; None: one per core
-    flush_s: float = 120.0,  # results are written every so many seconds
-    progress: bool = True,  # show a bar of seconds of audio
+    flush_s: float = 120.0,  # from one write of results to the next
+    progress: bool = True,  # show a bar
     **settings,  # of a new library: block, tokens, excerpt_s, center, hop_s, keep_every, drop_rows, dtype
 ) -> ScanReport:
-    """Read the new and the changed files of a collection into a library: tags and embeddings in one pass.
+    """Tag and embed the new and the changed files of a collection; the same call resumes after an interruption.
 
-    The same call resumes after an interruption; files that fail are listed in the report, and not tried again until
-    they change. `block`, `tokens`, `hop_s` and `dtype` are as for `maestlib.embed`; `excerpt_s` is the length of
-    an excerpt in seconds, from the middle of each file, or with `center=False` from its beginning.
+    Files that fail are listed in the report, and not tried again until they change. Settings are as for
+    `maestlib.embed`; `excerpt_s` seconds are read from the middle of each file, or else from its beginning.
 
-    Raises `FileNotFoundError` for a path that does not exist, `ValueError` for other settings than those of the library
-    and while another scan of it is running, and `OSError` where it cannot be written.
+    Raises `FileNotFoundError` for a path, `ValueError` for other settings than those of the library and while another
+    scan of it is running, and `OSError` where it cannot be written.
     """
-    start, report = time.monotonic(), ScanReport()
+    start = time.monotonic()
     folders, listing = _list_folders(paths)
-    _check_names(settings)
     with contextlib.ExitStack() as stack:
         if dry_run and not (resolve_path(out) / "library.json").exists():
             out = stack.enter_context(tempfile.TemporaryDirectory())
         library, loaded = _open(out, model, device, settings)
         stack.enter_context(library.writing())
         plan = plan_scan(library.songs, listing, folders)
-        report.planned, report.unchanged, report.failed_before = len(plan.todo), plan.unchanged, plan.failed_before
-        if len(plan.todo):
+        report = ScanReport(len(plan.todo), unchanged=plan.unchanged, failed_before=plan.failed_before)
+        if report.planned:
             loaded = loaded or load_library_model(library, model, device)
             _scan_files(library, plan.todo, loaded, report, dry_run, batch_size, num_workers, flush_s, progress)
         report.failed += tuple(listing.problems)
-        gone = _still_gone(library, plan.gone, dry_run)
-        report.pruned = _prune(library, gone, force) if prune and not dry_run else 0
-        report.gone = len(gone) - report.pruned
+        _count_gone(library, plan.gone, report, prune, force, dry_run)
     report.elapsed_s = time.monotonic() - start
     if not dry_run:
         log.info(_summary(library, report))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .files import printable_path
+from ..audio.decode import printable_path
 from .library import Library
 from .scan import LibraryReader
 from .vectors import VectorIndex, top_k, unit_vectors
@@ -184,13 +184,11 @@ class SongIndex(SongLookup):
         degrees: np.ndarray | None = None,  # (songs,)
     ) -> pl.DataFrame:  # rank, cosine, degree, path, artist, album, title, duration_s
         "List songs with their cosine to a query and the degree to which tags fit."
-        columns = {"rank": range(len(rows)), "cosine": cosines, "degree": None if degrees is None else degrees[rows]}
-        types = {"rank": pl.Int64, "cosine": pl.Float32, "degree": pl.Float32}
-        columns = [pl.Series(name, [None] * len(rows) if column is None else column, dtype=types[name])
-                   for name, column in columns.items()]  # fmt: skip
-        return pl.DataFrame(columns).hstack(
-            self.songs[list(rows)].select("path", "artist", "album", "title", "duration_s")
-        )
+        values = {"cosine": cosines, "degree": None if degrees is None else degrees[rows]}
+        values = {name: [None] * len(rows) if column is None else column for name, column in values.items()}
+        table = pl.DataFrame(values, {"cosine": pl.Float32, "degree": pl.Float32}).with_row_index("rank")
+        songs = self.songs[list(rows)].select("path", "artist", "album", "title", "duration_s")
+        return table.cast({"rank": pl.Int64}).hstack(songs)
 
 # %% ../../nbs/collection/search.ipynb #1858feb7
 def _fill(selection: Selection, rows: Iterable[int], k: int) -> list[int]:  # all that were chosen so far
