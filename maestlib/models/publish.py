@@ -17,6 +17,41 @@ from .checkpoint import save_checkpoint
 from .effnet import EffNet
 from .maest import MAEST
 
+# %% ../../nbs/models/publish.ipynb #8dd937e7
+_CARD = """---
+{header}
+---
+
+# {title}
+
+{text}## Use
+
+```python
+import maestlib as ml  # pip install "maestlib[hub]"
+
+model = ml.load_model("{name}")
+ml.tag("song.mp3", model, top=5)
+```
+
+## Model
+
+{architecture} ([Alonso-Jiménez, Serra and Bogdanov, ISMIR 2023](https://arxiv.org/abs/2309.16418)), licence {license}.
+
+| setting | value |
+|---|---|
+{settings}
+
+## Mel-spectrogram
+
+| setting | value |
+|---|---|
+{mel}
+
+## Labels
+
+{labels}
+"""
+
 # %% ../../nbs/models/publish.ipynb #9b3de005
 def model_card(
     model: MAEST | EffNet,  # on any device
@@ -54,41 +89,6 @@ def model_card(
 
 def _rows(values):
     return "\n".join(f"| {name} | {value} |" for name, value in values.items())
-
-
-_CARD = """---
-{header}
----
-
-# {title}
-
-{text}## Use
-
-```python
-import maestlib as ml  # pip install "maestlib[hub]"
-
-model = ml.load_model("{name}")
-ml.tag("song.mp3", model, top=5)
-```
-
-## Model
-
-{architecture} ([Alonso-Jiménez, Serra and Bogdanov, ISMIR 2023](https://arxiv.org/abs/2309.16418)), licence {license}.
-
-| setting | value |
-|---|---|
-{settings}
-
-## Mel-spectrogram
-
-| setting | value |
-|---|---|
-{mel}
-
-## Labels
-
-{labels}
-"""
 
 # %% ../../nbs/models/publish.ipynb #9b3de008
 def save_pretrained(
