@@ -17,6 +17,7 @@ import soundfile
 import torch
 from processes import start_python
 
+from maestlib.audio.decode import list_audio
 from maestlib.collection import files as collection
 from maestlib.collection import write_tags
 from maestlib.collection.cli import main
@@ -411,7 +412,7 @@ def test_links_to_folders_are_followed_once(music, tmp_path):
     (tmp_path / "a/loop").symlink_to(tmp_path)
     (tmp_path / "b").symlink_to(music)
     (tmp_path / "c").symlink_to(music)
-    files = collection.list_audio([tmp_path]).files
+    files = list_audio([tmp_path]).files
     assert len(files) == 12 and files["path"].str.contains("/b/").all()
 
 

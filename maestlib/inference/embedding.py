@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from ..audio.decode import AUDIO_SUFFIXES
+from ..audio.decode import AUDIO_SUFFIXES, walk_audio
 from ..audio.isolated import decoder_processes
 from ..core.device import default_device
 from ..core.files import log, resolve_path
@@ -33,10 +33,8 @@ _Source = str | Path | torch.Tensor | np.ndarray | Iterable[str | Path]
 
 
 def _audio_in(folder: Path) -> list[str]:
-    "The audio files of a folder, sorted, without hidden ones. Raises `FileNotFoundError` where there are none."
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-    hidden = [any(part.startswith((".", "@eaDir")) for part in path.relative_to(folder).parts) for path in files]
-    paths = [str(path) for path, is_hidden in zip(files, hidden, strict=True) if not is_hidden]
+    "The audio files of a folder, sorted. Raises `FileNotFoundError` where there are none."
+    paths = sorted(walk_audio(str(folder)))
     if not paths:
         raise FileNotFoundError(f"{folder}: no audio in this folder ({', '.join(sorted(AUDIO_SUFFIXES))})")
     return paths
