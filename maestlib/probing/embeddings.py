@@ -37,9 +37,7 @@ from ..models.maest import MAEST
 from ..models.patchout import Patchout, pad_to_patch
 
 # %% ../../nbs/probing/embeddings.ipynb #b79ea383
-def find_runs(
-    architecture: str,  # maest or effnet-b0
-) -> dict[float, Path]:  # input length in seconds: its latest run folder
+def find_runs(architecture: str) -> dict[float, Path]:  # maest or effnet-b0 -> seconds of input: run folder
     "Find the latest run in `runs/` for each input length; the most recent run of all comes last."
     runs = {}
     checkpoints = resolve_path(runs_dir()).glob("*/best.safetensors")
