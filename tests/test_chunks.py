@@ -2,25 +2,16 @@
 
 import multiprocessing
 import os
-import sys
 import time
 
 import polars as pl
 import pytest
+from processes import CONTEXT
 
-from maestlib.core.chunks import UNSIGNED_S, ChunkClaims
+from maestlib.core.chunks import EMPTY_CLAIM_TIMEOUT_S, ChunkClaims
 from maestlib.inference.jobs import METADATA_KEY, ParquetJob, stream_to_parquet
 
 NAMES = [f"{i:03}" for i in range(40)]
-
-
-@pytest.fixture
-def context():
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["maestlib.inference.jobs"])  # with PyTorch, which takes seconds
-    return context
 
 
 def _work(folder, barrier, won):
@@ -34,10 +25,10 @@ def _work(folder, barrier, won):
             claims.release(name)
 
 
-def _race(context, folder, workers=4):
+def _race(folder, workers=4):
     "Every chunk was written once, by whomever."
-    barrier, won = context.Barrier(workers), context.Queue()
-    processes = [context.Process(target=_work, args=(folder, barrier, won)) for _ in range(workers)]
+    barrier, won = CONTEXT.Barrier(workers), CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=_work, args=(folder, barrier, won)) for _ in range(workers)]
     for process in processes:
         process.start()
     names = sorted(won.get(timeout=120) for _ in NAMES)
@@ -47,17 +38,17 @@ def _race(context, folder, workers=4):
     assert names == NAMES == sorted(path.name for path in folder.iterdir())
 
 
-def test_each_chunk_has_one_owner(context, tmp_path):
-    _race(context, tmp_path)
+def test_each_chunk_has_one_owner(tmp_path):
+    _race(tmp_path)
 
 
 @pytest.mark.parametrize("owner", ["another-machine 7 0", ""])
-def test_a_race_for_abandoned_claims_has_one_winner(context, tmp_path, owner):
+def test_a_race_for_abandoned_claims_has_one_winner(tmp_path, owner):
     for name in NAMES:
         claim = tmp_path / f".{name}.0.claim"
         claim.write_text(owner)
         os.utime(claim, (time.time() - 1000,) * 2)
-    _race(context, tmp_path)
+    _race(tmp_path)
 
 
 def test_a_claim_that_is_renewed_is_not_taken_over(tmp_path):
@@ -90,14 +81,14 @@ def test_a_claim_that_was_never_signed_is_taken_over_soon(tmp_path):
     claim.touch()
     with ChunkClaims(tmp_path) as claims:
         assert not claims.acquire("0"), "its owner may be about to sign it"
-        os.utime(claim, (time.time() - UNSIGNED_S - 5,) * 2)
+        os.utime(claim, (time.time() - EMPTY_CLAIM_TIMEOUT_S - 5,) * 2)
         assert claims.acquire("0")
 
 
-def test_the_end_of_a_process_is_the_end_of_its_claims(context, tmp_path):
+def test_the_end_of_a_process_is_the_end_of_its_claims(tmp_path):
     "On this machine at once, without waiting for the timeout."
-    ready = context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, ready))
+    ready = CONTEXT.Event()
+    process = CONTEXT.Process(target=_hold, args=(tmp_path, ready))
     process.start()
     assert ready.wait(120)
     with ChunkClaims(tmp_path) as claims:

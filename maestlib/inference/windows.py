@@ -157,7 +157,7 @@ def _equal_length_batches(windows: list[tuple], batch_size: int) -> Iterator[lis
         while batch := list(islice(same_length, batch_size)):
             yield batch
 
-
+# %% ../../nbs/inference/windows.ipynb #dc0ccddc
 def _hop_frames(hop_s: float | None, config: MAESTConfig) -> int:
     "Frames from window to window; None: half a window. Raises `ValueError` above a window."
     if hop_s is None:
@@ -180,7 +180,7 @@ def iter_results(
     opener: Callable = open_audio,  # or that of `DecoderProcesses`
     skip: Callable[[str], bool] | None = None,  # called in a decoding thread: whether a file need not be read
     progress: bool = True,  # show a bar of windows
-    on_window: Callable[[int], None] | None = None,  # called with the source number of each window, once it is heard
+    on_window: Callable[[int], None] | None = None,  # called with the source number of each window that is done
 ) -> Iterator[tuple[int, list | Exception]]:  # source number; (start s, end s, result) per window, or its error
     "Run a model over every window of many recordings, and yield each recording, or [] if skipped, once it is complete."
     if batch_size < 1:
