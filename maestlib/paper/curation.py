@@ -48,9 +48,7 @@ def _count(table: pl.DataFrame) -> dict[str, float]:  # what §3.1 counts
     return counts | {titles[split]: sizes.get(split, 0) for split in SPLITS}
 
 # %% ../../nbs/paper/curation.ipynb #82f689ea
-def run_curation(
-    config: PaperConfig,
-) -> Report:
+def run_curation(config: PaperConfig) -> Report:
     "Curate the catalogue as §3.1 does, and count. Raises what `datasets.curate` raises."
     masters, releases = _read_dumps(config)
     tracks = read_catalogue(config.catalogue) if config.catalogue else catalogue_from_tracklists(releases)

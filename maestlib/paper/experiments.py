@@ -34,9 +34,7 @@ RUNNERS = {
 }  # by the names of `EXPERIMENTS`
 
 
-def results_path(
-    config: PaperConfig,
-) -> Path:
+def results_path(config: PaperConfig) -> Path:
     "Return the file of results, which all experiments of one `out_dir` share."
     return resolve_path(config.out_dir) / "results.parquet"
 
@@ -54,9 +52,7 @@ def run_experiment(
     return report
 
 # %% ../../nbs/paper/experiments.ipynb #1e608c41
-def show_report(
-    report: Report,
-) -> None:
+def show_report(report: Report) -> None:
     "Display table, figures, findings and limits in a notebook."
     with optional_import():
         from IPython.display import Markdown, display
@@ -72,10 +68,7 @@ def show_report(
 class PaperReport:
     "The experiments of one notebook: runs those that were chosen, and collects what failed."
 
-    def __init__(
-        self,
-        config: PaperConfig,
-    ):
+    def __init__(self, config: PaperConfig):
         self.config, self.reports, self.failed = config, {}, {}
 
     def show(

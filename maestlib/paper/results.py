@@ -237,7 +237,7 @@ def _metric_columns(rows: pl.DataFrame, metric: str) -> pl.DataFrame:  # ours wi
     columns = pl.Series(title, ours, pl.String), pl.Series(f"{title}, paper", paper, pl.String)
     return part.select(_ROW).with_columns(columns)
 
-
+# %% ../../nbs/paper/results.ipynb #ec7657ee
 @dataclass
 class Report:
     "The results of an experiment, and what a reader sees of them."

@@ -168,9 +168,7 @@ def _related_weights(config: PaperConfig) -> str:
     return str(train_run(replace(config, pretraining=config.downstream), "related", 0) / "last.safetensors")
 
 
-def run_init(
-    config: PaperConfig,
-) -> Report:
+def run_init(config: PaperConfig) -> Report:
     "Train from each of the initial weights, and score last and averaged weights (§4.2)."
     settings, limits = {}, []
     for name in split_names(config.init):
@@ -185,9 +183,7 @@ def run_init(
 DESK_KEEP = 12  # one column of so many is kept in training, at the desk
 
 
-def run_length(
-    config: PaperConfig,
-) -> Report:
+def run_length(config: PaperConfig) -> Report:
     "Train on segments of 5 to 30 s with patchout in proportion (§4.3)."
     settings = {}
     for seconds in PAPER_COLUMNS:
@@ -198,9 +194,7 @@ def run_length(
     return _report(config, "length", settings, limits)
 
 # %% ../../nbs/paper/runs.ipynb #e4f32e9c
-def run_teacher(
-    config: PaperConfig,
-) -> Report:
+def run_teacher(config: PaperConfig) -> Report:
     "Train with and without the pseudo-labels of a teacher."
     teacher, limits = config.teacher, [FINDINGS["teacher"]]
     if teacher == "own":
