@@ -243,7 +243,7 @@ def run_write_tags(
                 print(f"{path}: {field}: {'; '.join(before) or '(none)'} -> {'; '.join(after)}")
         done = "written" if args.write else "would be written"
         if table.is_empty():
-            hint = "; mapping.csv of the library says which labels are genres or moods"
+            hint = "; mapping.csv of the library maps labels to genre or mood"
         else:
             hint = "" if args.write else "; --write does it"
         print(f"{len(table):,} fields {done}{hint}", file=sys.stderr)

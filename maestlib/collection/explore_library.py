@@ -35,7 +35,7 @@ with optional_import():
 
 # %% ../../nbs/collection/explore_library.ipynb #af5562ba
 class ExplorerState:
-    "The songs that are shown, the selected ones, and messages."
+    "The songs shown, the selected ones, and messages."
 
     def __init__(
         self,
@@ -344,7 +344,7 @@ def _connect(explorer: ExplorerFiles) -> None:
 
 # %% ../../nbs/collection/explore_library.ipynb #c3a0e006
 class LibraryExplorer(ExplorerFiles):
-    "A map of one's own songs; `box` is the widget."
+    "A map of a music library; `box` is the widget."
 
     def __init__(
         self,

@@ -110,7 +110,7 @@ def write_fields(
         shutil.copy2(path, temporary)
         set_fields(_open_tags(temporary, kind), fields)
         if read_identity(temporary).content != content:
-            raise ValueError(f"{path}: left as it was, because writing its tags would have changed its sound")
+            raise ValueError(f"{path}: unchanged, because writing its tags would have changed its sound")
         os.utime(temporary)
 
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e010
@@ -267,7 +267,7 @@ def _to_undo(entries: list[dict]) -> tuple[list[tuple[str, dict]], dict[str, str
         if now == after:
             changes.append((path, entry["before"]))
         elif now != entry["before"]:
-            errors[path] = f"{path}: was changed since, and is left as it is"
+            errors[path] = f"{path}: was changed since, and is not restored"
     return changes, errors
 
 # %% ../../nbs/collection/write_tags.ipynb #d5c4860c
