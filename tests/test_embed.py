@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import soundfile
 import torch
-from forks import start_python
+from processes import start_python
 
 from maestlib.audio.extract import extract_mels
 from maestlib.audio.mel import MelConfig, load_audio, logmel

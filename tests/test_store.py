@@ -1,7 +1,6 @@
 """What a notebook cannot show of the mel store: kills, full disks, crashes, many workers, damage of every kind."""
 
 import errno
-import multiprocessing
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ import polars as pl
 import pytest
 import soundfile
 import torch
+from processes import CONTEXT
 
 from maestlib.audio import extract
 from maestlib.audio.extract import extract_mels
@@ -27,9 +27,6 @@ from maestlib.core import chunks
 from maestlib.core.chunks import ChunkClaims
 from maestlib.core.files import read_json, write_json
 
-CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-if sys.platform == "linux":
-    CONTEXT.set_forkserver_preload(["maestlib.audio.extract"])  # with PyTorch, which takes seconds
 quick = partial(extract_mels, seconds=1.5, min_seconds=0.2, num_workers=0, chunk_size=3)
 
 
