@@ -133,7 +133,7 @@ def add_reverb(
 def _add_at_snr(wave, other, snr_db):  # (samples,) each → (samples,)
     return wave + other * (wave.square().mean() / other.square().mean()).sqrt() * 10 ** (-snr_db / 20)
 
-
+# %% ../../nbs/audio/channels.ipynb #95f0d5be
 def compress(
     wave: torch.Tensor,  # (samples,)
     ratio: float = 4,  # decibels above the threshold become so many times fewer
@@ -146,7 +146,7 @@ def compress(
     level_db = 10 * torch.log10(power / power.max().clamp(min=1e-12) + 1e-9)
     return wave * 10 ** (-(1 - 1 / ratio) * (level_db - threshold_db).clamp(min=0) / 20)
 
-
+# %% ../../nbs/audio/channels.ipynb #870d8c3e
 def add_hum(
     wave: torch.Tensor,  # (samples,)
     hz: float = 50,  # of the mains
@@ -158,7 +158,7 @@ def add_hum(
     hum = sum(torch.sin(k * phase) / k for k in (1, 3, 5, 7))
     return _add_at_snr(wave, hum, snr_db)
 
-
+# %% ../../nbs/audio/channels.ipynb #1689e63e
 def add_wow(
     wave: torch.Tensor,  # (samples,)
     cents: float = 20,  # largest deviation of the pitch
@@ -172,7 +172,7 @@ def add_wow(
     left = position.long().clamp(max=len(wave) - 2)
     return torch.lerp(wave[left], wave[left + 1], position - left)
 
-
+# %% ../../nbs/audio/channels.ipynb #166bb5b2
 def add_crowd(
     wave: torch.Tensor,  # (samples,)
     snr_db: float = 15,  # power of the recording over that of the crowd

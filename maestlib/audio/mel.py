@@ -255,7 +255,7 @@ def _window_and_filterbank(config: MelConfig, device: torch.device) -> tuple[tor
     window = torch.hann_window(config.n_fft, periodic=config.frontend == "torchaudio", dtype=torch.float64)
     return window.float().to(device), filterbank(config).to(device)
 
-
+# %% ../../nbs/audio/mel.ipynb #6b43a148
 def _validate_wave(wave: torch.Tensor, config: MelConfig) -> None:
     "Raise `ValueError` unless `wave` is floating point, finite and at least one frame long."
     if not wave.is_floating_point():
@@ -267,7 +267,7 @@ def _validate_wave(wave: torch.Tensor, config: MelConfig) -> None:
     if not wave.isfinite().all():
         raise ValueError("waveform contains NaN or infinity: check the file that it came from")
 
-
+# %% ../../nbs/audio/mel.ipynb #8656b7a7
 def logmel(
     wave: torch.Tensor | np.ndarray,  # (..., samples) floating point, mono, at `config.sample_rate`, full scale ±1
     config: MelConfig = MEL,  # of the front end

@@ -96,7 +96,7 @@ class _ShardReader:
 _MAX_OPEN_FILES = 256  # of a process that may open 1,024
 _SEEK_LOCK = threading.Lock()
 
-
+# %% ../../nbs/audio/store.ipynb #a36b4226
 def _pread(file: BinaryIO, size: int, offset: int) -> bytes:
     if hasattr(os, "pread"):
         return os.pread(file.fileno(), size, offset)

@@ -49,17 +49,17 @@ def _windows_processor() -> str:
     with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
         return winreg.QueryValueEx(key, "ProcessorNameString")[0]
 
-
+# %% ../../nbs/core/device.ipynb #123f81e1
 def _macos_processor() -> str:
     command = ["sysctl", "-n", "machdep.cpu.brand_string"]
     return subprocess.run(command, capture_output=True, encoding="utf8").stdout
 
-
+# %% ../../nbs/core/device.ipynb #ece28778
 def _linux_processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
     return next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), "")
 
-
+# %% ../../nbs/core/device.ipynb #82b65ad6
 @functools.cache
 def processor_name() -> str:
     "Return the name of the CPU as the operating system gives it; the architecture if it has none."
@@ -69,19 +69,19 @@ def processor_name() -> str:
         name = readers.get(sys.platform, _linux_processor)()
     return name.strip() or platform.processor() or platform.machine()
 
-
+# %% ../../nbs/core/device.ipynb #54aaaec3
 def device_name(
     device: torch.device | str,  # cpu, cuda or mps
 ) -> str:
     "Return the name of a GPU, or of the processor."
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor_name()
 
-
+# %% ../../nbs/core/device.ipynb #cbd085fa
 def cpu_count() -> int:
     "Count the cores that this process may use; on macOS and Windows, those of the machine."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-
+# %% ../../nbs/core/device.ipynb #f59f0d5c
 def worker_count() -> int:
     "Count the cores for this process: an equal part of them, where `torchrun` started several processes here."
     return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -89,7 +89,7 @@ def worker_count() -> int:
 # %% ../../nbs/core/device.ipynb #add9b711
 _DTYPES = ("float32", "bfloat16", "float16")
 
-
+# %% ../../nbs/core/device.ipynb #f6d4981a
 @functools.cache  # a property of the machine, asked for every batch
 def _cpu_is_faster_in_bf16() -> bool:
     "Whether the CPU has instructions for bf16 that beat those for float32, and PyTorch uses them."
@@ -99,7 +99,7 @@ def _cpu_is_faster_in_bf16() -> bool:
         return True
     return torch.cpu._is_avx512_bf16_supported() and "Intel" not in processor_name()
 
-
+# %% ../../nbs/core/device.ipynb #9a0c490c
 def default_dtype(
     device: torch.device | str,  # where the products are computed
     training: bool = False,  # in training, where a `GradScaler` notices an overflow, float16 will do
@@ -120,7 +120,7 @@ def default_dtype(
         return torch.float16
     return torch.bfloat16 if faster else torch.float32
 
-
+# %% ../../nbs/core/device.ipynb #a18195c7
 def resolve_dtype(
     dtype: str | torch.dtype,  # auto, float32, bfloat16 or float16
     device: torch.device | str,  # where the products are computed; decides what `auto` is

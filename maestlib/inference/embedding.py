@@ -59,7 +59,7 @@ def list_sources(
 # %% ../../nbs/inference/embedding.ipynb #4afd8265
 _TOKENS = "cdtrs"  # cls, dist, mean of the patches, mean and deviation of each row
 
-
+# %% ../../nbs/inference/embedding.ipynb #7a3f7f9f
 def count_vectors(
     model: MAEST,
     tokens: str,  # as for `embed`
@@ -69,7 +69,7 @@ def count_vectors(
     rows, _ = select_patches(model.config.grid, patchout)
     return sum(len(rows) if token in "rs" else 1 for token in tokens)
 
-
+# %% ../../nbs/inference/embedding.ipynb #b00baa1e
 def resolve_blocks(
     block: int | Iterable[int],  # one or several
     depth: int,  # of the model
@@ -81,7 +81,7 @@ def resolve_blocks(
         raise ValueError(f"block={block}: give different numbers from 0 to {depth - 1}")
     return blocks
 
-
+# %% ../../nbs/inference/embedding.ipynb #89f8dd23
 def make_embedder(
     model: MAEST,  # in evaluation mode
     blocks: tuple[int, ...],
@@ -274,7 +274,7 @@ def tag(
     tags = pl.DataFrame({"label": model.config.labels, "activation": np.mean([values for *_, values in windows], 0)})
     return read_level(tags.filter(tags["activation"] >= lowest), level).head(top or len(tags))
 
-
+# %% ../../nbs/inference/embedding.ipynb #dc3f2f53
 def _lowest_activations(model: MAEST, threshold: float | str | None) -> pl.Series:
     "The threshold of each label; 0 without one. Raises `ValueError` where the model has none, or for another word."
     if threshold == "calibrated":

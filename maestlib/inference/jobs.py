@@ -41,7 +41,7 @@ def model_fingerprint(
 METADATA_KEY, FAILED_KEY = "maestlib", "failed"  # of the settings and of [path, error], in the metadata of a file
 _MAX_CHUNK = 256  # files
 
-
+# %% ../../nbs/inference/jobs.ipynb #d66385c6
 def _metadata(file: Path, settings: str) -> dict[str, str]:
     "The metadata of a chunk or of `out`. Raises `ValueError` if it is not parquet, or was made with other settings."
     try:
@@ -53,21 +53,21 @@ def _metadata(file: Path, settings: str) -> dict[str, str]:
         raise ValueError(f"{file}: made with other settings\n  {metadata.get(METADATA_KEY)}, now\n  {settings}\n{hint}")
     return metadata
 
-
+# %% ../../nbs/inference/jobs.ipynb #a669b2cf
 def _paths_in(files: list[Path]) -> pl.Series:
     "The different paths in some parquet files."
     if not files:
         return pl.Series(dtype=pl.String)
     return pl.scan_parquet(files).select(pl.col("path").unique()).collect()["path"]
 
-
+# %% ../../nbs/inference/jobs.ipynb #39cafda3
 def _without(paths: list[str], held: pl.Series) -> list[str]:
     "The paths that are not held, in order."
     if held.is_empty():
         return paths
     return list(compress(paths, ~pl.Series(paths, dtype=pl.String).is_in(held.implode())))
 
-
+# %% ../../nbs/inference/jobs.ipynb #ce35a628
 def _hash(settings: str, paths: list[str]) -> str:
     "A hash of the settings and of the paths in their order."
     digest = hashlib.sha256(settings.encode())
@@ -75,7 +75,7 @@ def _hash(settings: str, paths: list[str]) -> str:
         digest.update("\0".join(["", *paths[start : start + 100_000]]).encode("utf8", "surrogateescape"))
     return digest.hexdigest()[:12]
 
-
+# %% ../../nbs/inference/jobs.ipynb #fc105e90
 def _stamp(file: Path) -> tuple[int, int] | None:
     "What tells a file from the one that replaces it; None if there is none."
     with contextlib.suppress(FileNotFoundError):
@@ -179,7 +179,7 @@ class ParquetJob:
 # %% ../../nbs/inference/jobs.ipynb #f8abb767
 _Results = Iterator[tuple[int, list | Exception]]  # number; (start s, end s, values) per window, or error
 
-
+# %% ../../nbs/inference/jobs.ipynb #0677c6be
 def stream_to_parquet(
     job: ParquetJob,
     run: Callable[[Iterable[list[str]]], _Results],  # yields the result of each path of each chunk, in order

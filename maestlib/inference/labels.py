@@ -53,7 +53,7 @@ def label_degrees(
 # %% ../../nbs/inference/labels.ipynb #b1a0e011
 Degrees = Callable[[str], np.ndarray]  # a name -> (tracks,) degrees
 
-
+# %% ../../nbs/inference/labels.ipynb #c31782b3
 def _parse(tokens: list[str], degrees: Degrees, priority: int = 0) -> np.ndarray:
     "Evaluate tokens from the front by recursive descent: | binds less than &, and & less than !."
     if priority == 2:
@@ -75,7 +75,7 @@ def _parse(tokens: list[str], degrees: Degrees, priority: int = 0) -> np.ndarray
         value = combine(value, _parse(tokens, degrees, priority + 1))
     return value
 
-
+# %% ../../nbs/inference/labels.ipynb #f06a890b
 def _columns(name: str, labels: Sequence[str]) -> list[int]:
     "The labels that a name means, at either level. Raises `ValueError` for an unknown one."
     known = {}  # {name in lower case: numbers of labels}
@@ -88,7 +88,7 @@ def _columns(name: str, labels: Sequence[str]) -> list[int]:
         raise ValueError(f"no label {name!r}; {hint}")
     return known[name.casefold()]
 
-
+# %% ../../nbs/inference/labels.ipynb #a7ba718c
 def rank_by_tags(
     expression: str,  # such as "jazz & piano & !voice"; names of labels, of genres or of styles
     activations: np.ndarray,  # (tracks, labels), 0 to 1

@@ -50,7 +50,7 @@ def decode_chunk(
         errors.append(error)
     return row | {"mels": np.concatenate(mels, 1), "frames": frames, "errors": errors}
 
-
+# %% ../../nbs/inference/ray.ipynb #feb8be0a
 class ChunkReader:
     "An actor that holds the model, reads decoded chunks and writes their files."
 
