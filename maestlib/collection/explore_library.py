@@ -236,8 +236,7 @@ class ExplorerTags(ExplorerUpload):
         except ValueError as error:
             self.probes.pop((tag, title), None)
             score = error
-        text = html.escape(f"{tag}: {score}")
-        self.score.value = f"<div style='line-height: 1.4' aria-live='polite'>{text}</div>"
+        self.score.value = f"<div style='line-height: 1.4' aria-live='polite'>{html.escape(f'{tag}: {score}')}</div>"
         if is_shown:
             self._color_by(f"my:{tag}")
 

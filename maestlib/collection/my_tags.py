@@ -37,8 +37,9 @@ class MyTags:
         try:
             return pl.read_csv(self.file, schema=_MY_TAGS)
         except pl.exceptions.PolarsError as error:
-            wanted = ", ".join(_MY_TAGS)
-            raise ValueError(f"{self.file}: not a table of {wanted}; mend or remove it ({error})") from error
+            raise ValueError(
+                f"{self.file}: not a table of {', '.join(_MY_TAGS)} ({error}); edit or remove it"
+            ) from error
 
     @property
     def names(self) -> list[str]:

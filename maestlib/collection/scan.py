@@ -311,10 +311,9 @@ def scan(
     """Tag and embed the new and the changed files of a collection; the same call resumes after an interruption.
 
     Files that fail are listed in the report, and not tried again until they change. Settings are as for
-    `maestlib.embed`; `excerpt_s` seconds are read from the middle of each file, or else from its beginning.
-
-    Raises `FileNotFoundError` for a path, `ValueError` for other settings than those of the library and while another
-    scan of it is running, and `OSError` where it cannot be written.
+    `maestlib.embed`; `excerpt_s` seconds are read from the middle of each file, or else from its beginning. Raises
+    `FileNotFoundError` for a path, `ValueError` for other settings than those of the library and while another scan
+    of it is running, and `OSError` where it cannot be written.
     """
     start = time.monotonic()
     folders, listing = _list_folders(paths)
