@@ -37,9 +37,7 @@ class MyTags:
         try:
             return pl.read_csv(self.file, schema=_MY_TAGS)
         except pl.exceptions.PolarsError as error:
-            raise ValueError(
-                f"{self.file}: not a table of {', '.join(_MY_TAGS)} ({error}); edit or remove it"
-            ) from error
+            raise ValueError(f"{self.file}: not a table of {', '.join(_MY_TAGS)}: {error}; edit it") from error
 
     @property
     def names(self) -> list[str]:
