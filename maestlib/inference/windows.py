@@ -88,7 +88,7 @@ def iter_windows(
         return start_s, start_s + mel.shape[1] * frame_s, normalize(pad_to_patch(mel), config)
 
     for part in stream_mel(source, config, opener=opener):
-        kept, length = torch.cat([kept[:, -frames:], part], 1), length + part.shape[1]
+        kept, length = torch.cat([kept[:, -2 * frames :], part], 1), length + part.shape[1]
         starts = window_starts(length, frames, hop_frames)
         for start in starts[yielded:-1]:  # the last one moves on with the next part
             yield window(start)

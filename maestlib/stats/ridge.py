@@ -21,9 +21,12 @@ def ridge_path(
     "Fit ridge regression at several strengths from one decomposition."
     x, targets = np.asarray(x, np.float64), np.asarray(targets, np.float64)
     intercepts = targets.mean(0)
-    u, s, vt = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    projected = u.T @ (targets - intercepts)
-    return np.stack([vt.T @ (projected * (s / (s**2 + a))[:, None]) for a in strengths]), intercepts
+    x, y = x - x.mean(0), targets - intercepts
+    is_tall = x.shape[0] >= x.shape[1]
+    values, vectors = np.linalg.eigh(x.T @ x if is_tall else x @ x.T)
+    projected = vectors.T @ (x.T @ y if is_tall else y)
+    solved = (vectors @ (projected / (values.clip(0) + strength)[:, None]) for strength in strengths)
+    return np.stack([w if is_tall else x.T @ w for w in solved]), intercepts
 
 # %% ../../nbs/stats/ridge.ipynb #51d90008
 def choose_ridge(
