@@ -14,7 +14,7 @@ def window_starts(
     size: int,  # of a window, in the same unit
     hop: int | None = None,  # from one start to the next; None: half a window; `size`: the fewest windows
 ) -> list[int]:  # start of each window; [0] where the track is not longer than a window
-    "Place windows that cover a track; the last ends with it, or just before. Raises `ValueError` for a hop outside of 1 to `size`."
+    "Place windows that cover a track to its end, or nearly. Raises `ValueError` for a hop outside of 1 to `size`."
     hop = max(1, size // 2) if hop is None else hop
     if not 1 <= hop <= size:
         raise ValueError(f"hop={hop}: give 1 to {size}, the size of a window, so that the windows cover the track")
