@@ -41,7 +41,7 @@ def _split_folder(splits: str | Path | None, name: str) -> Path:
         raise FileNotFoundError(f"splits={path}: no such folder; {published}")
     return path
 
-
+# %% ../../nbs/datasets/benchmarks.ipynb #14b7bbd8
 def _find_file(folder: Path, *names: str) -> Path | None:
     "The first of the files that exists, plain or gzipped."
     candidates = [folder / f"{name}{suffix}" for name in names for suffix in ("", ".gz")]
@@ -63,7 +63,7 @@ def _read_array(path: Path) -> np.ndarray:
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{path}: not a plain array ({error}); save it with a dtype other than object") from error
 
-
+# %% ../../nbs/datasets/benchmarks.ipynb #b4cddea4
 def _check_ids(ids: list[str], pattern: str, source: str):
     "Raise `ValueError` that names the first id that cannot belong to the dataset."
     ids = pl.Series(ids, dtype=pl.String)
@@ -176,7 +176,7 @@ def _read_clip_lists(folder: Path) -> pl.DataFrame:  # path, split
         rows += [(str(entry).split("\t")[-1], split) for entry in _read_array(folder / name)]
     return pl.DataFrame(rows, ["path", "split"], orient="row")
 
-
+# %% ../../nbs/datasets/benchmarks.ipynb #aea86e9b
 def _select_clips(table: pl.DataFrame, clips: str | Path, source: Path) -> pl.DataFrame:
     if clips == "all":
         return table

@@ -36,7 +36,7 @@ def _join_texts(parent, index: int | None = None) -> str:
     elements = parent if index is None else [child[index] for child in parent]
     return _ITEM.join([e.text or "?" for e in elements])
 
-
+# %% ../../nbs/datasets/discogs.ipynb #76de42cf
 def _common_fields(record, year_tag: str) -> tuple[tuple, dict, dict]:  # row, texts by tag, elements by tag
     "Read the fields that masters and releases share."
     child = {e.tag: e for e in record}
@@ -85,7 +85,7 @@ def _parse_tracklist(tracklist) -> Iterator[tuple[str, str]]:  # (seconds, artis
         elif position or duration:
             yield _parse_duration(duration), artists
 
-
+# %% ../../nbs/datasets/discogs.ipynb #5b7368e7
 def _release_row(record) -> tuple:
     row, text, child = _common_fields(record, "released")
     tracks = list(_parse_tracklist(child.get("tracklist", ())))
@@ -134,7 +134,7 @@ def _to_table(rows: list[tuple], schema: dict) -> pl.DataFrame:
 class InvalidDump(ValueError):
     "A file that is not a Discogs dump of the expected kind, or that declares a document type."
 
-
+# %% ../../nbs/datasets/discogs.ipynb #96306567
 _SAFE_XML = dict(resolve_entities=False, no_network=True)
 
 

@@ -44,7 +44,7 @@ def _published_variant(fingerprint: str) -> str:
     variants = dict(published_protocols().select("fingerprint", "variant").rows())
     return variants.get(fingerprint, "no published list")
 
-
+# %% ../../nbs/datasets/protocol.ipynb #7eae25e3
 def _describe(row: dict) -> str:
     "Write a row of `report_protocol` as a log line."
     paper = f" (paper: {row['paper_tracks']:,} and {row['paper_labels']})" if row["paper_tracks"] else ""
@@ -81,7 +81,7 @@ def report_protocol(
 def _strip_suffix(path: str | Path) -> str:  # 14/214 for 14/214.mp3 and 14/214.low.mp3
     return Path(path).with_suffix("").as_posix().removesuffix(".low")
 
-
+# %% ../../nbs/datasets/protocol.ipynb #2e697054
 def attach_audio(
     table: pl.DataFrame,  # path (relative to `audio`), split
     audio: str | Path,  # the folder of the dataset's audio
@@ -116,7 +116,7 @@ def _missing_labels(table: pl.DataFrame) -> dict[str, str]:  # label: the first 
             missing[label] = splits[0]
     return missing
 
-
+# %% ../../nbs/datasets/protocol.ipynb #c7bbb42c
 def check_label_coverage(
     table: pl.DataFrame,  # labels (null where they are not known), split
     source: str,  # the name of the table in errors and log lines

@@ -67,7 +67,7 @@ def _log_names(what: str, names: list[str]):
     if names:
         log.info(f"{len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
 
-
+# %% ../../nbs/datasets/registry.ipynb #02435c87
 def _drop_missing(table: pl.DataFrame, folder: Path, tags: str) -> pl.DataFrame:
     "Drop and log missing files; log audio without tags and tracks without labels. Raises `ValueError` for no file."
     exists = table["path"].map_elements(lambda file: Path(file).is_file(), pl.Boolean).fill_null(False)
@@ -114,7 +114,7 @@ def _import_name(entry: str) -> Any:  # module:name
     module, name = entry.split(":")
     return getattr(importlib.import_module(module), name)
 
-
+# %% ../../nbs/datasets/registry.ipynb #d9374887
 def find_mels(
     name: str | Path,  # as `load_dataset` takes it
     **options,  # as `load_dataset` takes them
@@ -132,7 +132,7 @@ def _load_rendered(name: str, first: int | None = None, **options) -> pl.DataFra
     path = pl.format("{}/{}.flac", pl.lit(str(store.path.parent / "audio")), "track_id")
     return store.tracks[:first].with_columns(path=path)
 
-
+# %% ../../nbs/datasets/registry.ipynb #a57313e4
 def _load_path(path: Path, message: str, **options) -> pl.DataFrame:
     "Load a folder, a table of tags or a mel store. Raises `ValueError` with `message` for any other path."
     if path.is_file() and path.suffix in (".csv", ".parquet"):

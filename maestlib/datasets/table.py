@@ -85,7 +85,7 @@ def label_vocabulary(
     "List the labels that occur in a table."
     return sorted(set(table["labels"].explode().drop_nulls()))
 
-
+# %% ../../nbs/datasets/table.ipynb #ee6d6650
 def multi_hot(
     table: pl.DataFrame,  # with a column `labels`
     labels: list[str],  # the vocabulary, in the order of the columns

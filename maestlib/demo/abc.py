@@ -78,7 +78,7 @@ class Key(NamedTuple):
     sharps: int  # in the key signature; negative: flats
     mode: str  # such as "Major" or "Dorian"
 
-
+# %% ../../nbs/demo/abc.ipynb #4127ca7f
 def parse_key(
     field: str,  # `K:`, such as "G", "Em", "A Dorian", "Amix", "Bb"
 ) -> Key | None:  # None if unreadable
@@ -92,7 +92,7 @@ def parse_key(
     fifths = "FCGDAEB".index(match[1]) - 1 + 7 * _ACCIDENTALS[match[2]]
     return Key(fifths * 7 % 12, fifths + _MODE_SHARPS[mode], mode)
 
-
+# %% ../../nbs/demo/abc.ipynb #2813e741
 def parse_metre(
     field: str,  # `M:`
 ) -> str:  # such as "6/8"; common time is "4/4", cut time "2/2"
@@ -142,7 +142,7 @@ def _key_signature(sharps: int) -> dict[str, int]:  # altered note: 1 for a shar
         return dict.fromkeys("FCGDAEB"[:sharps], 1)
     return dict.fromkeys("BEADGCF"[:-sharps], -1)
 
-
+# %% ../../nbs/demo/abc.ipynb #b160abb1
 def _music_lines(text: str) -> str:
     "Return the lines of notes of the first voice: what follows `K:`, without fields and comments."
     body = re.split(r"(?m)^K:.*\n", text, maxsplit=1)[-1]
@@ -249,7 +249,7 @@ def _join_upbeats(bars: list, bar_length: float) -> list[list]:
             joined.append([[bar_length - length, None], *bar])
     return joined
 
-
+# %% ../../nbs/demo/abc.ipynb #541591c0
 def _fit_bars(bars: list, bar_length: float) -> list[list[tuple[float, float, int]]]:
     "Convert lengths to (start, length, pitch) in fractions of the bar; pad short bars with rest and cut long ones."
     fitted = []
@@ -292,7 +292,7 @@ def _beat_pitches(bars: list, beats: tuple[float, ...]) -> list[int | None]:
             pitches.append(started[-1] if started else None)
     return pitches
 
-
+# %% ../../nbs/demo/abc.ipynb #ddf81af1
 def melodic_skeletons(
     bars: list,  # from `parse_melody`
     metre: str,  # from `parse_metre`
@@ -321,7 +321,7 @@ def normalize_title(
     words = re.findall(r"[a-z0-9]+", re.sub(rf"\b({dances}|the|a|an|o|of|and)\b", " ", title))
     return " ".join(words) if len("".join(words)) >= 5 else ""
 
-
+# %% ../../nbs/demo/abc.ipynb #5e5ebcb3
 def duplicate_keys(
     title: str,  # as printed
     bars: list,  # from `parse_melody`

@@ -32,7 +32,7 @@ def column_starts(
     "List the starts of the patch columns."
     return np.arange(0, seconds - COLUMN_S + 1e-6, COLUMN_HOP_S)
 
-
+# %% ../../nbs/demo/columns.ipynb #dc4531d9
 def sounding_columns(
     start: np.ndarray,  # (notes,) in seconds
     end: np.ndarray,  # (notes,)
@@ -70,7 +70,7 @@ def _clip_roll(clip: int, works_file: str, fonts: tuple[str, ...], seed: int) ->
     plan = plan_score_clip(clip, read_works(works_file), fonts, seed)
     return np.packbits(piano_roll(plan["parts"], plan["players"]), axis=1)
 
-
+# %% ../../nbs/demo/columns.ipynb #762d71e1
 def load_rolls(
     track_ids: list[str],  # of the corpus
     seed: int = 0,

@@ -90,7 +90,7 @@ def _render_excerpt(path: str, font: str, **_) -> np.ndarray:
         wave = mix_parts(*sample_excerpt(row, json.loads(parts[row["collection"], row["title"]]), font), HELD_OUT_S)
     return wave * np.float32(0.5 / np.abs(wave).max())
 
-
+# %% ../../nbs/demo/heldout.ipynb #c2603632
 def build_heldout(
     composers: tuple[str, ...] = tuple(PERIODS),  # folders of music21's corpus
     font: str = HELD_OUT_FONT,

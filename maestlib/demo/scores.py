@@ -141,7 +141,7 @@ def _sample_channels(seed: int, clip: int) -> list[str]:
     chosen = set(rng.choice(CHANNELS, count, replace=False).tolist())
     return [name for name in CHANNELS if name in chosen]
 
-
+# %% ../../nbs/demo/scores.ipynb #ddad48d4
 def apply_channels(
     wave: np.ndarray,  # (samples,) float32, 16 kHz
     names: list[str],  # some of `CHANNELS`, in their order
@@ -272,7 +272,7 @@ def mix_parts(
         mix += wave / level * np.float32(10 ** (player["level"] / 20))
     return mix
 
-
+# %% ../../nbs/demo/scores.ipynb #0b3ff3cd
 def render_score_clip(
     plan: dict,  # from `plan_score_clip`
     seed: int,
@@ -295,13 +295,13 @@ def _clip_row(clip: int, works_file: str, fonts: tuple[str, ...], seed: int) -> 
     row = {"track_id": f"score-{clip:05d}", "artist": work["family"], "labels": plan["labels"], "title": work["title"]}
     return row | {"collection": work["collection"], "texture": facts["texture"], "pair": clip // 2}
 
-
+# %% ../../nbs/demo/scores.ipynb #9961a73c
 def _render_path(path: str, works_file: str, fonts: tuple[str, ...], seed: int, **_) -> np.ndarray:
     clip = int(Path(path).stem.split("-")[1])
     with time_limit(SCORE_TIMEOUT_S):
         return render_score_clip(plan_score_clip(clip, read_works(works_file), fonts, seed), seed, clip)
 
-
+# %% ../../nbs/demo/scores.ipynb #a6f90c9f
 def _plan_table(folder: Path, clips: int, fonts: tuple[str, ...], seed: int, workers: int | None) -> pl.DataFrame:
     "List all clips, without rare labels."
     plan = functools.partial(_clip_row, works_file=str(folder / "works.parquet"), fonts=fonts, seed=seed)

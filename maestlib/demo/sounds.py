@@ -121,7 +121,7 @@ def _synthesizer(font: str, rate: int):
         import symusic
     return symusic.Synthesizer(str(guarded_font(font)), rate, 0)
 
-
+# %% ../../nbs/demo/sounds.ipynb #5bcbd193
 def play_font(
     notes: Notes,  # (notes, 4)
     program: int,  # of General MIDI, from 0; ignored for drums
@@ -185,7 +185,7 @@ def _sung(voice: _Voice, phase: np.ndarray, hz: float) -> np.ndarray:
     levels = sum(1 / (1 + ((numbers * hz - f) / (60 + 0.06 * f)) ** 2) / (i + 1) for i, f in enumerate(voice.vowel))
     return sum(level / number**0.5 * np.sin(number * phase) for number, level in zip(numbers, levels, strict=True))
 
-
+# %% ../../nbs/demo/sounds.ipynb #f0db80d1
 def _plucked(voice: _Voice, hz: float, samples: int) -> np.ndarray:
     from scipy.signal import lfilter
 

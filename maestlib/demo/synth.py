@@ -68,7 +68,7 @@ def _sample_players(rng: np.random.Generator, tune: dict) -> tuple[str, str, str
     weights = np.array([0.07, 0.4 if tune["mode"] in ("Dorian", "Mixolydian") else 0.07, 0.18, 0.28, 0.4])
     return lead, second, _ACCOMPANIMENTS[rng.choice(5, p=weights / weights.sum())]
 
-
+# %% ../../nbs/demo/synth.ipynb #3a09fd27
 def _clip_labels(plan: dict) -> list[str]:
     "List the labels of a clip as `Group---Tag`, sorted."
     tags = [("Dance", plan["dance"]), ("Metre", plan["metre"]), ("Region", plan["region"]), ("Mode", plan["mode"]),
@@ -128,7 +128,7 @@ def _patterns(metre: str, dance: str | None) -> tuple[str, str, str]:  # low, mi
 def _hits(pattern: str) -> list[int]:  # steps that are played
     return [step for step, letter in enumerate(pattern) if letter == "x"]
 
-
+# %% ../../nbs/demo/synth.ipynb #bc10c5a7
 def _swing_time(position: float, swing: float) -> float:  # both positions as fractions of the bar
     "Move the middle of every quarter of the bar to the fraction `swing` of it."
     beat, offset = divmod(position * 4, 1)
@@ -226,7 +226,7 @@ def _arrange_bar(writer: _LayerWriter, count: int):  # bars before this one in t
         writer.play_drums()
     writer.time += writer.bar_s
 
-
+# %% ../../nbs/demo/synth.ipynb #95ac028f
 def arrange(
     plan: dict,  # from `plan_clip`
 ) -> dict[str, list[tuple[float, float, int, int]]]:  # layer: notes (start in s, duration in s, MIDI pitch, velocity)
@@ -251,7 +251,7 @@ def _filter_response(n_fft: int, rng: np.random.Generator) -> np.ndarray:  # gai
         decibels += float(rng.normal(0, 2)) * np.exp(-((octave - float(rng.uniform(-2.3, 2.6))) ** 2))
     return 10 ** (decibels / 20)
 
-
+# %% ../../nbs/demo/synth.ipynb #eaeb55f9
 def _impulse_response(rng: np.random.Generator) -> np.ndarray:  # (SAMPLE_RATE,) float32, one second
     "Sample a reverberation: direct sound and exponentially decaying noise (-60 dB after 0.1 to 0.6 s)."
     noise = rng.standard_normal(SAMPLE_RATE, np.float32)

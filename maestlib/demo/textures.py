@@ -22,7 +22,7 @@ class PartNote(NamedTuple):
     pitch: int  # MIDI
     velocity: int = 80
 
-
+# %% ../../nbs/demo/textures.ipynb #76b9a86f
 @dataclass
 class Bar:
     "The input of a texture."
@@ -58,7 +58,7 @@ def _melody(bar: Bar, style: dict, part: str = "melody", shift: int = 0) -> list
         for start, length, pitch in bar.melody
     ]
 
-
+# %% ../../nbs/demo/textures.ipynb #0d39d1de
 def _broken_chord(bar: Bar, style: dict, part: str, low: int) -> list[PartNote]:
     root, third, fifth = sorted(_near(pitch_class, low + 5) for pitch_class in bar.chord)
     orders = ((root, fifth, third, fifth), (root, third, fifth, root + 12), (root, fifth, root + 12, third + 12))
@@ -71,7 +71,7 @@ def _chords(bar: Bar, part: str, middle: int, per_bar: int, length: float = 0.9)
     pitches = sorted(_near(pitch_class, middle) for pitch_class in bar.chord)
     return [PartNote(part, i / per_bar, length / per_bar, pitch, 72) for i in range(per_bar) for pitch in pitches]
 
-
+# %% ../../nbs/demo/textures.ipynb #c36f1cb6
 def _bass(bar: Bar, style: dict, part: str = "bass", per_bar: int = 1) -> list[PartNote]:
     pitches = [_near(bar.chord[0], style["bass"]), _near(bar.chord[2], style["bass"])]
     return [PartNote(part, i / per_bar, 0.9 / per_bar, pitches[i % 2], 82) for i in range(per_bar)]
@@ -107,7 +107,7 @@ def _piano(bar, style):  # two hands of one player
         notes = _chords(bar, "melody", style["middle"] - 6, bar.beats)
     return _melody(bar, style) + notes
 
-
+# %% ../../nbs/demo/textures.ipynb #1edeb62d
 def _hymn(bar, style):  # four parts, all on the beat, chord by chord
     notes = []
     for beat in range(bar.beats):
@@ -128,7 +128,7 @@ def _canon(bar, style):  # the melody of the bar before, at an interval
         notes += [PartNote("bass", start, length, pitch + style["up"] - 19) for start, length, pitch in bar.before]
     return _melody(bar, style) + notes
 
-
+# %% ../../nbs/demo/textures.ipynb #408af2e7
 def _organ_trio(bar, style):
     gap = 4 if style["pattern"] % 2 else 9
     second = [
@@ -160,7 +160,7 @@ def _quartet(bar, style):  # melody, repeated chord tones in the middle, a movin
     ]
     return _melody(bar, style, "first violin") + middle + _bass(bar, style, "cello", bar.beats)
 
-
+# %% ../../nbs/demo/textures.ipynb #36c0f063
 def _choir_and_piano(bar, style):
     return _hymn(bar, style) + _broken_chord(bar, style, "piano", style["middle"] - 7)
 
@@ -180,7 +180,7 @@ def _unison(bar, style):  # in octaves
     shifts = (("melody", 0), ("second", -12), ("bass", -24), ("third", 12))
     return [note for part, shift in shifts[: style["voices"]] for note in _melody(bar, style, part, shift)]
 
-
+# %% ../../nbs/demo/textures.ipynb #8f31c104
 def _drone(bar, style):
     pitch = style["bass"] + 7
     return _melody(bar, style) + [PartNote("drone", 0, 1.0, pitch, 76), PartNote("drone", 0, 1.0, pitch + 7, 70)]

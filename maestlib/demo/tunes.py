@@ -67,7 +67,7 @@ def _rare_labels(plans: list[dict]) -> list[str]:
 def _drop_labels(plans: list[dict], dropped: Collection[str]) -> list[dict]:
     return [plan | {"labels": [label for label in plan["labels"] if label not in dropped]} for plan in plans]
 
-
+# %% ../../nbs/demo/tunes.ipynb #3657c6aa
 _COLUMNS = ("split", "title", "collection", "tune", "dance", "metre", "mode", "lead", "second", "accompaniment", "bpm")
 
 
@@ -105,7 +105,7 @@ def read_plans(
     "Read the plans of a rendered corpus."
     return {plan["track_id"]: plan for plan in pl.read_parquet(path).iter_rows(named=True)}
 
-
+# %% ../../nbs/demo/tunes.ipynb #faaaee0f
 def load_or_render(
     path: str,  # the FLAC file of a clip, named by its track_id
     plans: str,  # the table of plans
@@ -182,7 +182,7 @@ def _plan_tunes(tunes: pl.DataFrame, clips: int, seed: int) -> list[dict]:
         log.info(f"dropped, with fewer than {MIN_CLIPS_PER_SPLIT} clips in a split: {', '.join(dropped)}")
     return _drop_labels(plans, dropped)
 
-
+# %% ../../nbs/demo/tunes.ipynb #0d836710
 def build_tunes(
     clips: int = CLIPS,  # beyond the number of tunes, about 4,400, tunes are used again with other instruments
     seed: int = 0,
@@ -218,7 +218,7 @@ def plan_confirmation(
     known = {label for plan in default for label in plan["labels"] if label not in rare}
     return _drop_labels(plans, {label for plan in plans for label in plan["labels"]} - known)
 
-
+# %% ../../nbs/demo/tunes.ipynb #84a03f54
 def build_confirmation(
     first: int | None = None,  # render only this many of the 1,200 clips; None: all
     workers: int | None = None,  # as for `render_mels`

@@ -88,7 +88,7 @@ def _read_row(path: str) -> dict:
     composer = (name or folder) if folder == "trecento" else folder
     return row | {"composer": composer, "parts": json.dumps(parts)}
 
-
+# %% ../../nbs/demo/works.ipynb #e8ee459a
 def read_scores(
     files: list[Path],
     name: str,  # of the cached table
@@ -115,7 +115,7 @@ def read_works(
     "Read a table of works, which worker processes keep."
     return pl.read_parquet(path)
 
-
+# %% ../../nbs/demo/works.ipynb #a8f9ee9b
 def training_works(
     scores: int = 600,  # movements of Palestrina to read; 0: tunes only
     workers: int | None = None,  # processes; None: one per core

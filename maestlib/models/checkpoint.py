@@ -62,7 +62,7 @@ def config_from_header(
     fields = {name: getattr(config, name) for name in ("seconds", "num_heads", "separate_heads", "mel")}
     return fields | {name: value for name in ("labels", "column_labels") if (value := getattr(config, name))}
 
-
+# %% ../../nbs/models/checkpoint.ipynb #f908386b
 def thresholds_from_header(
     header: dict[str, str],  # of a safetensors file
     num_labels: int,  # of the model
@@ -147,7 +147,7 @@ def model_from_tensors(
     model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True, assign=True)
     return model.requires_grad_(True).eval()
 
-
+# %% ../../nbs/models/checkpoint.ipynb #b92a9a22
 def _find_mismatches(expected, tensors):
     mismatches = []
     for k in sorted(expected.keys() | tensors.keys()):
@@ -268,7 +268,7 @@ def _load_effnet(tensors, header, overrides, path):
     model.thresholds = thresholds_from_header(header, len(config.labels))
     return model.eval()
 
-
+# %% ../../nbs/models/checkpoint.ipynb #4c14afb9
 @contextlib.contextmanager
 def _name_file_in_errors(path):
     "Turn whatever is wrong with the contents of a file into a one-line `ValueError` that names it."

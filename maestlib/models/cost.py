@@ -33,7 +33,7 @@ def count_flops(
         flops += blocks * _block_flops(tokens, tokens, embed_dim)
     return {"tokens": tokens, "total_tokens": math.prod(grid) + 2, "gflop": flops / 1e9}
 
-
+# %% ../../nbs/models/cost.ipynb #f2fa824e
 def _block_flops(tokens, queries, embed_dim):
     "Keys and values of all tokens; query, output projection and MLP of the queries; attention between them."
     linear = 4 * tokens * embed_dim**2 + 20 * queries * embed_dim**2

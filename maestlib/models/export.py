@@ -132,7 +132,7 @@ def _min_frames(exportable: ExportableMAEST) -> int:
     "Frames that leave two columns of patches."
     return PATCH + STRIDE * exportable.patchout.keep_every
 
-
+# %% ../../nbs/models/export.ipynb #fea90ce4
 def _export_program(exportable: ExportableMAEST) -> torch.export.ExportedProgram:
     "Record the operations with variable batch size and length."
     config, parameters = exportable.config, list(exportable.parameters())
@@ -241,7 +241,7 @@ def _noise(session):
         shape = (1, frames * config.mel.hop_length) if name == "wave" else (1, config.mel.n_mels, frames)
         yield {name: (0.1 if name == "wave" else 1) * torch.randn(shape, generator=generator).numpy()}
 
-
+# %% ../../nbs/models/export.ipynb #45641e7e
 def _lowest_cosine(full, quantized):
     "Compare all outputs of two sessions."
     return min(

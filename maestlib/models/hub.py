@@ -142,13 +142,13 @@ def download(
     verify_checkpoint(path, entry)
     return path
 
-
+# %% ../../nbs/models/hub.ipynb #cbfdae00
 def _download(entry, path, timeout):
     with explain_read_only(path), FileLock(cache_path("locks", f"{path.name}.lock")):  # also between torchrun's ranks
         if not path.exists():  # no other process was faster
             _download_part(entry, path, timeout)
 
-
+# %% ../../nbs/models/hub.ipynb #ce00e709
 def _download_part(entry, path, timeout):
     "Continue or begin a download, and rename it when it is complete and verified."
     part = path.with_name(f"{path.name}.part")
@@ -235,7 +235,7 @@ def _choose_weights(files, name):
             return weights
     raise FileNotFoundError(f"{name}: none of {', '.join(HUB_WEIGHTS)} in this repository")
 
-
+# %% ../../nbs/models/hub.ipynb #fe005a28
 def _find_cached(name, fetch, error):
     from huggingface_hub import constants, errors
 

@@ -141,7 +141,7 @@ def split_positions(
         time = torch.cat([time, time[..., -1:]], -1)
     return {"new_pos_embed": positions[:, :2], TIME_POS: time.float(), FREQ_POS: frequency.float()}
 
-
+# %% ../../nbs/models/layouts.ipynb #d62f0279
 def seconds_from_columns(
     columns: int,  # of a time table
 ) -> float:  # seconds

@@ -22,7 +22,7 @@ def pad_to_patch(
     "Zero-pad a mel that is shorter than one patch; a longer one is returned as it is."
     return F.pad(mel, (0, max(0, PATCH - mel.shape[-1])))
 
-
+# %% ../../nbs/models/patchout.ipynb #6638aa13
 def patch_grid(
     frames: int,  # length of the mel
     bands: int = 96,  # height of the mel
@@ -88,7 +88,7 @@ def select_patches(
     columns = _drop_random(columns, patchout.random_columns, "columns", generator)
     return rows, columns
 
-
+# %% ../../nbs/models/patchout.ipynb #c366a5ab
 def _drop_random(index, n_drop, name, generator):
     "Remove `n_drop` entries of a sorted index at random; the rest stays sorted."
     if n_drop == 0:

@@ -86,7 +86,7 @@ def model_card(
         labels=", ".join(model.config.labels),
     )
 
-
+# %% ../../nbs/models/publish.ipynb #c8f12d84
 def _rows(values):
     return "\n".join(f"| {name} | {value} |" for name, value in values.items())
 

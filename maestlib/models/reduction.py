@@ -44,7 +44,7 @@ def merge_tokens(
     x_sums, counts = sums.split([x.shape[2], counts.shape[2]], 2)
     return (x_sums / counts.sum(2, keepdim=True)).to(x.dtype), counts
 
-
+# %% ../../nbs/models/reduction.ipynb #4f6b8a6c
 def _gather_tokens(x, index):  # (batch, token, channel), (batch, n) → (batch, n, channel)
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
@@ -71,7 +71,7 @@ def pool_weighted(
     means, deviations = (torch.stack(m, 1) for m in zip(*moments, strict=True))
     return torch.cat([x[:, :2], means, deviations[:, 1:]], 1)
 
-
+# %% ../../nbs/models/reduction.ipynb #b478d2e6
 def _weighted_moments(x, weight):  # (batch, tokens, embed_dim), (batch, tokens) → mean and deviation (batch, embed_dim)
     weight = (weight / weight.sum(1, keepdim=True).clamp(min=1))[..., None]
     mean = (x * weight).sum(1)
@@ -151,7 +151,7 @@ class _Cast(nn.Module):
     def forward(self, x):
         return x.to(self.dtype)
 
-
+# %% ../../nbs/models/reduction.ipynb #b25b00d9
 def quantize_int8(
     model: MAEST,  # float32, on the CPU
 ) -> MAEST:  # a copy; run it with dtype="float32"

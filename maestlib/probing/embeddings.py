@@ -112,7 +112,7 @@ def _duration_s(track: dict) -> float:  # infinite where it is unknown
     except (OSError, ValueError):
         return math.inf
 
-
+# %% ../../nbs/probing/embeddings.ipynb #356b57c2
 def check_whole_tracks(
     corpus: Corpus,  # its store and the lengths of its files
 ):
@@ -211,7 +211,7 @@ def _check_meta(folder: Path, meta: dict):
     if differences:
         raise ValueError(f"{folder}: embeddings of another model ({'; '.join(differences)}); give another folder")
 
-
+# %% ../../nbs/probing/embeddings.ipynb #e1f897d0
 def _read_parts(folder: Path) -> dict[tuple[str, int], np.ndarray]:  # (track_id, checksum of its mel): embedding
     embedded = {}
     for path in sorted(folder.glob("*.npz"), key=lambda p: p.stat().st_mtime):
@@ -225,7 +225,7 @@ def _read_parts(folder: Path) -> dict[tuple[str, int], np.ndarray]:  # (track_id
             ) from error
     return embedded
 
-
+# %% ../../nbs/probing/embeddings.ipynb #1b2d4a27
 def _write_part(folder: Path, keys: list[tuple[str, int]], values: np.ndarray):
     path = folder / f"{zlib.crc32(repr(keys).encode()):08x}.npz"
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -258,7 +258,7 @@ def embed_in_parts(
         embedded |= zip(part_keys, values, strict=True)
     return Embeddings(np.stack([embedded[key] for key in keys]), meta, keys)
 
-
+# %% ../../nbs/probing/embeddings.ipynb #120b0f80
 def _check_finite(keys: list[tuple[str, int]], values: np.ndarray):
     bad = np.flatnonzero(~np.isfinite(values).all((1, 2, 3)))
     if len(bad):

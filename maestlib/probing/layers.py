@@ -78,7 +78,7 @@ def _add_baselines(figure, scores: pl.DataFrame, metric: str):  # one horizontal
         line = dict(line_dash="dash", line_color="#777777")
         figure.add_hline(row[metric], annotation_text=row["model"], annotation_position=position, **line)
 
-
+# %% ../../nbs/probing/layers.ipynb #f8365a97
 def _add_curve(figure, curve: pl.DataFrame, metric: str, tokens: str, color: str):  # with a band for cdt and c
     blocks, is_main = curve["blocks"], tokens in ("cdt", "c")
     if is_main:

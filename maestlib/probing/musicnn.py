@@ -176,7 +176,7 @@ def _unpack(wheel: Path, folder: Path):
             raise ValueError(f"{wheel}: not the wheel of musicnn {MUSICNN_VERSION} ({error})") from error
         shutil.move(Path(temporary, "musicnn"), folder)
 
-
+# %% ../../nbs/probing/musicnn.ipynb #35680e9a
 def _download(folder: Path):
     "Download the wheel with pip and unpack it. Raises `OSError` with the remedy where pip cannot."
     with tempfile.TemporaryDirectory() as temporary:
@@ -215,7 +215,7 @@ def find_musicnn(
 def _numbered(name: str, number: int) -> str:  # as TensorFlow names its layers
     return f"{name}_{number}" if number else name
 
-
+# %% ../../nbs/probing/musicnn.ipynb #fc0e402a
 def _copy_layer(layer: nn.Module, tensors: dict[str, np.ndarray], name: str):
     "Copy the tensors of a layer of TensorFlow. Raises `ValueError` for another shape."
     pairs = {"weight": "kernel", "bias": "bias"}

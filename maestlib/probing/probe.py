@@ -72,7 +72,7 @@ class Probe:
     sources: tuple[int, ...]  # to concatenate: `Embeddings.source_indices`
     config: ProbeConfig = ProbeConfig()
 
-
+# %% ../../nbs/probing/probe.ipynb #c1fbde45
 @dataclass
 class ProbeResult:
     "A trained probe at its best epoch."

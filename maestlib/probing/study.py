@@ -161,7 +161,7 @@ def _read_known(path: Path | None) -> pl.DataFrame:
         raise ValueError(f"{path}: no column {', '.join(missing)}; it is of another version: give another out")
     return known.select(*STUDY_SCHEMA)
 
-
+# %% ../../nbs/probing/study.ipynb #16d5a883
 def _append(path: Path, new: pl.DataFrame) -> pl.DataFrame:  # all rows that are in the file now
     with file_lock(path):
         known = _read_known(path)

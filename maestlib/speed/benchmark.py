@@ -172,7 +172,7 @@ def _process_memory(field: str) -> float:  # MB; VmRSS: now, VmHWM: the peak
     status = Path("/proc/self/status").read_text(encoding="utf8")
     return int(status.split(f"{field}:")[1].split()[0]) / 1e3
 
-
+# %% ../../nbs/speed/benchmark.ipynb #a1ac6870
 def _track_peak_memory(device: torch.device) -> Callable[[], float]:  # MB above the level now; NaN: unknown
     "Start measuring; the returned function gives the additional memory that was needed since."
     if device.type == "cuda":
@@ -190,7 +190,7 @@ def _track_peak_memory(device: torch.device) -> Callable[[], float]:  # MB above
     except OSError:
         return lambda: math.nan
 
-
+# %% ../../nbs/speed/benchmark.ipynb #82b125f4
 def _count_gflop(work: Callable, setting: InferenceSetting | None) -> float | None:  # None: it cannot be counted
     "Run the work once, and count its operations; compiled and int8 kernels are not countable."
     if setting is not None and (setting.compiled or setting.dtype == "int8"):
@@ -244,7 +244,7 @@ def _utilization(gflop: float | None, clips_per_s: float, peak_tflops: float | N
     tflops = gflop and gflop * clips_per_s / 1e3
     return {"tflops": tflops, "mfu": tflops / peak_tflops if tflops and peak_tflops else None}
 
-
+# %% ../../nbs/speed/benchmark.ipynb #c457f4b5
 def _peak_rates(dtypes: set[str], device: torch.device) -> dict[str, float | None]:  # TFLOP/s; None: int8
     "The rate of one large matrix product in each type."
     resolved = {name: None if name == "int8" else resolve_dtype(name, device) for name in sorted(dtypes)}

@@ -151,7 +151,7 @@ def pareto_front(
             front.append(row)
     return pl.DataFrame(front[::-1], schema=table.schema)
 
-
+# %% ../../nbs/speed/tradeoff.ipynb #fe2ffc64
 def _measured_table(path: str | Path | None) -> pl.DataFrame:  # None: what this notebook wrote, full before quick
     if path:
         path = resolve_path(path)
@@ -221,7 +221,7 @@ def _add_paper_region(figure, table: pl.DataFrame, y: str):
     figure.add_annotation(x=math.log10(2.45 * rate), y=score, **text)
     figure.update_yaxes(range=[table[y].min() - 0.03, table[y].max() + 0.04])
 
-
+# %% ../../nbs/speed/tradeoff.ipynb #1cf5ee82
 def _log_ticks(values: pl.Series) -> list[float]:  # 50, 100, 200, 500, …
     decades = range(math.floor(math.log10(values.min())), math.ceil(math.log10(values.max())) + 1)
     return [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]

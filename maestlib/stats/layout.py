@@ -49,7 +49,8 @@ def align_map(
     reference: np.ndarray | None = None,  # (tracks, 2) the map to resemble; None: only scaled
 ) -> np.ndarray:  # (tracks, 2) float32 of mean 0 and deviation 1
     "Scale a map, and turn or mirror it so that it resembles another."
-    points = (points - points.mean(0)) / max(points.std(), 1e-6)
+    points = points - points.mean(0)
+    points = points / max(points.std(), 1e-6)
     if reference is not None:
         points = points @ orthogonal_procrustes(points, reference)[0]
     return points.astype(np.float32)

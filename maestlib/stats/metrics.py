@@ -32,7 +32,7 @@ def _tied_ranks(values: torch.Tensor) -> torch.Tensor:  # (..., n) sorted -> (n,
     last = torch.where(torch.cat([differs, edge], -1), position, n).flip(-1).cummin(-1).values.flip(-1)
     return (first + last) / 2
 
-
+# %% ../../nbs/stats/metrics.ipynb #6cf9a448
 def roc_auc(
     targets: np.ndarray | torch.Tensor,  # (tracks, labels) 0 or 1
     scores: np.ndarray | torch.Tensor,  # (..., tracks, labels) logits or probabilities; only their order counts
