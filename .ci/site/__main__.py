@@ -84,7 +84,7 @@ def write_pages(docs: Path) -> list:  # the navigation
 def front_page(docs: Path, with_page: bool):
     "Complete the front page: its buttons, and what README says was measured."
     readme = (PROJECT / "README.md").read_text(encoding="utf8")
-    measured = readme.split("<!-- measured -->\n")[1].split("<!-- end -->")[0]
+    measured = readme.split("<!-- measured -->\n")[1].split("<!-- end measured -->")[0]
     measured = re.sub(r"\]\(nbs/([^)]+)\.ipynb\)", r"](notebooks/\1.md)", measured)
     targets = {"Read the notebooks": "notebooks/index.md", "Reference": "reference/index.md"}
     if with_page:
