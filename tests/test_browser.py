@@ -68,7 +68,7 @@ def test_a_slider_changes_a_figure(explore, slider, figure, key):
     print(f"{slider} → {figure}: {elapsed_ms:.0f} ms")
 
 
-def test_outputs_are_the_five_instruments(explore, tmp_path):
+def test_outputs_are_the_five_explorers(explore, tmp_path):
     outputs = explore.outputs()
     indices = [index for index, _ in outputs]
     assert len(outputs) == 5 and indices == sorted(set(indices))

@@ -125,11 +125,11 @@ def test_a_missing_clip_is_reported_and_the_map_stays(tracks):
 
 
 def test_sliding_tags_cover_a_recording_and_refuse_a_model_without_labels():
-    mel = torch.randn(96, 437, generator=torch.Generator().manual_seed(0))
+    mel = torch.randn(96, 440, generator=torch.Generator().manual_seed(0))
     batches = list(figures.sliding_tags(mel, small_model(), 2.0, batch_size=3))
     centers, activations = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     assert len(batches) > 1 and activations.shape == (len(centers), 10)
-    assert centers[0] == 1 and abs(centers[-1] + 1 - 437 / 62.5) < 1e-9, "the last window ends with the recording"
+    assert centers[0] == 1 and abs(centers[-1] + 1 - 440 / 62.5) < 1e-9, "the last window ends with the recording"
     ((center, _),) = figures.sliding_tags(mel[:, :100], small_model(), 2.0)
     assert center.tolist() == [0.8], "shorter than the window"
     with pytest.raises(ValueError, match="no labels"):
@@ -243,3 +243,17 @@ def test_all_positions_of_the_patchout_sliders(tracks):
     assert set(tooltips.tips) == names and "so many" in tooltips.tips["maestlib-time"] and all(tooltips.tips.values())
     controls.pattern.value = "training"
     assert "at random" in tooltips.tips["maestlib-time"] and controls.time.description == "time: drop"
+
+
+def test_tsne_of_few_tracks_is_refused_and_others_resemble_the_pca_map(tracks):
+    values = np.random.default_rng(0).normal(size=(24, 2, 3, 4)).astype(np.float16)
+    for count, message in ((4, "⚠ 4 tracks: t-SNE needs at least 5; use pca_map"), (24, "")):
+        rows = {"track_id": [str(i) for i in range(count)], "path": [tracks["short"]] * count}
+        table = pl.DataFrame(rows | {"labels": [["Group---A"]] * count})
+        explorer = LayerExplorer(SimpleNamespace(table=table, labels=["Group---A"]), Embeddings(values[:count], {}))
+        explorer.controls.method.value = "t-SNE"
+        explorer.maps.worker.wait()
+        assert explorer.message.value == message
+    pca, tsne = (explorer.maps.coordinates(method, "cdt", 1) for method in ("PCA", "t-SNE"))
+    assert "t-SNE" in explorer.map.figure.layout.title.text and np.isclose(tsne.std(), 1, atol=1e-5)
+    assert np.linalg.norm(tsne - pca) <= min(np.linalg.norm(tsne * signs - pca) for signs in ((-1, 1), (1, -1)))
