@@ -86,7 +86,8 @@ def crash_on(tmp_path, monkeypatch):
             f"    return os.abort() if {part!r} in str(file) else original(file, *args, **options)\n"
             "soundfile.SoundFile = open_file\n"
         )
-        monkeypatch.setattr(isolated, "_processes_of", lambda pid: decoders)
+        for module in ("inference.embedding", "collection.scan"):
+            monkeypatch.setattr(f"maestlib.{module}.decoder_processes", lambda: decoders)
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{RUNS.parents[1]}")
 
     yield crash_on

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +15,13 @@ import polars as pl
 import pytest
 import soundfile
 import torch
+from helpers import Killed, every_kill, kill_when, wait_until
 from processes import CONTEXT
 
-from maestlib.audio import extract
 from maestlib.audio.extract import extract_mels
 from maestlib.audio.isolated import imap_isolated
-from maestlib.audio.mel import MEL, MelConfig
-from maestlib.audio.store import INDEX_SCHEMA, MelStore, _ShardReader, shard_path, verify_store
-from maestlib.core import chunks
+from maestlib.audio.mel import MelConfig
+from maestlib.audio.store import INDEX_SCHEMA, TABLES, MelStore, shard_path, table_checksums, verify_store
 from maestlib.core.chunks import ChunkClaims
 from maestlib.core.files import read_json, write_json
 
@@ -57,59 +55,18 @@ def complete(table, tmp_path_factory):
     return store
 
 
-@pytest.mark.slow
-def test_ten_kills(table, complete, tmp_path):
-    def start(store):
-        process = CONTEXT.Process(target=quick, args=(table, store))
-        process.start()
-        while not store.exists():
-            time.sleep(0.001)
-        return process, time.monotonic()
-
-    for name in ("warm", "timed"):
-        process, start_time = start(tmp_path / name)
-        process.join()
-        elapsed = time.monotonic() - start_time
-    states = []
-    for i, moment in enumerate(np.random.default_rng().uniform(0, elapsed, 10)):
-        process, _ = start(tmp_path / f"{i}")
-        time.sleep(moment)
-        process.kill()
-        process.join()
-        states.append(len(list((tmp_path / f"{i}/parts").glob("0*"))))
-        quick(table, tmp_path / f"{i}")
-        assert content(tmp_path / f"{i}") == content(complete), f"killed after {moment:.3f} s"
-    print(f"pieces committed when the kill came: {states}, of 14, in {elapsed:.2f} s")
-    assert any(0 < n < 14 for n in states), "no kill came in the middle"
+def extract_small(table, store):
+    quick(table, store, chunk_size=6)
 
 
-def test_every_state_that_a_kill_can_leave(table, tmp_path, monkeypatch):
-    "Stop before each rename and each deletion in turn; resume; the same bytes."
-    small, real, states = table.head(12), {}, 0
-    quick(small, tmp_path / "complete", chunk_size=6)
-    for stop_at in range(1, 99):
-        calls = 0
-
-        def stopping(name, *arguments, at=stop_at, **options):
-            nonlocal calls
-            calls += 1
-            if calls >= at:  # and nothing after it: the process is gone
-                raise KeyboardInterrupt
-            return real[name](*arguments, **options)
-
-        with monkeypatch.context() as patch:
-            for owner, name in ((os, "replace"), (os, "rename"), (os, "fsync"), (Path, "unlink"), (shutil, "rmtree")):
-                real[name] = getattr(owner, name)
-                patch.setattr(owner, name, lambda *a, _n=name, **o: stopping(_n, *a, **o))
-            try:
-                quick(small, tmp_path / f"{stop_at}", chunk_size=6)
-                break
-            except KeyboardInterrupt:
-                states += 1
-        monkeypatch.setattr(chunks, "_PROCESS", f"{stop_at}")  # claims that are left are those of a dead process
-        quick(small, tmp_path / f"{stop_at}", chunk_size=6)
-        assert content(tmp_path / f"{stop_at}") == content(tmp_path / "complete"), f"stopped at step {stop_at}"
-    assert states > 20
+def test_every_state_that_a_kill_can_leave(table, tmp_path):
+    small, states = table.head(12), 0
+    extract_small(small, tmp_path / "complete")
+    for store in every_kill(partial(extract_small, small), tmp_path):
+        extract_small(small, store)
+        assert content(store) == content(tmp_path / "complete"), store.name
+        states += 1
+    assert states > 10
 
 
 def _session(process):
@@ -136,19 +93,16 @@ def test_workers_give_the_same_and_do_not_outlive_a_kill(table, complete, tmp_pa
     (tmp_path / "run.py").write_text(SCRIPT)
     command = [sys.executable, tmp_path / "run.py", tmp_path / "table.parquet", tmp_path / "store"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob("store/parts/0*")):
-        time.sleep(0.01)
-    group = [p for p in Path("/proc").glob("[0-9]*") if _session(p) == process.pid]
-    process.kill()
-    process.wait()
+    group = []
+
+    def has_begun():
+        group[:] = [p for p in Path("/proc").glob("[0-9]*") if _session(p) == process.pid]
+        return list(tmp_path.glob("store/parts/0*"))
+
+    kill_when(process, has_begun)
     assert len(group) >= 3, "main and two workers"
-    for _ in range(100):
-        group = [p for p in group if _session(p) == process.pid]
-        if not group:
-            break
-        time.sleep(0.1)
-    assert not group, "processes were left behind"
-    extract_mels(table, tmp_path / "store", 1.5, 0.2, num_workers=2)
+    wait_until(lambda: not any(_session(p) == process.pid for p in group))
+    quick(table, tmp_path / "store")
     assert content(tmp_path / "store") == content(complete)
 
 
@@ -197,25 +151,35 @@ def test_full_disk(table, tmp_path, monkeypatch):
 
 
 def test_no_space_reaches_the_caller(table, tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    replace = os.replace
 
-    plan = dict(index=0, report=0, first_shard=0, chunk_size=3)
-    (tmp_path / "a/parts").mkdir(parents=True)
-    monkeypatch.setattr(os, "fsync", full)
-    monkeypatch.setattr(extract, "_find_plan", lambda *_: plan)
+    def full(source, target):
+        if Path(target).name.startswith("mels."):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left on device.*0 tracks before are kept") as caught:
         quick(table, tmp_path / "a")
     assert caught.value.errno == errno.ENOSPC
-    assert not list((tmp_path / "a/parts").iterdir()), "neither a claim nor half a shard is left"
+    left = [path.name for path in (tmp_path / "a/parts").iterdir()]
+    assert left == ["plan.json"], "neither a claim nor half a shard is left"
+
+
+def begin(table, store):
+    "Plan a store, and stop before the first shard."
+
+    def stop(path, **options):
+        raise Killed
+
+    with pytest.raises(Killed):
+        quick(table, store, load=stop)
 
 
 def test_a_worker_leaves_what_another_has_claimed(table, complete, tmp_path):
     "It ends without waiting; whoever is last completes the store."
     store = tmp_path / "store"
-    store.mkdir()
-    meta = dict(seconds=1.5, min_seconds=0.2, fingerprint=MEL.fingerprint(), config=MEL.to_dict())
-    extract._find_plan(store, table, meta, chunk_size=3)
+    begin(table, store)
     with ChunkClaims(store / "parts") as other:
         assert other.acquire("00002.parquet") and other.acquire("00013.parquet")
         report = quick(table, store)
@@ -226,20 +190,13 @@ def test_a_worker_leaves_what_another_has_claimed(table, complete, tmp_path):
     assert report["track_id"].to_list() == ["t7", "t20"] and content(store) == content(complete)
 
 
-def test_many_workers_that_are_killed(table, complete, tmp_path):
-    "Four at a time, one of which is killed again and again: the bytes of a single undisturbed worker."
-    rng, workers, killed = np.random.default_rng(), [], []
-    for _ in range(12):
-        while sum(worker.exitcode is None for worker in workers) < 4:
-            workers.append(CONTEXT.Process(target=quick, args=(table, tmp_path / "store")))
-            workers[-1].start()
-        time.sleep(rng.uniform(0, 0.5))
-        killed.append(rng.choice([worker for worker in workers if worker.exitcode is None] or workers))
-        killed[-1].kill()
+def test_four_workers_make_the_store_of_one(table, complete, tmp_path):
+    workers = [CONTEXT.Process(target=quick, args=(table, tmp_path / "store")) for _ in range(4)]
+    for worker in workers:
+        worker.start()
     for worker in workers:
         worker.join()
-    assert all(worker.exitcode == 0 for worker in workers if worker not in killed), "a death disturbs no other worker"
-    quick(table, tmp_path / "store")
+    assert [worker.exitcode for worker in workers] == [0] * 4
     assert content(tmp_path / "store") == content(complete)
 
 
@@ -280,13 +237,8 @@ def test_refused(table, complete, change, options, message):
     assert content(complete) == before
 
 
-def test_refuses_another_table_while_unfinished(table, tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(extract, "_merge_parts", stop)
-        quick(table, tmp_path / "a")
+def test_refuses_another_table_while_unfinished(table, tmp_path):
+    begin(table, tmp_path / "a")
     with pytest.raises(ValueError, match="begun with another table"):
         quick(table.head(30), tmp_path / "a")
     plan = read_json(tmp_path / "a/parts/plan.json")
@@ -308,7 +260,7 @@ def test_a_store_of_one_shard_is_opened_and_extended(table, complete, tmp_path):
 def test_verify_finds_any_flipped_byte(complete, tmp_path):
     store = Path(shutil.copytree(complete, tmp_path / "a"))
     assert verify_store(store).is_empty()
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(0)
     for name, good in content(store).items():
         for position in rng.integers(len(good), size=8):
             bad = bytearray(good)
@@ -353,13 +305,22 @@ def test_crops(complete):
         store.read(99)
 
 
-def test_more_shards_than_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("maestlib.audio.store._MAX_OPEN_FILES", 2)
-    mels = np.arange(5 * 3 * 4, dtype=np.float16).reshape(5, 3, 4)  # five shards of a track of three frames
+def test_more_shards_than_open_files(complete, tmp_path):
+    "A process may open 1,024 files, and the workers of a loader share them."
+    mels = np.random.default_rng(0).random((600, 2, 96)).astype(np.float16)
+    names = [f"t{i}" for i in range(len(mels))]
+    index = {"track_id": names, "shard": range(len(mels)), "start": 0, "frames": 2, "checksum": 0}
+    tables = {"tracks": pl.DataFrame({"track_id": names}), "index": pl.DataFrame(index).cast(INDEX_SCHEMA)}
+    for name in TABLES:
+        tables.get(name, pl.DataFrame()).write_parquet(tmp_path / f"{name}.parquet")
+    shutil.copy(complete / "meta.json", tmp_path)
     for shard, mel in enumerate(mels):
         shard_path(tmp_path, shard).write_bytes(mel.tobytes())
-    index = pl.DataFrame({"shard": range(5), "start": [0] * 5, "frames": [3] * 5, "checksum": [0] * 5})
-    reader = _ShardReader(tmp_path, index.cast(INDEX_SCHEMA), n_mels=4)
+    (tmp_path / "SHA256SUMS").write_text(table_checksums(tmp_path))
+    store = MelStore(tmp_path)
     for _ in range(2):
-        assert all(np.array_equal(reader.read(row, 1, 2), mels[row, 1:]) for row in range(5))
-    assert len(reader._files) == 2
+        assert all(np.array_equal(store.read(row, 1, 1), mel[1:]) for row, mel in enumerate(mels))
+    descriptors = Path("/proc/self/fd")
+    assert (
+        not descriptors.exists() or sum(".f16" in os.readlink(f) for f in descriptors.iterdir() if f.is_symlink()) < 500
+    )
