@@ -12,7 +12,7 @@ from fastcore.docments import docments
 
 import maestlib as ml
 
-FLOORS = {"core", "audio", "datasets", "models", "inference", "training", "probing", "speed", "paper", "widgets"}
+FLOORS = set("core stats audio datasets models inference training probing speed paper widgets demo collection".split())
 NAMES = [name for name in dir(ml) if name not in FLOORS]
 
 

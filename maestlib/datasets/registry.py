@@ -7,8 +7,8 @@ __all__ = ['RENDERED', 'DATASETS', 'ROLLS', 'load_folder', 'find_mels', 'load_da
 
 # %% ../../nbs/datasets/registry.ipynb #f0d0271e
 import importlib
+import pkgutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -109,11 +109,6 @@ RENDERED = {  # name: module and function that builds the mel store of a rendere
 }
 DATASETS = (*RENDERED, *BENCHMARKS)  # names that `load_dataset` accepts
 
-
-def _import_name(entry: str) -> Any:  # module:name
-    module, name = entry.split(":")
-    return getattr(importlib.import_module(module), name)
-
 # %% ../../nbs/datasets/registry.ipynb #d9374887
 def find_mels(
     name: str | Path,  # as `load_dataset` takes it
@@ -121,7 +116,7 @@ def find_mels(
 ) -> Path | None:  # a mel store; None: mel-spectrograms must be computed from the audio
     "Find the mel store of a dataset that is one, or that is rendered with one. Raises as `load_dataset`."
     if str(name) in RENDERED:
-        return _import_name(RENDERED[str(name)])(**options)
+        return pkgutil.resolve_name(RENDERED[str(name)])(**options)
     path = resolve_path(name)
     return path if (path / "index.parquet").exists() else None
 

@@ -237,13 +237,19 @@ class MAEST(Encoder):
 
     thresholds: tuple[float, ...] | None = None  # activation from which each label is assigned; None: not calibrated
 
-    def __init__(self, config: MAESTConfig):
+    def __init__(
+        self,
+        config: MAESTConfig,  # sizes, labels and front end
+    ):
         super().__init__(config)
         embed_dim, num_labels = config.embed_dim, max(1, len(config.labels))
         self.head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_labels))
         self.head_dist = nn.Linear(embed_dim, num_labels)
 
-    def init_weights(self, seed: int = 0) -> "MAEST":  # itself; the same seed gives the same weights
+    def init_weights(
+        self,
+        seed: int = 0,  # the same seed gives the same weights
+    ) -> "MAEST":  # itself
         "Draw random weights, see `init_encoder_`."
         init_encoder_(self, seed)
         return self
