@@ -48,7 +48,7 @@ def _add_embed(commands) -> shell.AddOption:
     add("--average", action="store_true", help="one row per file instead of one per window")
     return add
 
-
+# %% ../../nbs/collection/cli.ipynb #6d7f9587
 def _add_tag(commands) -> shell.AddOption:
     about = "Print the most likely tags of files, such as genres, moods and instruments, averaged over their length."
     add = shell.add_command(commands, "tag", about)
@@ -88,7 +88,7 @@ def _model_options(args: argparse.Namespace) -> dict:
     options = shell.given_options(args, "hop_s", "dtype", "batch_size")
     return {"model": shell.model_from_shell(args.model), "patchout": patchout} | options
 
-
+# %% ../../nbs/collection/cli.ipynb #35a86342
 def _run_models(args: argparse.Namespace) -> int:
     import polars as pl
 
@@ -99,7 +99,7 @@ def _run_models(args: argparse.Namespace) -> int:
         print(list_models())
     return 0
 
-
+# %% ../../nbs/collection/cli.ipynb #eb335865
 def _run_completion(args: argparse.Namespace) -> int:
     with optional_import("completion"):
         import shtab
@@ -167,7 +167,7 @@ def _log_to_stderr(quiet: bool) -> Iterator[None]:
         log.handlers = handlers
         log.setLevel(level)
 
-
+# %% ../../nbs/collection/cli.ipynb #3beaa98e
 def main(
     arguments: list[str] | None = None,  # None: those of the process
 ) -> int:  # the exit code. 0: all went well; 1: some files failed; 2: nothing was done; 130: interrupted

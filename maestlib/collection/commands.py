@@ -29,7 +29,7 @@ def add_command(
     formatter = argparse.ArgumentDefaultsHelpFormatter
     return commands.add_parser(name, help=about, description=about, formatter_class=formatter).add_argument
 
-
+# %% ../../nbs/collection/commands.ipynb #7dfd3b78
 def add_token_options(add: AddOption) -> None:
     "Add the options that choose vectors."
     add("--block", type=int, nargs="+", help="after which block or blocks, numbered from 0 (default: the middle one)")
@@ -59,7 +59,7 @@ def model_from_shell(
     "Make the path of a model absolute; a name is unchanged."
     return from_shell(name) if Path(name).expanduser().exists() else name
 
-
+# %% ../../nbs/collection/commands.ipynb #174c88cf
 def given_options(
     args: argparse.Namespace,
     *names: str,
@@ -117,7 +117,7 @@ def _add_clusters(commands) -> None:
     add("--out", metavar="FOLDER", help="write a playlist of each cluster")
     add("--json", action="store_true", help="print JSON: the cluster of each song")
 
-
+# %% ../../nbs/collection/commands.ipynb #08e84472
 def _add_write_tags(commands) -> None:
     about = "Write genre and mood into the files of a library. Without --write it only prints what it would write."
     add = add_command(commands, "write-tags", about)
@@ -151,7 +151,7 @@ def print_json(value) -> None:
     "Print data on stdout."
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
-
+# %% ../../nbs/collection/commands.ipynb #8229f4e9
 def run_scan(
     args: argparse.Namespace,
 ) -> int:  # the exit code
@@ -176,7 +176,7 @@ def run_scan(
 def _songs_from_shell(songs: list[str]) -> list[str]:
     return [from_shell(song) if Path(song).is_file() else song for song in songs]
 
-
+# %% ../../nbs/collection/commands.ipynb #f7261c3b
 def run_search(
     args: argparse.Namespace,
 ) -> int:  # the exit code

@@ -36,7 +36,7 @@ class Identity(NamedTuple):
     album: str | None = None
     title: str | None = None
 
-
+# %% ../../nbs/collection/files.ipynb #74cb42a6
 def hash_file(
     path: str | Path,
 ) -> str:  # 32 hex digits
@@ -59,7 +59,7 @@ def _identity_by_samples(path: Path) -> Identity:
             return Identity(digest.hexdigest(), file.frames / file.samplerate, *map(file.copy_metadata().get, _FIELDS))
     return Identity(hash_file(path))
 
-
+# %% ../../nbs/collection/files.ipynb #636c69a4
 def read_identity(
     path: str | Path,  # an audio file, or any other
 ) -> Identity:

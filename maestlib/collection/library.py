@@ -217,7 +217,7 @@ def remove_songs(
         if len(kept) < len(chunk):
             write_parquet(file, kept)
 
-
+# %% ../../nbs/collection/library.ipynb #ff63b34b
 def song_table(
     rows: Sequence[tuple],
 ) -> pl.DataFrame:  # with the columns of `Library.songs`

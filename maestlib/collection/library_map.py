@@ -78,7 +78,7 @@ def _space_names(libraries: Sequence[Library]) -> list[str]:  # prefixes of the 
         names = [f"{name} of {lib.folder.name}" for name, lib in zip(names, libraries, strict=True)]
     return [f"{name}, " for name in names]
 
-
+# %% ../../nbs/collection/library_map.ipynb #dbdef41d
 class _Spaces:
     "The songs that several libraries have in common, and their rows in each."
 
@@ -183,13 +183,13 @@ def song_names(
     names = songs.select("path", "artist", "title").iter_rows()
     return [" – ".join(filter(None, (artist, title))) if title else Path(path).stem for path, artist, title in names]
 
-
+# %% ../../nbs/collection/library_map.ipynb #dd9dfa18
 def _degree_marker(degrees: np.ndarray, name: str) -> dict:
     sizes = 6 + 6 * np.clip(degrees, 0, 1)
     bar = dict(title=html.escape(name), thickness=12, len=0.6, outlinewidth=0)
     return dict(color=degrees, size=sizes, colorscale=DEGREE_COLORS, cmin=0, cmax=1, showscale=True, colorbar=bar)
 
-
+# %% ../../nbs/collection/library_map.ipynb #fc5a5c56
 def _category_marker(categories: Sequence[str | None]) -> tuple[dict, list[go.Scatter]]:  # marker, legend
     common = [name for name, _ in Counter(filter(None, categories)).most_common(len(_SYMBOLS))]
     number = {name: i for i, name in enumerate(common)}

@@ -114,7 +114,7 @@ def _fit(x: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, flo
     model = LogisticRegression(C=strength, class_weight="balanced", max_iter=300).fit(x, y)
     return model.coef_[0], model.intercept_[0]
 
-
+# %% ../../nbs/collection/my_tags.ipynb #eafaa973
 def _ranked_right(x, y, i, j, groups, strength) -> tuple[float, bool]:
     "Whether a pair that was left out is ranked right, and whether other songs of its groups were left out, too."
     keep = np.ones(len(y), bool)

@@ -112,7 +112,7 @@ def sweep(
     i = torch.arange(samples, dtype=torch.float64)
     return (0.3 * torch.sin(i * (0.02 + i * 2e-7))).float()
 
-
+# %% ../../nbs/collection/page.ipynb #6fb8da55
 def _largest_difference(path: Path, page_model: PageMAEST) -> float:  # of an activation, on two windows
     with optional_import("onnx"):
         import onnxruntime
@@ -202,7 +202,7 @@ def fetch_runtime() -> Path:  # onnxruntime-web as npm packs it, in the cache
         raise ValueError(f"{path}: not the {RUNTIME} {RUNTIME_VERSION} that was pinned; delete it and try again")
     return path
 
-
+# %% ../../nbs/collection/page.ipynb #7ca80469
 def _pack(package: str, folder: str) -> Path:  # the archive that npm writes into the folder
     npm = shutil.which("npm")
     if npm is None:

@@ -35,7 +35,7 @@ class ScanPlan(NamedTuple):
     failed_before: int  # of those, the ones that could not be read
     gone: list[str]  # files of the library that are no longer in the given folders
 
-
+# %% ../../nbs/collection/plan.ipynb #e42544f3
 def plan_scan(
     songs: pl.DataFrame,  # of the library
     listing: Listing,
@@ -92,7 +92,7 @@ def _time_window(model: MAEST, forward: Callable, batch_size: int) -> float:  # 
     forward(mels)
     return (time.perf_counter() - start) / batch_size
 
-
+# %% ../../nbs/collection/plan.ipynb #1ac7c33f
 def _time_decoding(paths: Iterable[str], model: MAEST) -> float:
     "Seconds of decoding per second of audio, in one thread; from a minute of the first file that can be read."
     for path in paths:
@@ -128,6 +128,6 @@ def log_costs(
         f"{'whole songs' if settings.excerpt_s is None else 'excerpts'}"
     )
 
-
+# %% ../../nbs/collection/plan.ipynb #b93173ec
 def _duration(hours: float) -> str:
     return f"{hours:,.1f} h" if hours >= 1 else f"{math.ceil(hours * 60)} min"

@@ -36,7 +36,7 @@ def _m3u8_lines(songs: pl.DataFrame, folder: Path) -> Iterable[str]:
         yield f"#EXTINF:{-1 if duration_s is None else round(duration_s)},{' '.join(name.split())}"
         yield Path(relative).as_posix()
 
-
+# %% ../../nbs/collection/playlist.ipynb #329732b1
 def write_playlist(
     songs: pl.DataFrame,  # path, artist, title, duration_s, …: what a search returned
     out: str | Path,  # .m3u8, .m3u, .json or .parquet
@@ -59,7 +59,7 @@ def _arc(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:  # (k - 2, dim) fl
     points = np.sin((1 - t) * angle) * a + np.sin(t * angle) * b if angle > 1e-3 else np.tile(a, (k - 2, 1))
     return unit_vectors(points).astype(np.float32)
 
-
+# %% ../../nbs/collection/playlist.ipynb #4698dcbb
 def song_path(
     index: SongIndex,
     start: str | Path,  # as for `SongIndex.find`

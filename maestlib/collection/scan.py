@@ -58,7 +58,7 @@ def library_embedder(
     settings = library.settings
     return make_embedder(model, library.blocks, settings.tokens, settings.patchout, settings.dtype, with_tags=True)
 
-
+# %% ../../nbs/collection/scan.ipynb #5c2b6af9
 class LibraryReader:
     "Reads files outside of a library as its songs were read. Raises as `load_library_model`."
 
@@ -87,7 +87,7 @@ def _check_settings(library: Library, given: dict) -> None:
         if field.name != "model" and ours != theirs:
             raise ValueError(f"{library.folder}: made with {field.name}={ours}, not {theirs}; give another out")
 
-
+# %% ../../nbs/collection/scan.ipynb #d18d6e64
 def _create(out: str | Path, model: MAEST | str | Path | None, device, given: dict) -> tuple[Library, MAEST]:
     "Make a library, and return its model, too."
     if model is None:
@@ -105,7 +105,7 @@ def _create(out: str | Path, model: MAEST | str | Path | None, device, given: di
     header = dict(fingerprint=model_fingerprint(loaded), blocks=blocks, dim=dim)
     return Library.create(out, settings, **header, labels=config.labels, thresholds=loaded.thresholds), loaded
 
-
+# %% ../../nbs/collection/scan.ipynb #13592f1f
 def _open(out: str | Path, model: MAEST | str | Path | None, device, given: dict) -> tuple[Library, MAEST | None]:
     "Open a library, or make one, and return its model where it had to be loaded."
     known = LibrarySettings.__dataclass_fields__.keys() - {"model"}
@@ -188,7 +188,7 @@ def _add_result(writer: _Writer, path: str, result: list | Exception) -> float: 
     writer.report.audio_s += seconds
     return seconds
 
-
+# %% ../../nbs/collection/scan.ipynb #bf1403cb
 def _read_seconds(windows: list[tuple[float, float, np.ndarray]]) -> float:
     "The seconds that windows cover, each counted once."
     ends = np.maximum.accumulate([0.0, *(end for _, end, _ in windows)])
@@ -249,7 +249,7 @@ def _still_gone(library: Library, gone: list[str], dry_run: bool) -> list[str]:
         library.save_songs(library.songs.filter(~pl.col("path").is_in(moved.implode())))
     return sorted(set(gone) - set(moved))
 
-
+# %% ../../nbs/collection/scan.ipynb #99eef1d4
 def _prune(library: Library, gone: list[str], force: bool) -> int:  # files that were removed
     "Remove files that are gone, unless they are suspiciously many."
     if len(gone) > 0.1 * len(library.songs) and not force:
@@ -262,7 +262,7 @@ def _prune(library: Library, gone: list[str], force: bool) -> int:  # files that
         remove_songs(library, gone)
     return len(gone)
 
-
+# %% ../../nbs/collection/scan.ipynb #a049c7ca
 def _count_gone(library: Library, gone: list[str], report: ScanReport, prune: bool, force: bool, dry_run: bool) -> None:
     "Prune files that are gone if that is asked for, and count them."
     gone = _still_gone(library, gone, dry_run)

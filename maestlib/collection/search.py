@@ -199,7 +199,7 @@ def _fill(selection: Selection, rows: Iterable[int], k: int) -> list[int]:  # al
         selection.admit(int(row))
     return selection.rows
 
-
+# %% ../../nbs/collection/search.ipynb #96269765
 def _nearest_songs(index: SongIndex, songs: list, without: list, k: int, degrees, per_artist) -> pl.DataFrame:
     "Search by songs; with degrees of tags, by their product with the cosines."
     rows = [index.find(song) for song in (*songs, *without)]

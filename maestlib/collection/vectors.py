@@ -22,7 +22,7 @@ def unit_vectors(
     "Scale vectors to unit length."
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
-
+# %% ../../nbs/collection/vectors.ipynb #487d8e50
 def top_k(
     queries: np.ndarray,  # (queries, dim) float32 of unit length
     parts: Iterable[tuple[np.ndarray, np.ndarray]],  # row numbers (n,) and vectors (n, dim) of unit length
@@ -37,7 +37,7 @@ def top_k(
             rows, cosines = _sort(rows, cosines, k)
     return _sort(rows, cosines, k)
 
-
+# %% ../../nbs/collection/vectors.ipynb #a9af4766
 def _sort(rows: np.ndarray, cosines: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(-cosines, 1, kind="stable")[:, :k]
     return np.take_along_axis(rows, order, 1), np.take_along_axis(cosines, order, 1)

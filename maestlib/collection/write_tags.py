@@ -49,7 +49,7 @@ def _is_id3(file) -> bool:
 def _id3_frame(file, field: str) -> str:
     return "TCON" if field == "genre" else "TMOO" if file.tags.version[1] == 4 else "TXXX:MOOD"
 
-
+# %% ../../nbs/collection/write_tags.ipynb #b6f874ac
 def _get_fields(file) -> dict[str, list[str]]:
     "The values of both fields; none: an empty list."
     if not file.tags:
@@ -91,7 +91,7 @@ def set_fields(file, fields: dict[str, list[str]]) -> None:
         file.tags.update_to_v23()
     file.save(v2_version=version, v23_sep=None)
 
-
+# %% ../../nbs/collection/write_tags.ipynb #b77c66a1
 def read_fields(
     path: str | Path,  # an audio file
 ) -> dict[str, list[str]]:  # genre and mood: their values
@@ -254,7 +254,7 @@ def _journal(file: Path) -> Iterator[dict]:
         if line.endswith("}"):
             yield json.loads(line)
 
-
+# %% ../../nbs/collection/write_tags.ipynb #2dc84ece
 def _to_undo(entries: list[dict]) -> tuple[list[tuple[str, dict]], dict[str, str]]:  # as for `_apply`; {path: error}
     changes, errors = [], {}
     for entry in reversed(entries):
