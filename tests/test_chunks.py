@@ -120,8 +120,8 @@ def _run(chunks):
 def test_a_plan_is_a_function_of_the_list(tmp_path):
     paths = [f"music/{i:07}.mp3" for i in range(100_000)]
     job = _job(tmp_path / "a", paths)
-    assert len(job.chunks) == 391 and all(len(rows) == 256 for rows in job.chunks.values())
-    assert [path for name in sorted(job.chunks) for path in job.chunk_paths(name)] == paths
+    assert len(job.chunks) == 391 and all(len(paths) == 256 for paths in [*job.chunks.values()][:-1])
+    assert [path for name in sorted(job.chunks) for path in job.chunks[name]] == paths
     assert _job(tmp_path / "b", [*paths]).chunks == job.chunks
     assert not _job(tmp_path / "b", paths[::-1]).chunks.keys() & job.chunks.keys()
     assert len(_job(tmp_path / "b", paths[:300]).chunks) == 100, "a hundredth of a small job"

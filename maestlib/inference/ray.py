@@ -22,7 +22,7 @@ from ..core.device import default_device
 from ..core.extras import optional_import
 from ..core.files import log, resolve_path
 from .embedding import list_sources, prepare_embedding
-from .jobs import ParquetJob, model_fingerprint, write_chunk
+from .jobs import ParquetJob, finish_job, model_fingerprint, write_chunk
 from .windows import stream_mel
 from ..models.checkpoint import load_model
 from ..models.maest import MAEST
@@ -105,7 +105,7 @@ def embed_with_ray(
     rows_of = dict(to_table=to_table, schema=schema, settings=settings)
     job = ParquetJob(resolve_path(out), list_sources(source), **rows_of)
     with ChunkClaims(job.folder) as claims:
-        rows = [{"chunk": name, "paths": job.chunk_paths(name)} for name in claims.missing(job.chunks)]
+        rows = [{"chunk": name, "paths": job.chunks[name]} for name in claims.missing(job.chunks)]
         if rows:
             # a tenth of a processor: readers leave the others to the decoders, and Ray does not fuse the two steps
             reader = dict(num_cpus=0.1, num_gpus=gpus_per_reader)
@@ -117,6 +117,4 @@ def embed_with_ray(
             )
             failed = sum(row["failed"] for row in chunks.iter_rows())
             log.info(f"{job.out.name}: {sum(len(row['paths']) for row in rows):,} files, {failed:,} failed")
-        if job.is_unfinished and not claims.missing(job.chunks) and claims.acquire("merge"):
-            job.finish()
-    return job.scan()
+        return finish_job(job, claims)
