@@ -230,10 +230,7 @@ def init_encoder_(
 
 # %% ../../nbs/models/maest.ipynb #552d42dc
 class MAEST(Encoder):
-    """The Music Audio Efficient Spectrogram Transformer (arXiv 2309.16418, §3).
-
-    State-dict keys are those of the released checkpoints. A new instance needs `init_weights` or `load_state_dict`.
-    """
+    "The Music Audio Efficient Spectrogram Transformer (arXiv 2309.16418, §3); a new one has no weights yet."
 
     thresholds: tuple[float, ...] | None = None  # activation from which each label is assigned; None: not calibrated
 
@@ -263,7 +260,10 @@ class MAEST(Encoder):
         "Compute tag logits. Raises `ValueError` as `embed_patches` does."
         return self.forward_head(self.forward_features(mel, patchout, generator))
 
-    def forward_head(self, features: torch.Tensor) -> torch.Tensor:  # (batch, 2, embed_dim) → (batch, labels) logits
+    def forward_head(
+        self,
+        features: torch.Tensor,  # (batch, 2, embed_dim) cls and dist after the final norm
+    ) -> torch.Tensor:  # (batch, labels)
         "Apply the head to the mean of cls and dist; a model with separate heads averages their logits."
         if self.config.separate_heads:
             return (self.head(features[:, 0]) + self.head_dist(features[:, 1])) / 2
