@@ -31,7 +31,7 @@ from maestlib.stats.metrics import evaluate
 from maestlib.training import trainer as trainer_module
 from maestlib.training.calibration import limit_steps
 from maestlib.training.config import TrainConfig
-from maestlib.training.evaluation import compare_runs, predict, predict_test
+from maestlib.training.evaluation import predict, predict_test
 from maestlib.training.loop import TrainingInterrupted, fit
 from maestlib.training.trainer import create_model
 
@@ -510,8 +510,7 @@ def test_effnet_is_trained_by_the_same_loop(small, tmp_path):
     config, corpus, model = small(out_dir=str(tmp_path / "cnn"), model="effnet-b0", max_steps=2, swa=True)
     fit(config, corpus, model)
     assert predict_test(tmp_path / "cnn", corpus).shape == (len(corpus.indices("test")), 4)
-    fit(*small(out_dir=str(tmp_path / "maest"), max_steps=2))
-    assert set(compare_runs(tmp_path)["model"]) == {"effnet-b0", "maest"}
+    assert "effnet-b0" in (tmp_path / "cnn/config.json").read_text()
 
 
 def test_invalid_parameters_end_before_anything_is_built(folder, tmp_path):

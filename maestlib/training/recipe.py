@@ -8,8 +8,6 @@ __all__ = ['EPOCHS', 'SWA_START_EPOCH', 'SWA_EVERY', 'COSINE_WARMUP', 'TEACHER_T
            'whiten_patch_embed_', 'pseudo_labels']
 
 # %% ../../nbs/training/recipe.ipynb #966e8941
-import contextlib
-
 import numpy as np
 import torch
 from torch import nn
@@ -30,7 +28,7 @@ def mixup_lambda(
     lam = rng.beta(alpha, alpha, batch_size)
     return torch.from_numpy(np.maximum(lam, 1 - lam)).float()
 
-
+# %% ../../nbs/training/recipe.ipynb #c5212172
 def mixup(
     mel: torch.Tensor,  # (batch, 96, frames)
     targets: torch.Tensor,  # (batch, labels)
@@ -43,14 +41,6 @@ def mixup(
     return mel.lerp(mel[partner], weight[:, None, None]), targets.lerp(targets[partner], weight[:, None])
 
 # %% ../../nbs/training/recipe.ipynb #4e6ab2ab
-@contextlib.contextmanager
-def _seeded(seed: int):
-    "Seed torch's global CPU generator inside the context and restore it afterwards; torchaudio draws from it."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def specaugment_mask(
     rng: np.random.Generator,  # of the step
     batch_size: int,  # clips
@@ -60,7 +50,8 @@ def specaugment_mask(
 ) -> torch.Tensor:  # (batch, length) float32: 1 keeps, 0 masks
     "Draw SpecAugment's masks along one axis, independently for each clip (§3.2)."
     mask = torch.ones(batch_size, 1, 1, length)
-    with _seeded(int(rng.integers(1 << 62))):
+    with torch.random.fork_rng(devices=[]):  # torchaudio draws from the global generator
+        torch.manual_seed(int(rng.integers(1 << 62)))
         for _ in range(n_masks):
             mask = mask_along_axis_iid(mask, max_width, 0.0, axis=3)
     return mask[:, 0, 0]
@@ -100,12 +91,6 @@ SWA_START_EPOCH, SWA_EVERY = 50, 5  # weight averaging, in epochs of the recipe
 COSINE_WARMUP = 0.05  # fraction of the run
 
 
-def _cosine(progress: float) -> float:
-    if progress < COSINE_WARMUP:
-        return progress / COSINE_WARMUP
-    return 0.5 + 0.5 * float(np.cos(np.pi * (progress - COSINE_WARMUP) / (1 - COSINE_WARMUP)))
-
-
 def lr_factor(
     progress: float,  # fraction of the run that is done, 0 … 1
     schedule: str = "recipe",  # or "cosine", with linear warm-up
@@ -113,11 +98,13 @@ def lr_factor(
     "Return the learning rate relative to its peak (§3.2). Raises `ValueError` for an unknown schedule."
     if schedule not in ("recipe", "cosine"):
         raise ValueError(f"schedule={schedule!r}: give recipe or cosine")
-    if schedule == "cosine":
-        return _cosine(progress)
-    epoch = progress * EPOCHS
-    warmup = np.exp(-5 * max(0.0, 1 - epoch / 5) ** 2)
-    return float(warmup * np.interp(epoch, (50, 100), (1, 0.01)))
+    if schedule == "recipe":
+        epoch = progress * EPOCHS
+        warmup = np.exp(-5 * max(0.0, 1 - epoch / 5) ** 2)
+        return float(warmup * np.interp(epoch, (50, 100), (1, 0.01)))
+    if progress < COSINE_WARMUP:
+        return progress / COSINE_WARMUP
+    return 0.5 + 0.5 * float(np.cos(np.pi * (progress - COSINE_WARMUP) / (1 - COSINE_WARMUP)))
 
 # %% ../../nbs/training/recipe.ipynb #8d0b3762
 def _block_of(name: str, depth: int) -> int:  # -1: patch projection, tokens and positions; depth: after the last block

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['label_frequencies', 'create_model', 'StepRandomness', 'draw_step', 'augment', 'create_optimizer', 'distribute',
-           'Trainer', 'renormalize', 'compute_loss', 'forward_backward', 'accumulate_gradients', 'optimizer_step']
+           'RunState', 'Trainer', 'renormalize', 'compute_loss', 'forward_backward', 'accumulate_gradients',
+           'optimizer_step']
 
 # %% ../../nbs/training/trainer.ipynb #e63a0b1f
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -47,16 +49,9 @@ def _init_effnet(config: TrainConfig, corpus: Corpus) -> EffNet:
 
 
 def _init_random_maest(config: TrainConfig, corpus: Corpus) -> MAEST:
-    model_config = MAESTConfig.from_size(
-        config.size,
-        depth=config.depth,
-        separate_heads=bool(config.teacher),
-        seconds=config.seconds,
-        labels=corpus.labels,
-        mel=corpus.mel,
-        column_labels=corpus.column_labels,
-    )
-    model = build_model(model_config).init_weights(config.seed)
+    shape = dict(depth=config.depth, seconds=config.seconds, separate_heads=bool(config.teacher))
+    of_corpus = dict(labels=corpus.labels, mel=corpus.mel, column_labels=corpus.column_labels)
+    model = build_model(MAESTConfig.from_size(config.size, **shape, **of_corpus)).init_weights(config.seed)
     crops = corpus.read_sample(400, config.seconds)
     recipe.whiten_patch_embed_(model, normalize(crops, corpus.mel), config.seed)
     return model
@@ -64,10 +59,9 @@ def _init_random_maest(config: TrainConfig, corpus: Corpus) -> MAEST:
 
 def _init_head_(model: MAEST, corpus: Corpus):
     "Start both heads at the labels' log-odds, with small weights."
-    log_odds = label_frequencies(corpus).logit()
     with torch.no_grad():
         for layer in (model.head[1], model.head_dist):
-            layer.bias.copy_(log_odds)
+            layer.bias.copy_(label_frequencies(corpus).logit())
             layer.weight.mul_(0.1)
 
 # %% ../../nbs/training/trainer.ipynb #04ec6a72
@@ -126,7 +120,7 @@ class StepRandomness(NamedTuple):
         of_clips = (values.to(device, non_blocking=True) for values in of_clips)
         return StepRandomness(*of_clips, patches and patches.to(device))
 
-
+# %% ../../nbs/training/trainer.ipynb #00e9a165
 def draw_step(
     config: TrainConfig,  # seed, mixup, time_masks, frequency_masks, equalizer, patchout
     step: int,  # of the optimizer
@@ -135,21 +129,21 @@ def draw_step(
     rank_slice: slice,  # this process's clips in the batch
 ) -> StepRandomness:
     "Draw everything random in a step; it depends on the seed and the step alone."
-    rng = named_rng(config.seed, "step", step)
+    (bands, frames), rng = mel_shape, named_rng(config.seed, "step", step)
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
     lam = recipe.mixup_lambda(rng, batch_size, config.mixup)
-    time_mask = recipe.specaugment_mask(rng, batch_size, mel_shape[1], config.time_masks)
-    frequency_mask = recipe.specaugment_mask(rng, batch_size, mel_shape[0], config.frequency_masks)
-    curves = recipe.equalizer_curves(rng, batch_size, mel_shape[0], config.equalizer)
+    time_mask = recipe.specaugment_mask(rng, batch_size, frames, config.time_masks)
+    frequency_mask = recipe.specaugment_mask(rng, batch_size, bands, config.frequency_masks)
+    curves = recipe.equalizer_curves(rng, batch_size, bands, config.equalizer)
     of_clips = (values[rank_slice] for values in (lam, time_mask, frequency_mask, curves))
     if config.model != "maest":
         return StepRandomness(*of_clips, None)
-    grid = patch_grid(mel_shape[1], mel_shape[0])
-    max_offset = mel_shape[1] // STRIDE - grid[1]  # as released, the time encoding is longer than a clip
+    grid = patch_grid(frames, bands)
+    max_offset = frames // STRIDE - grid[1]  # as released, the time encoding is longer than a clip
     patches = draw_patches(grid, config.patchout, batch_size, generator, max_offset)
     return StepRandomness(*of_clips, patches.of_clips(rank_slice))
 
-
+# %% ../../nbs/training/trainer.ipynb #c7cbe105
 def augment(
     mel: torch.Tensor,  # (clips, 96, frames), normalized, on any device
     targets: torch.Tensor,  # (clips, labels)
@@ -171,7 +165,7 @@ def create_optimizer(
     model: torch.nn.Module,  # on its device
     config: TrainConfig,  # head_lr_scale, layer_decay, freeze_blocks, weight_decay
 ) -> torch.optim.AdamW:  # with a learning rate of 0; `optimizer_step` sets it
-    "Create AdamW over the model's parameter groups. Unused heads are frozen, as DDP requires."
+    "Create AdamW over the model's parameter groups, and freeze unused heads."
     if hasattr(model, "head_dist") and not model.config.separate_heads:
         model.head_dist.requires_grad_(False)
     if hasattr(model, "column_head") and not config.column_weight:
@@ -179,13 +173,9 @@ def create_optimizer(
     groups = recipe.param_groups(model, config.head_lr_scale, config.layer_decay, config.freeze_blocks)
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=True)
 
-
+# %% ../../nbs/training/trainer.ipynb #b696e6c4
 def _compile(model: torch.nn.Module, compile: bool | str):  # True; or cuda-graphs
-    """Compile a MAEST in place, for batches of few sizes.
-
-    Its blocks, which share one program for each size; or with CUDA graphs the whole model, whose kernels are then
-    started at once.
-    """
+    "Compile a MAEST in place, for batches of few sizes."
     torch._dynamo.config.recompile_limit = 32  # sizes of micro-batches included; beyond, blocks run as they are
     if compile == "cuda-graphs":
         model.compile(dynamic=False, mode="reduce-overhead")
@@ -196,8 +186,12 @@ def _compile(model: torch.nn.Module, compile: bool | str):  # True; or cuda-grap
             block.compile(dynamic=False)
 
 
-def distribute(model: torch.nn.Module, config: TrainConfig, world_size: int) -> torch.nn.Module:
-    "With several processes, wrap the module in DistributedDataParallel."
+def distribute(
+    model: torch.nn.Module,  # on its device
+    config: TrainConfig,  # gradient_compression
+    world_size: int,  # processes
+) -> torch.nn.Module:  # the module itself for one process
+    "Wrap a module in DistributedDataParallel where there are several processes."
     if world_size == 1:
         return model
     device = next(model.parameters()).device
@@ -207,8 +201,54 @@ def distribute(model: torch.nn.Module, config: TrainConfig, world_size: int) -> 
         ddp_model.register_comm_hook(None, bf16_compress_hook)
     return ddp_model
 
+# %% ../../nbs/training/trainer.ipynb #f8e3ce28
+@dataclass(eq=False)
+class RunState:
+    "The counters of a run, and what its schedule derives from them."
+
+    config: TrainConfig  # resolved
+    total_steps: int  # of the run, unless its time limit ends it
+    step: int = 0
+    elapsed_s: float = 0.0  # of training, without validation
+    swa_model: torch.optim.swa_utils.AveragedModel | None = None  # from the first update on
+    pending_metrics: list = field(default_factory=list)  # loss, gradient norm (on the device), learning rate: by step
+    step_log: list = field(default_factory=list)  # tables of the steps before these
+    history: list = field(default_factory=list)  # a row for each validation
+
+    @property
+    def progress(self) -> float:  # 0 … 1
+        "Fraction of the run that is done, by the clock or by the steps, whichever is further."
+        by_clock = self.elapsed_s / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
+        return min(1.0, max(self.step / self.total_steps, by_clock))
+
+    @property
+    def swa_updates_due(self) -> int:  # 1 from epoch 50 of the recipe on, 2 from epoch 55, …; not positive before
+        "Number of times that the weights should have been averaged by now."
+        return int((self.progress * recipe.EPOCHS - recipe.SWA_START_EPOCH) // recipe.SWA_EVERY) + 1
+
+    @property
+    def lr(self) -> float:
+        "The scheduled learning rate at this point of the run, for groups with `lr_scale=1`."
+        return self.config.learning_rate * recipe.lr_factor(self.progress, self.config.schedule)
+
+# %% ../../nbs/training/trainer.ipynb #889d2cb9
+def _check_teacher(teacher: MAEST, corpus: Corpus, config: TrainConfig):
+    if list(teacher.config.labels) != corpus.labels:
+        count = f"{len(teacher.config.labels)} labels, not the {len(corpus.labels)} of {config.dataset}"
+        raise ValueError(f"teacher={config.teacher}: it knows {count}; give one that was trained on these labels")
+
+
+def _micro_batch_size(config: TrainConfig, batch_size: int, clips: int) -> int:  # clips: of this process
+    micro_batch_size = min(config.micro_batch_size or clips, clips)
+    for name, size in (("batch_size", clips), ("micro_batch_size", micro_batch_size)):
+        if config.mixup and size % 2 and size < batch_size:
+            raise ValueError(f"{name}: {size} clips at a time part the pairs of mixup; give an even number of them")
+    if config.compile == "cuda-graphs" and micro_batch_size < clips:
+        raise ValueError(f"micro_batch_size={micro_batch_size}: not with compile=cuda-graphs; give True, or 0")
+    return micro_batch_size
+
 # %% ../../nbs/training/trainer.ipynb #2407c61e
-class Trainer:
+class Trainer(RunState):
     "The state of a training run. Rank 0 alone writes the files of the run folder."
 
     def __init__(
@@ -218,42 +258,27 @@ class Trainer:
         model: torch.nn.Module,  # from `create_model`; trained in place
         teacher: MAEST | None = None,  # its pseudo-labels are the targets of the dist token
     ):
-        if teacher is not None and list(teacher.config.labels) != corpus.labels:
-            count = f"{len(teacher.config.labels)} labels, not the {len(corpus.labels)} of {config.dataset}"
-            raise ValueError(f"teacher={config.teacher}: it knows {count}; give one that was trained on these labels")
-        self.config = config
-        self.corpus = corpus
-        self.run_dir = resolve_path(config.out_dir)
-        self.device = default_device()
-        self.dtype = getattr(torch, config.dtype)
+        "Raises `ValueError` where the teacher, the micro-batch or the columns do not fit the run."
+        if teacher is not None:
+            _check_teacher(teacher, corpus, config)
+        self.corpus, self.run_dir = corpus, resolve_path(config.out_dir)
+        self.device, self.dtype = default_device(), getattr(torch, config.dtype)
         self.rank, self.world_size = rank_and_world_size()
         self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
+        sampling = config.balanced_sampling, config.tracks_per_epoch
+        self.batches = batches = BatchDataset(corpus, config.seconds, config.batch_size, config.seed, *sampling)
+        super().__init__(config, min(round(config.epochs * batches.steps_per_epoch), config.max_steps or 10**12))
+        self.micro_batch_size = _micro_batch_size(config, batches.batch_size, batches.batch_size // self.world_size)
+        if config.column_weight:
+            check_columns(corpus, batches.num_frames)
+        mel_shape = corpus.mel.n_mels, batches.num_frames
+        shape = dict(batch_size=batches.batch_size, mel_shape=mel_shape, rank_slice=batches.rank_slice)
+        self.draw = partial(draw_step, config, **shape)  # a step → StepRandomness
         self.model = model.to(self.device)
         self.optimizer = create_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         _compile(self.model, config.compile)
         self.loss = distribute(TrainingLoss(self.model, config.column_weight), config, self.world_size)
-        sampling = config.balanced_sampling, config.tracks_per_epoch
-        self.batches = BatchDataset(corpus, config.seconds, config.batch_size, config.seed, *sampling)
-        self.total_steps = min(round(config.epochs * self.batches.steps_per_epoch), config.max_steps or 10**12)
-        clips = self.batches.batch_size // self.world_size
-        self.micro_batch_size = min(config.micro_batch_size or clips, clips)
-        for name, size in (("batch_size", clips), ("micro_batch_size", self.micro_batch_size)):
-            if config.mixup and size % 2 and size < self.batches.batch_size:
-                raise ValueError(f"{name}: {size} clips at a time part the pairs of mixup; give an even number of them")
-        if config.compile == "cuda-graphs" and self.micro_batch_size < clips:
-            raise ValueError(f"micro_batch_size={self.micro_batch_size}: not with compile=cuda-graphs; give True, or 0")
-        mel_shape = corpus.mel.n_mels, self.batches.num_frames
-        if config.column_weight:
-            check_columns(corpus, self.batches.num_frames)
-        shape = dict(batch_size=self.batches.batch_size, mel_shape=mel_shape, rank_slice=self.batches.rank_slice)
-        self.draw = partial(draw_step, config, **shape)  # a step → StepRandomness
-        self.step = 0
-        self.elapsed_s = 0.0  # of training, without validation
-        self.swa_model = None  # an AveragedModel, from the first update on
-        self.pending_metrics = []  # (loss, gradient norm, learning rate) of each step, the first two on the device
-        self.step_log = []  # tables of the steps before these
-        self.history = []  # a row for each validation
 
     def train_step(
         self,
@@ -275,23 +300,6 @@ class Trainer:
         "Iterate over the batches that are left of the run."
         return self.batches.loader(self.step, self.total_steps, self.config.num_workers, self.draw)
 
-    @property
-    def progress(self) -> float:  # 0 … 1
-        "Fraction of the run that is done, by the clock or by the steps, whichever is further."
-        budget_s = (self.config.max_minutes or 0) * 60
-        by_clock = self.elapsed_s / budget_s if budget_s else 0.0
-        return min(1.0, max(self.step / self.total_steps, by_clock))
-
-    @property
-    def swa_updates_due(self) -> int:  # 1 from epoch 50 of the recipe on, 2 from epoch 55, …; not positive before
-        "How many times the weights should have been averaged by now."
-        return int((self.progress * recipe.EPOCHS - recipe.SWA_START_EPOCH) // recipe.SWA_EVERY) + 1
-
-    @property
-    def lr(self) -> float:
-        "The scheduled learning rate at this point of the run, for groups with `lr_scale=1`."
-        return self.config.learning_rate * recipe.lr_factor(self.progress, self.config.schedule)
-
 # %% ../../nbs/training/trainer.ipynb #234a0e1d
 def renormalize(
     mel: torch.Tensor,  # normalized with `source`
@@ -301,7 +309,7 @@ def renormalize(
     "Change the mean and deviation that a mel is normalized with."
     return (mel * (2 * source.std) + source.mean - target.mean) / (2 * target.std)
 
-
+# %% ../../nbs/training/trainer.ipynb #d2e9baf5
 def compute_loss(
     trainer: Trainer,
     mel: torch.Tensor,  # (clips, 96, frames), normalized and augmented
@@ -327,20 +335,17 @@ def forward_backward(
 ) -> torch.Tensor:  # scalar: the micro-batch's share of the loss
     "Add the gradients of one micro-batch."
     micro_slice = slice(start, start + trainer.micro_batch_size)
-    is_last_micro_batch = micro_slice.stop >= len(crops)
     mel, y = (x[micro_slice].to(trainer.device, non_blocking=True).float() for x in (crops, targets))
     mel = normalize(mel, trainer.corpus.mel, validate=False)
     mel, y = augment(mel, y, trainer.config, randomness, micro_slice)
     patches = randomness.patches and randomness.patches.of_clips(micro_slice)
-    sync_context = contextlib.nullcontext()
-    if trainer.world_size > 1 and not is_last_micro_batch:
-        sync_context = trainer.loss.no_sync()
-    with sync_context, autocast(trainer.device, trainer.dtype):
+    is_partial = trainer.world_size > 1 and micro_slice.stop < len(crops)
+    with trainer.loss.no_sync() if is_partial else contextlib.nullcontext(), autocast(trainer.device, trainer.dtype):
         loss = compute_loss(trainer, mel, y, patches) * (len(mel) / len(crops))
         trainer.scaler.scale(loss).backward()
     return loss.detach()
 
-
+# %% ../../nbs/training/trainer.ipynb #da2d0b22
 def _halve_micro_batch(trainer: Trainer, clips: int):
     "Halve the micro-batch after an out-of-memory error. Raises `MemoryError` if it is two clips already, or under DDP."
     if trainer.world_size > 1:  # the others exchange gradients already
