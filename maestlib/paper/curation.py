@@ -17,7 +17,7 @@ from ..datasets.splits import split_fingerprint
 from ..datasets.table import SPLITS
 from .published import PAPER_CURATION
 from .results import Report, make_manifest, make_results
-from .scales import PaperConfig, manifest_settings
+from .scales import PaperConfig
 
 # %% ../../nbs/paper/curation.ipynb #35fde450
 def _read_dumps(config: PaperConfig) -> tuple[pl.LazyFrame, pl.LazyFrame]:
@@ -57,7 +57,7 @@ def run_curation(config: PaperConfig) -> Report:
     common = {"experiment": "curation", "scale": config.scale, "metric": "count", "counterpart": "discogs20"}
     common["dataset"] = "Discogs dumps" if config.masters else "excerpt of Discogs"
     rows = [common | {"setting": name, "value": float(value)} for name, value in _count(table).items()]
-    manifest = make_manifest(settings=manifest_settings(config)) | {"data": {"split": split_fingerprint(table)}}
+    manifest = make_manifest(settings=config.settings) | {"data": {"split": split_fingerprint(table)}}
     dropped = drops.filter(pl.col("dropped_tracks") > 0)
     findings = [f"dropped, {step}: {n:,} tracks" for step, n in dropped.select("step", "dropped_tracks").iter_rows()]
     return Report(make_results(rows, manifest), [], findings, _limits(config))

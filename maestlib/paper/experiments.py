@@ -17,7 +17,6 @@ from ..core.files import log, resolve_path
 from .curation import run_curation
 from .fig3 import run_fig3
 from .probes import run_downstream, run_fig2
-from .published import EXPERIMENTS, published_table
 from .results import KEY, Report, append_results
 from .runs import run_init, run_length, run_teacher
 from .scales import PaperConfig
@@ -39,11 +38,8 @@ def results_path(config: PaperConfig) -> Path:
     return resolve_path(config.out_dir) / "results.parquet"
 
 
-def run_experiment(
-    name: str,  # one of `RUNNERS`
-    config: PaperConfig,
-) -> Report:
-    "Run one experiment and add its results to the file. Raises what it raises; nothing that is done is lost."
+def run_experiment(name: str, config: PaperConfig) -> Report:
+    "Run one of `RUNNERS` and add its results to the file. Raises what it raises; nothing that is done is lost."
     start = time.perf_counter()
     report = RUNNERS[name](config)
     append_results(results_path(config), report.results)
@@ -57,9 +53,6 @@ def show_report(report: Report) -> None:
     with optional_import():
         from IPython.display import Markdown, display
     display(report.table(), *report.figures)
-    paper = published_table(report.results["experiment"][0]) if len(report.results) else pl.DataFrame()
-    if len(paper):
-        display(Markdown("The paper's table, in per cent or as counts:"), paper)
     for title, sentences in (("Findings", report.findings), ("What can be compared", report.limits)):
         if sentences:
             display(Markdown(f"**{title}**\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)))
@@ -71,11 +64,8 @@ class PaperReport:
     def __init__(self, config: PaperConfig):
         self.config, self.reports, self.failed = config, {}, {}
 
-    def show(
-        self,
-        name: str,  # one of `RUNNERS`
-    ) -> None:
-        "Run and display an experiment if it was chosen. One that fails is reported, and the others still run."
+    def show(self, name: str) -> None:
+        "Run and display one of `RUNNERS` if it was chosen. One that fails is reported, and the others still run."
         if name not in self.config.experiments:
             print(f"not chosen: add {name} to the parameter `experiment`")
             return
@@ -87,10 +77,8 @@ class PaperReport:
             return
         show_report(self.reports[name])
 
-    def results(
-        self,
-    ) -> pl.DataFrame:  # of the file of results
-        "Read the answers of these experiments; those of other parameters, data or machines are left out."
+    def results(self) -> pl.DataFrame:
+        "Read these experiments' results from the file; those of other parameters, data or machines are left out."
         asked = pl.concat([report.results for report in self.reports.values()])
         return pl.read_parquet(results_path(self.config)).join(asked, on=KEY, how="semi", nulls_equal=True)
 

@@ -17,33 +17,29 @@ from ..models.effnet import EffNet
 from .probes import load_models, load_probe_corpus, probe_configs
 from .published import FINDINGS
 from .results import Report, join_reports, make_manifest, make_results
-from .scales import PaperConfig, dataset_names, describe_scale, manifest_settings, split_names
+from .scales import PaperConfig, dataset_names, describe_scale, split_names
 from ..speed.benchmark import InferenceSetting, benchmark
 from ..speed.tradeoff import evaluate_quality, plot_pareto
 from ..stats.metrics import METRICS
 
 # %% ../../nbs/paper/fig3.ipynb #5f297ba2
 KEEP_EVERY = (1, 2, 3, 5, 10)
-DROP_ROWS = {"all rows": (), "f3": (0, 7, 8), "f4": (0, 1, 7, 8)}  # §4.5
+DROP_ROWS = {"f3": (0, 7, 8), "f4": (0, 1, 7, 8)}  # §4.5
 OVERLAP = 0.5  # of the windows, §3.3
 
 
-def fig3_settings(
-    keep_every: tuple[int, ...] = KEEP_EVERY,  # 1 first: the settings are compared with the first one
-) -> list[InferenceSetting]:
-    "List the paper's patchouts at inference."
+def fig3_settings(keep_every: tuple[int, ...] = KEEP_EVERY) -> list[InferenceSetting]:
+    "List the paper's patchouts at inference; all are compared with the first one."
     alone = [InferenceSetting(keep_every=k, overlap=OVERLAP) for k in keep_every]
-    alone += [InferenceSetting(drop_rows=rows, overlap=OVERLAP) for rows in DROP_ROWS.values() if rows]
+    alone += [InferenceSetting(drop_rows=rows, overlap=OVERLAP) for rows in DROP_ROWS.values()]
     return alone + [InferenceSetting(keep_every=k, drop_rows=DROP_ROWS["f3"], overlap=OVERLAP) for k in keep_every[1:]]
 
 # %% ../../nbs/paper/fig3.ipynb #a9385f50
 def _cnn(config: PaperConfig) -> dict[str, EffNet]:  # empty: none is named among the rivals
     "Load the first EfficientNet among the rivals."
     for name in split_names(config.rivals):
-        if resolve_path(name).is_dir():
-            model = load_model(name)
-            if isinstance(model, EffNet):
-                return {"effnet": model.eval()}
+        if resolve_path(name).is_dir() and isinstance(model := load_model(name), EffNet):
+            return {"effnet": model.eval()}
     return {}
 
 
@@ -74,7 +70,7 @@ def _fig3_of(config: PaperConfig, dataset: str, models: dict, settings: list, ti
     others = table.filter(pl.col("setting") != settings[0].name)
     findings = [f"{dataset}: {_describe(row)}" for row in others.iter_rows(named=True)]
     figure = plot_pareto(table).update_layout(title_text=f"Patchout at inference on {dataset} (§4.5)")
-    manifest = make_manifest(corpus, models, manifest_settings(config))
+    manifest = make_manifest(corpus, models, config.settings)
     return Report(make_results(rows, manifest), [figure], findings)
 
 # %% ../../nbs/paper/fig3.ipynb #f1930001

@@ -33,8 +33,8 @@ from ..stats.metrics import METRICS
 VERSIONED = ("maestlib", "torch", "torchaudio", "numpy", "polars", "timm")
 
 
-def _git(*arguments: str) -> str | None:  # None: this is no repository, or there is no git
-    command = ["git", "-C", project_root(), *arguments]
+def _commit() -> str | None:  # with `-dirty` if files are changed; None: this is no repository, or there is no git
+    command = ["git", "-C", project_root(), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         run = subprocess.run(command, capture_output=True, encoding="utf8", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -49,10 +49,8 @@ def _version(package: str) -> str | None:  # None: it is not installed
         return None
 
 
-def data_fingerprints(
-    corpus: Corpus,
-) -> dict[str, str]:  # of split, labels and mel front end
-    "Identify the data of a result."
+def data_fingerprints(corpus: Corpus) -> dict[str, str]:
+    "Identify the data of a result by fingerprints of split, labels and mel front end."
     joined = pl.concat_str("split", pl.col("labels").list.join("\t"), separator="\t")
     labels = split_fingerprint(corpus.table.select("track_id", split=joined))
     return {"split": split_fingerprint(corpus.table), "labels": labels, "mel": corpus.store.config.fingerprint()}
@@ -64,10 +62,9 @@ def make_manifest(
     settings: dict | None = None,  # seeds, steps and whatever else the result depends on; values that `json` can encode
 ) -> dict:  # versions, commit, machine, fingerprints, settings
     "Describe the circumstances of a result. Raises `TypeError` for a setting that is not JSON."
-    commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     manifest = {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
-        "commit": f"{commit}, changed" if commit and changed else commit,
+        "commit": _commit(),
         "machine": f"{device_name(default_device())}, {torch.get_num_threads()} threads, {platform.system()}",
         "data": data_fingerprints(corpus) if corpus else {},
         "weights": {name: model_fingerprint(model) for name, model in (models or {}).items()},
@@ -91,10 +88,8 @@ RESULTS_SCHEMA = dict.fromkeys(KEY, pl.String) | {  # counterpart: the paper's d
 _PAPER_KEY = ("experiment", "counterpart", "setting", "weights", "metric")
 
 
-def paper_setting(
-    setting: str,  # such as "MAEST-30s (tiny, ours)"
-) -> str:  # "MAEST-30s"
-    "Return the name of the paper's setting that a setting is compared with."
+def paper_setting(setting: str) -> str:
+    "Return the name of the paper's setting: `MAEST-30s` is beside `MAEST-30s (tiny, ours)`."
     return setting.split(" (")[0] if setting.endswith("ours)") else setting
 
 # %% ../../nbs/paper/results.ipynb #de397736
@@ -247,10 +242,8 @@ class Report:
     findings: list[str] = field(default_factory=list)  # a sentence for each named comparison
     limits: list[str] = field(default_factory=list)  # what can, and what cannot, be compared with the paper
 
-    def table(
-        self,
-    ) -> pl.DataFrame:  # a row for each setting, with ours and the paper's value of each metric
-        "Put the scores beside the paper's, in per cent; other quantities as they are."
+    def table(self) -> pl.DataFrame:
+        "Put each setting's scores beside the paper's, in per cent; other quantities as they are."
         rows = self.results.filter(pl.col("reference").is_null())
         table = rows.select(*_ROW, "runs").unique(maintain_order=True)
         for metric in rows["metric"].unique(maintain_order=True):
@@ -262,10 +255,7 @@ class Report:
         return table.drop(empty, strict=False).fill_null("")
 
 # %% ../../nbs/paper/results.ipynb #9274d683
-def join_reports(
-    reports: list[Report],  # at least one
-    limits: list[str] = (),  # of the joined one
-) -> Report:
-    "Join the reports of several datasets."
+def join_reports(reports: list[Report], limits: list[str] = ()) -> Report:
+    "Join the reports of several datasets, at least one, under common limits."
     figures, findings = ([x for r in reports for x in getattr(r, name)] for name in ("figures", "findings"))
     return Report(pl.concat([report.results for report in reports]), figures, findings, list(limits))
