@@ -40,21 +40,15 @@ def save_checkpoint(
 ):
     "Write weights, config, labels and decision thresholds, if there are any, to one safetensors file, atomically."
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    header = {
-        "format": FORMAT,
-        "config": json.dumps(model.config.to_dict()),
-        "notes": json.dumps(notes),
-        "model": type(model).__name__,
-    }
+    header = {"format": FORMAT, "config": json.dumps(model.config.to_dict())}
+    header |= {"notes": json.dumps(notes), "model": type(model).__name__}
     if model.thresholds is not None:
         header["thresholds"] = json.dumps(list(model.thresholds))
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=header)
 
 # %% ../../nbs/models/checkpoint.ipynb #98f6d20e
-def config_from_header(
-    header: dict[str, str],  # of a safetensors file
-) -> dict:  # fields of MAESTConfig that shapes do not tell
+def config_from_header(header: dict[str, str]) -> dict:  # fields of MAESTConfig that shapes do not tell
     "Read the config from a header of `save_checkpoint`. Raises `ValueError` for another version of the format."
     if header["format"] != FORMAT:
         raise ValueError(f"written by another version of maestlib ({header['format']})")
@@ -124,9 +118,8 @@ def find_checkpoint(
         return download_from_hub(name)
     if not path.exists():
         similar = difflib.get_close_matches(str(name), [*RELEASED_MODELS, BUNDLED_MODEL, TUNES_MODEL, "random"], 1, 0.5)
-        hint = "give a file, a folder, a name of `maestlib models`, a Hugging Face name, or 'random'"
-        if similar:
-            hint = f"did you mean {similar[0]!r}?"
+        others = "give a file, a folder, a name of `maestlib models`, a Hugging Face name, or 'random'"
+        hint = f"did you mean {similar[0]!r}?" if similar else others
         raise FileNotFoundError(f"{path}: no such checkpoint; {hint}")
     return path
 

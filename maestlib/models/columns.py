@@ -16,10 +16,7 @@ from .patchout import Patchout, PatchSelection
 class ColumnMAEST(MAEST):
     "A MAEST that also predicts `config.column_labels` for each column of patches."
 
-    def __init__(
-        self,
-        config: MAESTConfig,  # with column_labels
-    ):
+    def __init__(self, config: MAESTConfig):
         super().__init__(config)
         width = config.embed_dim
         output = nn.Linear(config.grid[0] * width, len(config.column_labels))

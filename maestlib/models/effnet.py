@@ -39,11 +39,8 @@ class EffNet(nn.Module):
             self.backbone = timm.create_model("efficientnet_b0", pretrained=False, in_chans=1, num_classes=0)
             self.head = nn.Linear(config.embed_dim, max(1, len(config.labels)))
 
-    def embed(
-        self,
-        mel: torch.Tensor,  # (batch, n_mels, frames), normalized
-    ) -> torch.Tensor:  # (batch, 1280): mean of the last feature map
-        "Compute the penultimate layer. Raises `ValueError` as `check_mel` does."
+    def embed(self, mel: torch.Tensor) -> torch.Tensor:  # (batch, n_mels, frames), normalized → (batch, 1280)
+        "Compute the mean of the last feature map. Raises `ValueError` as `check_mel` does."
         check_mel(mel, self)
         return self.backbone(mel[:, None].to(memory_format=torch.channels_last))
 

@@ -36,11 +36,8 @@ class LogMel(nn.Module):
         self.register_buffer("kernel", kernel.float()[:, None])  # (2 * bins, 1, n_fft)
         self.register_buffer("filters", filterbank(config).T.contiguous())  # (n_mels, bins)
 
-    def forward(
-        self,
-        wave: torch.Tensor,  # (batch, samples), mono, at the config's sample rate
-    ) -> torch.Tensor:  # (batch, n_mels, samples // hop_length)
-        "Compute the mel."
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:  # (batch, samples) → (batch, n_mels, samples // hop_length)
+        "Compute the mel of mono audio at the config's sample rate."
         config, half = self.config, self.config.n_fft // 2
         mode = "reflect" if config.frontend == "torchaudio" else "constant"
         # centered frames, without the one that starts at the end of the wave
@@ -217,11 +214,8 @@ def export_onnx(
     exportable = ExportableMAEST(model, **options)
     names = dict(input_names=(exportable.input_name,), output_names=exportable.output_names)
     onnx_program = torch.onnx.export(_export_program(exportable), dynamo=True, verbose=False, **names)
-    for key, value in {
-        "labels": model.config.labels,
-        "config": model.config.to_dict(),
-        "blocks": exportable.embed_after or None,
-    }.items():
+    config, blocks = model.config, exportable.embed_after or None
+    for key, value in {"labels": config.labels, "config": config.to_dict(), "blocks": blocks}.items():
         onnx_program.model.metadata_props[key] = json.dumps(value, ensure_ascii=False)
     with atomic_write(path) as temporary:
         onnx_program.save(temporary)
@@ -233,22 +227,16 @@ def export_onnx(
         return _max_difference(model, exportable, run)
 
 # %% ../../nbs/models/export.ipynb #b6ab51e5
-def _noise(session):
-    "Yield inputs of a session: a long and a short clip."
-    config = MAESTConfig.from_dict(json.loads(session.get_modelmeta().custom_metadata_map["config"]))
-    name, generator = session.get_inputs()[0].name, torch.Generator().manual_seed(0)
+def _lowest_cosine(full, quantized) -> float:
+    "Compare all outputs of two sessions on a long and a short clip of noise."
+    config = MAESTConfig.from_dict(json.loads(full.get_modelmeta().custom_metadata_map["config"]))
+    name, generator, cosines = full.get_inputs()[0].name, torch.Generator().manual_seed(0), []
     for frames in (config.num_frames, max(config.num_frames // 2, 2 * PATCH)):
         shape = (1, frames * config.mel.hop_length) if name == "wave" else (1, config.mel.n_mels, frames)
-        yield {name: (0.1 if name == "wave" else 1) * torch.randn(shape, generator=generator).numpy()}
-
-# %% ../../nbs/models/export.ipynb #45641e7e
-def _lowest_cosine(full, quantized):
-    "Compare all outputs of two sessions."
-    return min(
-        float(F.cosine_similarity(torch.from_numpy(expected), torch.from_numpy(output), dim=-1).min())
-        for x in _noise(full)
-        for expected, output in zip(full.run(None, x), quantized.run(None, x), strict=True)
-    )
+        x = {name: (0.1 if name == "wave" else 1) * torch.randn(shape, generator=generator).numpy()}
+        for outputs in zip(full.run(None, x), quantized.run(None, x), strict=True):
+            cosines.append(F.cosine_similarity(*map(torch.from_numpy, outputs), dim=-1).min().item())
+    return min(cosines)
 
 # %% ../../nbs/models/export.ipynb #5e0a1c11
 def quantize_onnx(
@@ -277,7 +265,5 @@ def quantize_onnx(
         )
         lowest = _lowest_cosine(full, quantized)
         if not lowest >= min_cosine:
-            raise RuntimeError(
-                f"{path}: cosine {lowest:.5f} in int8, below min_cosine={min_cosine}; nothing was written"
-            )
+            raise RuntimeError(f"{path}: cosine {lowest:.5f}, below min_cosine={min_cosine}; nothing was written")
     return lowest

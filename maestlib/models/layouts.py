@@ -22,9 +22,7 @@ from .maest import MAESTConfig
 from .patchout import STRIDE, patch_grid
 
 # %% ../../nbs/models/layouts.ipynb #cb1238d8
-def extract_state_dict(
-    checkpoint,  # what `torch.load` or safetensors returned
-) -> dict[str, torch.Tensor]:  # by name, without wrapping and prefix
+def extract_state_dict(checkpoint) -> dict[str, torch.Tensor]:  # by name, without wrapping and prefix
     """Extract the weights: from `state_dict` or `model` where there is one, from `net_swa.` rather than `net.`.
 
     Raises `ValueError` for anything but named floating-point tensors.
@@ -57,11 +55,7 @@ def detect_layout(
 ) -> str:  # released, passt, deit or ast
     "Recognize the layout by its names. Raises `ValueError` for another architecture."
     names = {k.removeprefix(AST_PREFIX).removeprefix("embeddings.") for k in tensors}
-    required = {
-        "released": {TIME_POS, FREQ_POS},
-        "ast": {"position_embeddings"},
-        "deit": {"pos_embed", "dist_token"},
-    }
+    required = {"released": {TIME_POS, FREQ_POS}, "ast": {"position_embeddings"}, "deit": {"pos_embed", "dist_token"}}
     matching = [layout for layout, keys in required.items() if keys | {"cls_token"} <= names]
     if not matching:
         examples = ", ".join(list(tensors)[:3])
@@ -111,9 +105,7 @@ def adapt_positions(
         return convert_deit(tensors, rows, columns)
     old_rows, old_columns = tensors[FREQ_POS].shape[2], tensors[TIME_POS].shape[3]
     if (old_rows, old_columns) != (rows, columns):
-        log.info(
-            f"positions interpolated from {old_rows} rows, {old_columns} columns to {rows} rows, {columns} columns"
-        )
+        log.info(f"positions interpolated from {old_rows} × {old_columns} to {rows} × {columns} rows and columns")
     return tensors | {
         TIME_POS: interpolate_positions(tensors[TIME_POS], 1, columns),
         FREQ_POS: interpolate_positions(tensors[FREQ_POS], rows, 1),
@@ -142,10 +134,8 @@ def split_positions(
     return {"new_pos_embed": positions[:, :2], TIME_POS: time.float(), FREQ_POS: frequency.float()}
 
 # %% ../../nbs/models/layouts.ipynb #d62f0279
-def seconds_from_columns(
-    columns: int,  # of a time table
-) -> float:  # seconds
-    "Infer the length of a model's input; whole seconds if possible: 31 / 62 / 125 / 187 columns → 5 / 10 / 20 / 30."
+def seconds_from_columns(columns: int) -> float:
+    "Infer the length of the input from a time table, whole seconds if possible: 62 / 125 / 187 columns → 10 / 20 / 30."
     samples = columns * STRIDE * MEL.hop_length
     seconds = -(-samples // MEL.sample_rate)  # rounded up
     if seconds * MEL.sample_rate < samples + STRIDE * MEL.hop_length:
@@ -219,11 +209,8 @@ def infer_config(
     "Infer a config from shapes. Labels are the Discogs styles where there are 400 or 519, and numbers otherwise."
     embed_dim = tensors["cls_token"].shape[2]
     blocks = [int(k.split(".")[1]) for k in tensors if re.match(r"blocks\.\d+\.", k)]
-    inferred = {
-        "embed_dim": embed_dim,
-        "num_heads": max(1, embed_dim // (32 if embed_dim % 64 else 64)),
-        "depth": 1 + max(blocks, default=-1),
-    }
+    inferred = {"embed_dim": embed_dim, "depth": 1 + max(blocks, default=-1)}
+    inferred["num_heads"] = max(1, embed_dim // (32 if embed_dim % 64 else 64))
     if TIME_POS in tensors:
         inferred["seconds"] = seconds_from_columns(tensors[TIME_POS].shape[3])
     if "head.1.weight" in tensors:

@@ -228,12 +228,8 @@ def init_encoder_(
     angle = torch.arange(model.time_new_pos_embed.shape[-1]) * frequency
     model.time_new_pos_embed[0, :, 0] = torch.cat([angle.sin(), angle.cos()]) / 2
 
-# %% ../../nbs/models/maest.ipynb #552d42dc
-class MAEST(Encoder):
-    "The Music Audio Efficient Spectrogram Transformer (arXiv 2309.16418, §3); a new one has no weights yet."
-
-    thresholds: tuple[float, ...] | None = None  # activation from which each label is assigned; None: not calibrated
-
+# %% ../../nbs/models/maest.ipynb #1bb1836c
+class _TaggingHeads(Encoder):
     def __init__(
         self,
         config: MAESTConfig,  # sizes, labels and front end
@@ -242,6 +238,26 @@ class MAEST(Encoder):
         embed_dim, num_labels = config.embed_dim, max(1, len(config.labels))
         self.head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_labels))
         self.head_dist = nn.Linear(embed_dim, num_labels)
+
+    def forward_head(self, features: torch.Tensor) -> torch.Tensor:  # (batch, 2, embed_dim) → (batch, labels) logits
+        "Apply the head to the mean of cls and dist; a model with separate heads averages their logits."
+        if self.config.separate_heads:
+            return (self.head(features[:, 0]) + self.head_dist(features[:, 1])) / 2
+        return self.head(features.mean(1))
+
+    def forward_separate(self, mel, patchout=None, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+        "Compute the logits of cls through `head` and of dist through `head_dist` (teacher-student training)."
+        cls, dist = self.forward_features(mel, patchout, generator).unbind(1)
+        return self.head(cls), self.head_dist(dist)
+
+# %% ../../nbs/models/maest.ipynb #552d42dc
+class MAEST(_TaggingHeads):
+    """The Music Audio Efficient Spectrogram Transformer (arXiv 2309.16418, §3).
+
+    State-dict keys are those of the released checkpoints. A new instance needs `init_weights` or `load_state_dict`.
+    """
+
+    thresholds: tuple[float, ...] | None = None  # activation from which each label is assigned; None: not calibrated
 
     def init_weights(
         self,
@@ -259,17 +275,3 @@ class MAEST(Encoder):
     ) -> torch.Tensor:  # (batch, labels) logits
         "Compute tag logits. Raises `ValueError` as `embed_patches` does."
         return self.forward_head(self.forward_features(mel, patchout, generator))
-
-    def forward_head(
-        self,
-        features: torch.Tensor,  # (batch, 2, embed_dim) cls and dist after the final norm
-    ) -> torch.Tensor:  # (batch, labels)
-        "Apply the head to the mean of cls and dist; a model with separate heads averages their logits."
-        if self.config.separate_heads:
-            return (self.head(features[:, 0]) + self.head_dist(features[:, 1])) / 2
-        return self.head(features.mean(1))
-
-    def forward_separate(self, mel, patchout=None, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
-        "Compute the logits of cls through `head` and of dist through `head_dist` (teacher-student training)."
-        cls, dist = self.forward_features(mel, patchout, generator).unbind(1)
-        return self.head(cls), self.head_dist(dist)

@@ -23,7 +23,7 @@ from .patchout import Patchout
 # %% ../../nbs/models/reduction.ipynb #827bdd33
 def merge_tokens(
     x: torch.Tensor,  # (batch, 2 + patches, embed_dim): cls, dist, patches
-    counts: torch.Tensor,  # (batch, 2 + patches, rows): patches of each row that a token stands for
+    counts: torch.Tensor,  # (batch, 2 + patches, rows): patches of each row that a token represents
     key: torch.Tensor,  # (batch, 2 + patches, channel): similarity is the cosine of these
     ratio: float,  # fraction of the patches that are merged into others; at most one half
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fewer tokens; their counts
@@ -62,10 +62,10 @@ def top_attended(
 # %% ../../nbs/models/reduction.ipynb #052caab4
 def pool_weighted(
     x: torch.Tensor,  # (batch, 2 + tokens, embed_dim): cls, dist, patches
-    counts: torch.Tensor,  # (batch, 2 + tokens, rows): patches of each row that a token stands for
+    counts: torch.Tensor,  # (batch, 2 + tokens, rows): patches of each row that a token represents
     rows: bool = False,  # add mean and deviation over time of each row
 ) -> torch.Tensor:  # (batch, 3 or 3 + 2 rows, embed_dim): cls, dist, mean of the patches, statistics of rows
-    "Pool tokens, each weighted by the patches that it stands for."
+    "Pool tokens, each weighted by the patches that it represents."
     patches, counts = x[:, 2:], counts[:, 2:]
     moments = [_weighted_moments(patches, weight) for weight in (counts.sum(2), *(counts.unbind(2) if rows else ()))]
     means, deviations = (torch.stack(m, 1) for m in zip(*moments, strict=True))
@@ -78,9 +78,7 @@ def _weighted_moments(x, weight):  # (batch, tokens, embed_dim), (batch, tokens)
     return mean, ((x - mean[:, None]).square() * weight).sum(1).sqrt()
 
 
-def _count_patches(
-    x, num_rows
-):  # (batch, 2 + patches, embed_dim) → (batch, 2 + patches, rows): each token is one patch
+def _count_patches(x, num_rows):  # (batch, 2 + patches, embed_dim) → (batch, 2 + patches, rows) ones and zeros
     row = torch.arange(x.shape[1] - 2, device=x.device) // ((x.shape[1] - 2) // num_rows)
     counts = F.one_hot(F.pad(row, (2, 0)), num_rows).float()  # cls and dist have size 1 and are in no mean
     return counts.expand(len(x), -1, -1)
@@ -110,28 +108,25 @@ class ReducedMAEST(MAEST):
         _check_reduction(merge, keep_rate, drop_after_block, model.config.depth)
         super().__init__(replace(model.config, column_labels=()))
         self.load_state_dict({name: model.state_dict()[name] for name in self.state_dict()}, assign=True)
-        self.thresholds = model.thresholds
-        # a buffer, so that the settings count in a fingerprint of the model
-        self.register_buffer("reduction", torch.tensor([merge, keep_rate, drop_after_block]))
+        self.train(model.training).thresholds = model.thresholds
+        self.register_buffer("reduction", torch.tensor([merge, keep_rate, drop_after_block]))  # for fingerprints
         self.merge, self.keep_rate, self.drop_after_block = merge, keep_rate, drop_after_block
-        self.train(model.training)
 
     pool_tokens = staticmethod(pool_weighted)
 
     def iter_blocks(self, mel, patchout=None, generator=None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        "Yield the tokens after each block, and how many patches of each row they stand for (batch, tokens, rows)."
+        "Yield the tokens after each block, and how many patches of each row they represent (batch, tokens, rows)."
         x, kept = self.embed_patches(mel, patchout, generator)
         counts = _count_patches(x, kept.rows.shape[-1])
         for i, block in enumerate(self.blocks):
             q, k, v = block.attn.project_qkv(block.norm1(x))
             size_bias = counts.sum(2).log()[:, None, None].to(q.dtype) if self.merge else None
-            attn_out = block.attn.attend(q, k, v, size_bias)
-            x = x + block.attn.proj(attn_out.transpose(1, 2).flatten(2))
+            x = x + block.attn.proj(block.attn.attend(q, k, v, size_bias).transpose(1, 2).flatten(2))
             if self.merge:
                 x, counts = merge_tokens(x, counts, k.mean(1), self.merge)
             if self.keep_rate < 1 and i == self.drop_after_block:
-                kept_tokens = top_attended(q, k, self.keep_rate)
-                x, counts = _gather_tokens(x, kept_tokens), _gather_tokens(counts, kept_tokens)
+                attended = top_attended(q, k, self.keep_rate)
+                x, counts = _gather_tokens(x, attended), _gather_tokens(counts, attended)
             x = x + block.mlp(block.norm2(x))
             yield x, counts
 
@@ -152,10 +147,8 @@ class _Cast(nn.Module):
         return x.to(self.dtype)
 
 # %% ../../nbs/models/reduction.ipynb #b25b00d9
-def quantize_int8(
-    model: MAEST,  # float32, on the CPU
-) -> MAEST:  # a copy; run it with dtype="float32"
-    "Quantize the linear layers of all blocks to int8, dynamically. Raises `ValueError` for a model on another device."
+def quantize_int8(model: MAEST) -> MAEST:  # a copy; run it with dtype="float32"
+    "Quantize the linear layers of a float32 model to int8, dynamically. Raises `ValueError` for one not on the CPU."
     device = next(model.parameters()).device.type
     if device != "cpu":
         raise ValueError(f"model: it is on {device}, int8 is for the CPU; move it there, or give bfloat16")
