@@ -36,7 +36,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def music(seconds: float, seed: int = 0, rate: int = 16000) -> np.ndarray:  # (samples,)
+def recording(seconds: float, seed: int = 0, rate: int = 16000) -> np.ndarray:  # (samples,)
     "Noise under a few tones that come and go: every second differs."
     rng, t = np.random.default_rng(seed), np.arange(int(seconds * rate)) / rate
     tones = sum(np.sin(2 * np.pi * f * t) for f in rng.uniform(100, 3000, 4))
@@ -44,9 +44,9 @@ def music(seconds: float, seed: int = 0, rate: int = 16000) -> np.ndarray:  # (s
 
 
 def write_music(path: Path, seconds: float, seed: int = 0, rate: int = 16000, channels: int = 1) -> str:  # the path
-    "Write `music` into a file in the format of its suffix, its folder too."
+    "Write a `recording` into a file in the format of its suffix, its folder too."
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.repeat(music(seconds, seed, rate)[:, None], channels, 1), rate)
+    soundfile.write(path, np.repeat(recording(seconds, seed, rate)[:, None], channels, 1), rate)
     return str(path)
 
 
@@ -138,7 +138,7 @@ def _run_rank(function, arguments, variables, results):
 
 
 def run_ranks(function: Callable, *arguments, processes: int = 2, **variables: str) -> list:
-    "Call a function of a module in several processes with torchrun's environment variables; return its results by rank."
+    "Call a function in several processes with torchrun's environment variables, and return its results by rank."
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])} | variables

@@ -1,7 +1,7 @@
 """Complete runs of `embed`: broken files, kills, many workers, the command line. What a notebook cannot show."""
 
 import os
-import time
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 import soundfile
 import torch
+from helpers import audio_folder, every_kill, kill_when, one_thread, recording, tiny_model, write_broken_files  # noqa: F401
 from processes import start_python
 
 from maestlib.audio.extract import extract_mels
@@ -16,70 +17,36 @@ from maestlib.audio.mel import MelConfig, load_audio, logmel
 from maestlib.audio.store import MelStore
 from maestlib.collection.cli import main
 from maestlib.collection.search import nearest
+from maestlib.core.chunks import ChunkClaims
 from maestlib.datasets.batches import Corpus
 from maestlib.inference import embedding
 from maestlib.inference.embedding import embed, tag
 from maestlib.inference.windows import stream_mel
-from maestlib.models.checkpoint import load_model, save_checkpoint
+from maestlib.models.checkpoint import save_checkpoint
 from maestlib.probing.embeddings import extract_embeddings
 
 PROJECT = Path(__file__).parents[1]
-GOOD, BROKEN = 54, 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "The models are tiny: with one thread they take as long on a busy machine as on an idle one."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def music(seconds, seed=0, rate=16000):
-    "Noise that comes and goes under a few tones: every second differs."
-    rng, t = np.random.default_rng(seed), np.arange(int(seconds * rate)) / rate
-    tones = sum(np.sin(2 * np.pi * f * t) for f in rng.uniform(100, 3000, 4))
-    return (0.05 * tones * (1 + np.sin(t)) + rng.normal(0, 0.02, len(t))).astype(np.float32)
+GOOD = 54
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("random", size="tiny", seconds=5, labels=["Dance---Jig", "Dance---Reel"])
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, model):
     "A folder of short files, one in ten broken in its own way, and a checkpoint beside it."
     root = tmp_path_factory.mktemp("corpus")
-    (root / "audio/deep").mkdir(parents=True)
-    for i in range(GOOD):
-        folder = root / ("audio/deep" if i % 3 else "audio")
-        soundfile.write(folder / f"{i:03}.{('wav', 'flac', 'mp3')[i % 3]}", music(1 + i % 4, i), 16000)
-    (root / "audio/a text.mp3").write_text("not music at all\n" * 50)
-    (root / "audio/empty.wav").touch()
-    soundfile.write(root / "audio/one sample.wav", np.zeros(1), 16000)
-    soundfile.write(root / "audio/nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
-    soundfile.write(root / "audio/cut.flac", music(5), 16000)
-    cut = root / "audio/cut.flac"
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    (root / "audio/dangling.wav").symlink_to(root / "nowhere.wav")
+    audio_folder(root / "audio", GOOD)
+    write_broken_files(root / "audio")
     save_checkpoint(model, root / "m.safetensors")
-    (root / "slowly.py").write_text(SLOWLY)  # once: a worker that starts reads it while others are started
     return root
 
 
 def command_line(corpus, out):
-    return [
-        "embed",
-        f"{corpus}/audio",
-        "--out",
-        f"{out}/emb.parquet",
-        "--model",
-        f"{corpus}/m.safetensors",
-        "--batch-size",
-        "2",
-    ]
+    options = ["--out", f"{out}/emb.parquet", "--model", f"{corpus}/m.safetensors", "--batch-size", "2"]
+    return ["embed", f"{corpus}/audio", *options]
 
 
 @pytest.fixture(scope="module")
@@ -90,80 +57,74 @@ def undisturbed(corpus, tmp_path_factory):
     return out
 
 
-def test_broken_files_are_reported(undisturbed):
+def test_broken_files_are_reported(undisturbed, tmp_path):
     table = pl.read_parquet(undisturbed / "emb.parquet")
     report = pl.read_parquet(undisturbed / "emb.report.parquet")
     assert table["path"].n_unique() == GOOD and table["path"].is_sorted()
-    names = {Path(p).name for p in report["path"]}
-    assert names == {"a text.mp3", "empty.wav", "one sample.wav", "nan.wav", "cut.flac", "dangling.wav"}
-    assert len(report) == BROKEN
+    assert {Path(path).name for path in report["path"]} == write_broken_files(tmp_path)
     assert report["error"].str.len_chars().min() > 10
     assert not list(undisturbed.glob(".*")) and not (undisturbed / "emb.parquet.parts").exists()
 
 
 def test_a_decoder_that_crashes(corpus, model, tmp_path, crash_on):
     "A process that dies of a signal costs the file that it reads."
-    crash_on("007")
-    files = sorted(str(path) for path in (corpus / "audio/deep").glob("00*"))
+    crash_on("07.flac")
+    files = sorted(str(path) for path in (corpus / "audio/album 1").glob("0*"))
     embed(files, model, out=tmp_path / "out.parquet", num_workers=2)
     report = pl.read_parquet(tmp_path / "out.report.parquet")
-    assert [Path(path).stem for path in report["path"]] == ["007"] and "crashed" in report["error"][0]
+    assert [Path(path).stem for path in report["path"]] == ["07"] and "crashed" in report["error"][0]
     assert pl.read_parquet(tmp_path / "out.parquet")["path"].n_unique() == len(files) - 1
 
 
-SLOWLY = """
-import os, pathlib, sys, time
-from maestlib.collection import cli; from maestlib.datasets.batches import Corpus
-from maestlib.inference import embedding
-to_table = embedding._to_table
-meeting = pathlib.Path(os.environ.get("MEETING", "."))  # a folder in which two workers wait for each other
-def slow_to_table(path, *arguments, **options):
-    time.sleep(0.05)
-    if "MEETING" in os.environ:
-        (meeting / str(os.getpid())).touch()
-        deadline = time.monotonic() + 200
-        while len(list(meeting.iterdir())) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-    print(path, flush=True)
-    return to_table(path, *arguments, **options)
-embedding._to_table = slow_to_table
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def start(corpus, out, **variables):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)} | variables
-    return start_python([corpus / "slowly.py", *command_line(corpus, out)], PROJECT, env)
-
-
-@pytest.mark.slow
 def test_goes_on_after_sigkill(corpus, undisturbed, tmp_path):
-    "What is in a part is not read again, and nothing is lost."
-    process, parts = start(corpus, tmp_path), tmp_path / "emb.parquet.parts"
-    deadline = time.monotonic() + 300
-    while len(list(parts.glob("*.parquet"))) < 10 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    committed = {p for part in parts.glob("*.parquet") for p in pl.read_parquet(part)["path"]}
-    assert 5 <= len(committed) < GOOD and not (tmp_path / "emb.parquet").exists()
-    process = start(corpus, tmp_path)
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 1, errors
-    recomputed = {line for line in printed.splitlines() if line.startswith(str(corpus))}
-    assert not recomputed & committed and len(recomputed) + len(committed) >= GOOD
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    process = start_python(["maestlib.collection.cli", *command_line(corpus, tmp_path)], PROJECT, env)
+    kill_when(process, lambda: list(tmp_path.glob("emb.parquet.parts/*.parquet")))
+    assert main(command_line(corpus, tmp_path)) == 1
     assert_same(tmp_path, undisturbed)
 
 
-def test_two_workers_share_the_files(corpus, undisturbed, tmp_path):
-    meeting, folder = tmp_path / "meeting", tmp_path / "out"
-    meeting.mkdir()
-    workers = [start(corpus, folder, MEETING=str(meeting)) for _ in range(2)]
-    printed = [process.communicate(timeout=300) for process in workers]
-    assert {process.returncode for process in workers} <= {0, 1}, printed
-    files = [{line for line in out.splitlines() if line.startswith(str(corpus))} for out, _ in printed]
-    assert_same(folder, undisturbed)
-    assert min(map(len, files)) > 0 and not files[0] & files[1], "each file was computed by one of them"
+def test_every_state_that_a_kill_can_leave(corpus, model, tmp_path):
+    "What is in a chunk is not computed again, and nothing is lost."
+    files, states = sorted((corpus / "audio/album 1").glob("0*.flac")), 0
+    (tmp_path / "whole").mkdir()
+
+    def run(folder):
+        embed(files, model, out=folder / "emb.parquet", num_workers=1)
+
+    run(tmp_path / "whole")
+    for folder in every_kill(run, tmp_path):
+        chunks = {file: file.stat().st_ino for file in folder.glob("emb.parquet.parts/*.parquet")}
+        with pytest.MonkeyPatch.context() as patch:
+            written, replace = [], os.replace
+            patch.setattr(os, "replace", lambda old, new, r=replace, w=written: (w.append(Path(new)), r(old, new)))
+            run(folder)
+        assert not chunks.keys() & set(written), "no chunk is written twice"
+        for hidden in folder.glob(".*.tmp"):  # half a result of the process that was killed
+            shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+        assert_same(folder, tmp_path / "whole")
+        states += 1
+    assert states > len(files)
+
+
+def test_two_workers_share_the_files(corpus, undisturbed, tmp_path, monkeypatch):
+    "A second one starts when the first has claimed its third chunk, and computes all others; the first completes them."
+    claimed, acquire = {}, ChunkClaims.acquire
+
+    def acquire_and_start_another(claims, name):
+        has_it = acquire(claims, name)
+        if has_it:
+            claimed.setdefault(id(claims), []).append(name)
+        if has_it and [*map(len, claimed.values())] == [3]:
+            assert main(command_line(corpus, tmp_path)) in (0, 1)
+            assert not (tmp_path / "emb.parquet").exists()
+        return has_it
+
+    monkeypatch.setattr(ChunkClaims, "acquire", acquire_and_start_another)
+    assert main(command_line(corpus, tmp_path)) == 1
+    first, second = claimed.values()
+    assert len(first) < 10 < len(second) and not set(first) & set(second), "each chunk was computed by one of them"
+    assert_same(tmp_path, undisturbed)
 
 
 def assert_same(folder, undisturbed):
@@ -173,28 +134,11 @@ def assert_same(folder, undisturbed):
     assert sorted(path.name for path in folder.iterdir()) == ["emb.parquet", "emb.report.parquet"]
 
 
-def test_four_workers_one_of_which_is_killed_again_and_again(corpus, undisturbed, tmp_path):
-    rng, workers, kills = np.random.default_rng(), [], 0
-    while not (tmp_path / "emb.parquet").exists():
-        workers = [worker for worker in workers if worker.poll() is None]
-        workers += [start(corpus, tmp_path) for _ in range(4 - len(workers))]
-        time.sleep(rng.uniform(0.5, 2))
-        running = [worker for worker in workers if worker.poll() is None]
-        if running and kills < 5:
-            rng.choice(running).kill()
-            kills += 1
-    for worker in workers:
-        worker.communicate(timeout=300)
-    assert kills
-    assert main(command_line(corpus, tmp_path)) == 1, "completes what the last kill may have left"
-    assert_same(tmp_path, undisturbed)
-
-
 def test_a_file_disappears(corpus, model, tmp_path):
     "Between being listed and being read."
     paths = [tmp_path / f"{i}.wav" for i in range(40)]
     for path in paths:
-        soundfile.write(path, music(1), 16000)
+        soundfile.write(path, recording(1), 16000)
     listed = [*paths]
     paths[-1].unlink()
     embed(listed, model, out=tmp_path / "emb.parquet")
@@ -205,7 +149,7 @@ def test_a_file_disappears(corpus, model, tmp_path):
 def test_other_settings_are_refused(corpus, undisturbed, capsys):
     assert main([*command_line(corpus, undisturbed), "--block", "3"]) == 2
     assert "other settings" in capsys.readouterr().err
-    other = load_model("random", size="tiny", seconds=5, labels=["Dance---Jig", "Dance---Reel"], seed=1)
+    other = tiny_model(seed=1)
     with pytest.raises(ValueError, match="other settings"):
         embed(corpus / "audio", other, out=undisturbed / "emb.parquet")
 
@@ -213,7 +157,7 @@ def test_other_settings_are_refused(corpus, undisturbed, capsys):
 @pytest.mark.parametrize(("suffix", "rate"), [("wav", 44100), ("mp3", 44100), ("ogg", 22050), ("flac", 48000)])
 def test_long_file_in_parts_is_the_whole(suffix, rate, tmp_path):
     path = tmp_path / f"long.{suffix}"
-    soundfile.write(path, np.stack([music(23, 1, rate), music(23, 2, rate)], 1), rate)
+    soundfile.write(path, np.stack([recording(23, 1, rate), recording(23, 2, rate)], 1), rate)
     wave = load_audio(path)
     whole = logmel(wave)[:, : len(wave) // 256]
     for seconds in (8, 4.99):
@@ -222,9 +166,9 @@ def test_long_file_in_parts_is_the_whole(suffix, rate, tmp_path):
 
 def test_last_second_and_average(model, tmp_path):
     "The last second of a file is read, in a window of full length; the average is the plain mean over the windows."
-    wave = music(31.3)
+    wave = recording(31.3)
     soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="FLOAT")
-    wave[-16000:] = music(31.3, seed=9)[-16000:]
+    wave[-16000:] = recording(31.3, seed=9)[-16000:]
     soundfile.write(tmp_path / "b.wav", wave, 16000, subtype="FLOAT")
     a, b = (embed(tmp_path / f"{n}.wav", model, dtype="float32") for n in "ab")
     changes = np.abs(a["embedding"].to_numpy() - b["embedding"].to_numpy()).max(1)
@@ -241,7 +185,7 @@ def test_embed_and_the_probing_extraction_give_one_vector_per_track(model, tmp_p
     rows = []
     for i, seconds in enumerate((2.345, 5, 5.1, 13.37)):
         path = tmp_path / f"{i}.wav"
-        soundfile.write(path, music(seconds, i), 16000)
+        soundfile.write(path, recording(seconds, i), 16000)
         rows.append((f"{i}", str(path)))
     table = pl.DataFrame(rows, ["track_id", "path"], orient="row")
     extract_mels(table, tmp_path / "store", seconds=None, num_workers=0)
@@ -256,14 +200,14 @@ def test_embed_and_the_probing_extraction_give_one_vector_per_track(model, tmp_p
 
 def test_stereo_mp3_has_the_tags_of_its_wav(tmp_path):
     "44.1 kHz, two channels: the tags agree to a hundredth, much less than they differ between recordings."
-    model = load_model("random", size="tiny", seconds=10, labels=[f"Genre---{i}" for i in range(20)])
-    stereo = np.stack([music(14, 3, 44100), music(14, 4, 44100)], 1)
+    model = tiny_model([f"Genre---{i}" for i in range(20)], seconds=10)
+    stereo = np.stack([recording(14, 3, 44100), recording(14, 4, 44100)], 1)
     for suffix in ("wav", "mp3"):
         soundfile.write(tmp_path / f"a.{suffix}", stereo, 44100)
     wav, mp3 = (
         tag(tmp_path / f"a.{suffix}", model, top=None, dtype="float32").sort("label") for suffix in ("wav", "mp3")
     )
-    other = tag(music(14, 5), model, top=None, dtype="float32").sort("label")
+    other = tag(recording(14, 5), model, top=None, dtype="float32").sort("label")
     differences = [np.abs((wav["activation"] - t["activation"]).to_numpy()).max() for t in (mp3, other)]
     assert differences[0] < 0.01 and differences[0] < differences[1] / 3, differences
 

@@ -5,16 +5,24 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import soundfile
-import torch
+from helpers import (  # noqa: F401
+    audio_folder,
+    every_kill,
+    kill_when,
+    one_thread,
+    recording,
+    tiny_model,
+    write_broken_files,
+    write_music,
+)
+from processes import start_python
 
 from maestlib.audio.decode import list_audio
 from maestlib.collection import files as collection
@@ -28,7 +36,7 @@ from maestlib.collection.scan import scan
 from maestlib.collection.search import SongIndex
 from maestlib.collection.vectors import VectorIndex
 from maestlib.inference.embedding import embed
-from maestlib.models.checkpoint import load_model, save_checkpoint
+from maestlib.models.checkpoint import save_checkpoint
 from maestlib.models.patchout import Patchout
 
 PROJECT = Path(__file__).parents[1]
@@ -36,21 +44,9 @@ LABELS = ["Jazz---Bop", "Jazz---Cool", "Rock---Surf", "Mood---calm"]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="such names and links exist on POSIX")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def noise(seconds, seed=0, rate=16000, channels=1):
-    return np.random.default_rng(seed).normal(0, 0.1, (int(seconds * rate), channels)).astype(np.float32)
-
-
 @pytest.fixture(scope="module")
 def model():
-    model = load_model("random", size="tiny", seconds=5, labels=LABELS)
+    model = tiny_model(LABELS)
     model.thresholds = (0.5, 0.5, 0.5, 0.5)
     return model
 
@@ -59,9 +55,7 @@ def model():
 def music(tmp_path_factory, model):
     "Twelve good files; a checkpoint beside them."
     root = tmp_path_factory.mktemp("music")
-    for i in range(12):
-        (root / f"album {i % 3}").mkdir(exist_ok=True)
-        soundfile.write(root / f"album {i % 3}/{i:02}.{('wav', 'flac', 'mp3')[i % 3]}", noise(1 + i % 4, i), 16000)
+    audio_folder(root, 12)
     save_checkpoint(model, root / "m.safetensors")
     return root
 
@@ -87,17 +81,17 @@ def assert_complete(library, undisturbed):
 def test_rows_of_patches_are_scanned_as_they_are_embedded(music, model, tmp_path, monkeypatch, tokens, drop_rows):
     "A row of patches is a vector: search, clusters and the map read what a scan with r and s writes."
     pytest.importorskip("sklearn")
-    settings = dict(block=(2, 6), tokens=tokens, drop_rows=drop_rows)
+    settings = dict(block=(1, 3), tokens=tokens, drop_rows=drop_rows)
     scan(music / "album 0", tmp_path / "library", model, progress=False, **settings)
     library = Library(tmp_path / "library")
-    songs, vectors = library.vectors(6)
+    songs, vectors = library.vectors(3)
     patchout = Patchout(drop_rows=drop_rows)
-    expected = embed(songs["path"].to_list(), model, 6, tokens, patchout, average=True)["embedding"].to_numpy()
+    expected = embed(songs["path"].to_list(), model, 3, tokens, patchout, average=True)["embedding"].to_numpy()
     assert np.allclose(vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=2e-3)
     assert len(SongIndex(library).nearest([songs["path"][0]], k=3)) == 3
     assert cluster_songs(library, 2)["cluster"].n_unique() == 2
     spaces = SongSpaces(library)
-    assert spaces.vectors("block 2").shape == vectors.shape
+    assert spaces.vectors("block 1").shape == vectors.shape
     monkeypatch.setattr("maestlib.collection.scan.load_library_model", lambda library: model)
     row = spaces.songs["path"].to_list().index(songs["path"][0])
     for title, vector in spaces.read(songs["path"][0])[0].items():
@@ -107,21 +101,13 @@ def test_rows_of_patches_are_scanned_as_they_are_embedded(music, model, tmp_path
 def test_bad_files_are_named_once(music, model, tmp_path):
     folder = tmp_path / "bad"
     folder.mkdir()
-    good = {"short.wav": noise(0.1), "high.wav": noise(1, rate=192_000), "eight.flac": noise(1, channels=8)}
-    for name, wave in good.items():
-        soundfile.write(folder / name, wave, 192_000 if name == "high.wav" else 16_000)
-    (folder / "text.mp3").write_text("not music at all\n" * 50)
-    (folder / "empty.wav").touch()
-    soundfile.write(folder / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
-    soundfile.write(folder / "cut.flac", noise(5), 16000)
-    cut = (folder / "cut.flac").read_bytes()
-    (folder / "cut.flac").write_bytes(cut[: len(cut) // 2])
-    bad = {"text.mp3", "empty.wav", "nan.wav", "cut.flac"}
+    write_music(folder / "short.wav", 0.1)
+    write_music(folder / "high.wav", 1, rate=192_000)
+    write_music(folder / "eight.flac", 1, channels=8)
+    bad = write_broken_files(folder)
     if os.name == "posix":
         shutil.copy(folder / "short.wav", folder / "two\nlines.wav")
         shutil.copy(folder / "short.wav", os.fsencode(folder) + b"/caf\xe9.wav")
-        (folder / "dangling.wav").symlink_to(tmp_path / "nowhere.wav")
-        bad |= {"dangling.wav"}
     report = scan(folder, tmp_path / "library", model, progress=False)
     assert sorted(Path(path).name for path, _ in report.failed) == sorted(bad)
     assert min(len(error) for _, error in report.failed) > 5
@@ -129,7 +115,7 @@ def test_bad_files_are_named_once(music, model, tmp_path):
     assert os.name != "posix" or {"two\nlines.wav", "caf\\xe9.wav"} <= names
     again = scan(folder, tmp_path / "library", progress=False)
     assert (again.planned, again.failed_before) == (0, 4), "what is broken is not tried again"
-    soundfile.write(folder / "empty.wav", noise(1, 9), 16000)
+    write_music(folder / "empty.wav", 1, 9)
     mended = scan(folder, tmp_path / "library", model, progress=False)
     assert mended.read == 1 and Library(tmp_path / "library").songs.filter(pl.col("error").is_not_null()).height == 3
 
@@ -157,7 +143,7 @@ def test_a_decoder_that_crashes(music, model, undisturbed, tmp_path, crash_on):
     "A process that dies of a signal costs the file that it reads, which is named once."
     folder = tmp_path / "music"
     shutil.copytree(music, folder)
-    soundfile.write(folder / "boom.ogg", noise(1, 99), 16000)
+    write_music(folder / "boom.ogg", 1, 99)
     crash_on("boom.ogg")
     report = scan(folder, tmp_path / "library", model, num_workers=2, progress=False)
     assert [Path(path).name for path, _ in report.failed] == ["boom.ogg"] and "crashed" in report.failed[0][1]
@@ -210,12 +196,11 @@ def test_a_full_disk(music, model, undisturbed, tmp_path, monkeypatch, capsys):
     assert_complete(Library(tmp_path), undisturbed)
 
 
-PROGRAM = """
-import sys, torch
+SCAN_OFTEN = dict(batch_size=1, num_workers=1, flush_s=0, progress=False)
+PROGRAM = f"""
+import sys
 from maestlib.collection.scan import scan
-torch.set_num_threads(1)
-music, out = sys.argv[1:]
-scan(music, out, f"{music}/m.safetensors", batch_size=1, num_workers=1, flush_s=0, progress=False)
+scan(sys.argv[1], sys.argv[2], sys.argv[1] + "/m.safetensors", **{SCAN_OFTEN})
 """
 
 
@@ -224,46 +209,25 @@ def test_goes_on_after_sigkill(music, undisturbed, tmp_path):
     program, out = tmp_path / "program.py", tmp_path / "library"
     program.write_text(PROGRAM)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
-    process = subprocess.Popen([sys.executable, program, music, out], env=env, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not list(out.rglob("*.parquet")):
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
+    kill_when(start_python([program, music, out], PROJECT, env), lambda: list(out.rglob("*.parquet")))
     scan(music, out, str(music / "m.safetensors"), progress=False)
     assert_complete(Library(out), undisturbed)
-    assert not [path.name for path in out.iterdir() if "claim" in path.name]
+    assert not list(out.glob("*claim*"))
 
 
-class Killed(BaseException):
-    pass
-
-
-def test_every_state_that_a_kill_can_leave(music, model, undisturbed, tmp_path, monkeypatch):
-    "A scan that is stopped before any of its renames is finished by the next one."
-    folder, replace, options = music / "album 0", os.replace, dict(batch_size=1, flush_s=0, progress=False)
+def test_every_state_that_a_kill_can_leave(music, model, undisturbed, tmp_path):
+    "A scan that is stopped before any of its renames and deletions is finished by the next one."
+    folder, states = music / "album 0", 0
     expected = dict(zip(undisturbed.vectors()[0]["path"], undisturbed.vectors()[1], strict=True))
-    for allowed in range(100):
-        out, done = tmp_path / str(allowed), []
-
-        def limited(source, target, allowed=allowed, done=done):
-            if len(done) == allowed:
-                raise Killed
-            replace(source, target)
-            done.append(target)
-
-        monkeypatch.setattr(os, "replace", limited)
-        try:
-            scan(folder, out, model, **options)
-            break  # it needed no more renames
-        except Killed:
-            monkeypatch.undo()
+    for out in every_kill(lambda out: scan(folder, out, model, **SCAN_OFTEN), tmp_path):
         if (out / "library.json").exists():
             assert set(Library(out).songs["content"]) <= Library(out).contents(), "vectors come before their songs"
         scan(folder, out, model, progress=False)
         songs, vectors = Library(out).vectors()
         assert len(songs) == 4 and Library(out).contents() == set(songs["content"])
         assert np.allclose(vectors, [expected[path] for path in songs["path"]], atol=2e-3)
-    assert allowed > 4
+        states += 1
+    assert states > 4
 
 
 def test_two_scans_at_once(music, model, undisturbed, tmp_path, capsys):
@@ -355,7 +319,7 @@ def test_a_song_from_outside_and_its_copy(music, undisturbed, tmp_path, monkeypa
 
 def test_a_file_is_read_like_the_excerpts_of_a_library(model, tmp_path, monkeypatch):
     "From the beginning, where the library's excerpts are from there; the map did read its middle."
-    wave = np.concatenate([noise(6), np.sin(np.arange(6 * 16_000) * 0.2)[:, None] * 0.3, noise(6, 1)])
+    wave = np.concatenate([recording(6), np.sin(np.arange(6 * 16_000) * 0.2) * 0.3, recording(6, 1)])
     for i in range(2):
         soundfile.write(tmp_path / f"{i}.wav", np.roll(wave, i * 48_000, 0), 16_000)
     settings = dict(excerpt_s=5, center=False)
@@ -435,7 +399,7 @@ def test_links_to_folders_are_followed_once(music, tmp_path):
 
 
 def test_the_module_runs_as_a_program(tmp_path):
-    program = [sys.executable, "-m", "maestlib.collection.cli", "search", "x", "--library", str(tmp_path / "none")]
-    env = os.environ | {"PYTHONPATH": str(PROJECT)}
-    child = subprocess.run(program, capture_output=True, encoding="utf8", env=env)
-    assert child.returncode == 2 and "no library" in child.stderr and not child.stdout
+    program = ["maestlib.collection.cli", "search", "x", "--library", tmp_path / "none"]
+    child = start_python(program, PROJECT, os.environ | {"PYTHONPATH": str(PROJECT)})
+    printed, errors = child.communicate()
+    assert child.returncode == 2 and "no library" in errors and not printed
