@@ -188,5 +188,5 @@ def main(
         return 130
 
 # %% ../../nbs/collection/cli.ipynb #ebef9290
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
