@@ -14,6 +14,7 @@ from maestlib.audio.mel import MEL
 from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.models.patchout import Patchout, patch_grid, select_patches
 from maestlib.probing.embeddings import Embeddings
+from maestlib.probing.layers import block_vectors
 from maestlib.widgets import attention, figures
 from maestlib.widgets.controls import LatestOnlyWorker, TrackPicker, load_for_playback
 from maestlib.widgets.explore_attention import AttentionExplorer
@@ -98,7 +99,7 @@ def test_neighbors_against_loops():
     neighbors = figures.nearest_per_block(Embeddings(values, {}), 4, "cd", 3)
     twin = neighbors.filter(block=2, rank=0)
     assert twin["track"].item() == 7 and twin["cosine"].item() > 0.999
-    x = figures.block_vectors(Embeddings(values, {}), 0, "cd")
+    x = block_vectors(Embeddings(values, {}), (0,), "cd")
     cosine = [x[4] @ v / np.linalg.norm(x[4]) / np.linalg.norm(v) for v in x]
     assert neighbors.filter(block=0)["track"].to_list() == [i for i in np.argsort(cosine)[::-1] if i != 4][:3]
     table = pl.DataFrame({"track_id": [f"<{i}>" for i in range(30)], "labels": [["a"]] * 30})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRIC_TITLES', 'PAPER_GRID', 'summarize', 'paired_differences', 'best_setting', 'plot_layers', 'named_contrasts',
-           'track_titles', 'plot_map']
+           'track_titles', 'block_vectors', 'plot_map']
 
 # %% ../../nbs/probing/layers.ipynb #4055dd45
 import html
@@ -154,6 +154,18 @@ def _class_of(track_labels: list[str], label: str, is_label: bool) -> str:  # "w
         return "without"
     return label if is_label else inside[0]
 
+# %% ../../nbs/probing/layers.ipynb #2a61a34b
+def block_vectors(
+    embeddings: Embeddings,
+    blocks: tuple[int, ...],  # to concatenate, counted from 0
+    tokens: str,  # of each block: c (cls), d (dist), t (mean of the patches)
+) -> np.ndarray:  # (tracks, values) float32
+    "Concatenate tokens of blocks and standardize each dimension over the tracks."
+    sources = list(embeddings.source_indices(blocks, tokens))
+    x = embeddings.values.reshape(len(embeddings.values), -1, embeddings.values.shape[3])[:, sources]
+    x = x.reshape(len(x), -1).astype(np.float32)
+    return (x - x.mean(0)) / np.maximum(x.std(0), 1e-6)
+
 # %% ../../nbs/probing/layers.ipynb #f1a22c7e
 def plot_map(
     corpus: Corpus,
@@ -166,10 +178,7 @@ def plot_map(
     with optional_import():
         import plotly.graph_objects as go
 
-    sources = list(embeddings.source_indices(blocks, tokens))
-    x = embeddings.values.reshape(len(corpus.table), -1, embeddings.values.shape[3])[:, sources]
-    x = x.astype(np.float32).reshape(len(x), -1)
-    points, variance = pca_map((x - x.mean(0)) / np.maximum(x.std(0), 1e-6))
+    points, variance = pca_map(block_vectors(embeddings, blocks, tokens))
     track_labels = corpus.table["labels"].to_list()
     classes = np.array([_class_of(names, label, label in corpus.labels) for names in track_labels])
     titles = [html.escape(str(title)) for title in track_titles(corpus.table)]

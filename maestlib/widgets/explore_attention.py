@@ -15,13 +15,7 @@ from ..audio.mel import logmel, normalize
 from ..core.extras import optional_import
 from ..models.maest import MAEST, MAESTConfig
 from ..models.patchout import Patchout
-from maestlib.widgets.attention import (
-    AttentionMaps,
-    attention_maps,
-    plot_attention,
-    plot_distance,
-    relative_to_uniform,
-)
+from .attention import AttentionMaps, attention_maps, plot_attention, plot_distance, relative_to_uniform
 from .controls import ModelExplorer, make_control, panel, row
 from .live_figure import LiveFigure
 

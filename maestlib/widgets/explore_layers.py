@@ -16,10 +16,10 @@ from ..core.text import split_label
 from ..datasets.batches import Corpus
 from ..models.maest import MAESTConfig
 from ..probing.embeddings import Embeddings
-from ..probing.layers import plot_map, track_titles
+from ..probing.layers import block_vectors, plot_map, track_titles
 from ..stats.layout import align_map, tsne_map
 from .controls import LatestOnlyWorker, Message, Player, load_for_playback, make_control, panel, row
-from .figures import block_vectors, nearest_per_block, pca_maps, plot_neighbors
+from .figures import nearest_per_block, pca_maps, plot_neighbors
 from .live_figure import LiveFigure
 from .theme import TEXT_COLOR, neutral_theme
 
@@ -107,7 +107,7 @@ class BlockMaps:
     def _run_tsne(self, tokens, block):
         self.show_message(f"t-SNE of block {block} …")
         pca = self.pca[tokens][block]
-        self.tsne[tokens, block] = align_map(tsne_map(block_vectors(self.embeddings, block, tokens), pca), pca)
+        self.tsne[tokens, block] = align_map(tsne_map(block_vectors(self.embeddings, (block,), tokens), pca), pca)
         self.show_message("")
         self.on_ready()
 

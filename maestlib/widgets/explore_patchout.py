@@ -118,18 +118,18 @@ class PatchoutExplorer(ModelExplorer):
 
     def __init__(self, model: MAEST, tracks: dict[str, str]):
         super().__init__(model, tracks)
-        self.full = None  # (seconds, activations) of the clip with all patches
         self.controls = PatchoutControls(self.draw)
         self.numbers = w.HTML().add_class("maestlib-numbers")
         self.figure, self.tags = (LiveFigure().add_class(f"maestlib-{name}") for name in ("mel", "tags"))
-        left = w.VBox([self.controls.box, self.numbers])
-        self.box = panel("patchout", self.track.box, self.figure, row(left, self.tags))
+        below = row(w.VBox([self.controls.box, self.numbers]), self.tags)
+        self.box = panel("patchout", self.track.box, self.figure, below)
         self.track.menu.index = 0
 
     def load(self, wave: torch.Tensor):  # (samples,)
         "Show another clip."
         config = self.model.config
-        self.mel, self.full = logmel(wave, config.mel)[:, : config.num_frames], None
+        self.mel = logmel(wave, config.mel)[:, : config.num_frames]
+        self.full = None, None  # seconds and activations of the clip with all patches, once measured
         self.grid = patch_grid(self.mel.shape[1], config.mel.n_mels)
         self.figure.change_to(plot_patches(self.mel, *select_patches(self.grid), config.mel))
         self.controls.reset(self.grid[1])
@@ -143,13 +143,12 @@ class PatchoutExplorer(ModelExplorer):
         self.worker(patchout, seed)
 
     def _show_cost(self, patchout, kept_s=None):
-        full_s = self.full and self.full[0]
-        self.numbers.value = cost_table(self.model.config, patchout, self.mel.shape[1], full_s, kept_s)
+        self.numbers.value = cost_table(self.model.config, patchout, self.mel.shape[1], self.full[0], kept_s)
 
     def run_model(self, patchout: Patchout, seed: int):
         "Measure and show the tags of the clip, with all patches and with those that are kept."
         mel = self.mel
-        full = self.full or time_tags(self.model, mel)
+        full = self.full if self.full[0] else time_tags(self.model, mel)
         elapsed, kept = time_tags(self.model, mel, patchout, seed)
         if mel is self.mel:  # else another clip was loaded meanwhile, and its request is pending
             self.full = full

@@ -75,12 +75,7 @@ class TagTimeline:
 class TagExplorer(ModelExplorer):
     "Tags along a recording, with the player's cursor; `box` is the widget."
 
-    def __init__(
-        self,
-        model: MAEST,  # with labels, in eval mode
-        tracks: dict[str, str | list[str]],  # title → audio file, or files to concatenate
-        limit_s: float = 600,  # seconds of a recording to load at most
-    ):
+    def __init__(self, model: MAEST, tracks: dict[str, str | list[str]], limit_s: float = 600):
         super().__init__(model, tracks, limit_s)
         self.clip = self.result = None  # mel and seconds of the recording; what `TagTimeline.show` takes
         longest = model.config.seconds

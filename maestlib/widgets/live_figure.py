@@ -24,10 +24,7 @@ class LiveFigure(go.FigureWidget):
             state["_widget_layout"] = to_json(self._layout_obj._props, self)
         return state
 
-    def change_to(
-        self,
-        figure: go.Figure,  # not changed
-    ) -> None:
+    def change_to(self, figure: go.Figure):  # not changed
         "Show a figure, reusing the traces where their types agree."
         if [t.type for t in self.data] != [t.type for t in figure.data]:
             self.replace_by(figure)
@@ -37,10 +34,7 @@ class LiveFigure(go.FigureWidget):
                 old.update(new.to_plotly_json())
             self.update_layout(figure.layout, overwrite=True)
 
-    def replace_by(
-        self,
-        figure: go.Figure,  # not changed
-    ) -> None:
+    def replace_by(self, figure: go.Figure):  # not changed
         "Show a figure with traces of its own."
         with self.batch_update():
             self.data = []
