@@ -126,14 +126,8 @@ def make_embedder(
 # %% ../../nbs/inference/embedding.ipynb #ddfe58c4
 def _table_schema(blocks: tuple[int, ...], dim: int) -> dict[str, pl.DataType]:
     "The columns of a table of embeddings."
-    block = {"block": pl.Int64} if len(blocks) > 1 else {}
-    return {
-        "path": pl.String,
-        "start_s": pl.Float64,
-        "end_s": pl.Float64,
-        **block,
-        "embedding": pl.Array(pl.Float32, dim),
-    }
+    schema = {"path": pl.String, "start_s": pl.Float64, "end_s": pl.Float64}
+    return schema | ({"block": pl.Int64} if len(blocks) > 1 else {}) | {"embedding": pl.Array(pl.Float32, dim)}
 
 # %% ../../nbs/inference/embedding.ipynb #5c99f292
 def _to_table(

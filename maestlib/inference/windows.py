@@ -10,6 +10,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -96,24 +97,21 @@ def iter_windows(
     yield window(starts[-1])
 
 # %% ../../nbs/inference/windows.ipynb #223c3720
-def _next_items(job: Iterator, step: int) -> list:
-    "The next `step` items of an iterator; fewer at its end."
-    return list(islice(job, step))
-
-
 def _prefetch(
     jobs: Iterable[Iterator], step: int, num_workers: int
-) -> Iterator[
-    tuple[int, list | Exception | None]
-]:  # the job's number with its next items; None or its error at its end
+) -> Iterator[tuple[int, list | Exception | None]]:  # number of the job; its next items, its error, or None at its end
     "Advance many iterators in threads, `step` items at a time; the results are in the order of the jobs."
+
+    def submit(job):
+        return job, pool.submit(lambda: list(islice(job, step)))
+
     torch_threads = torch.get_num_threads()
     numbered, in_flight = enumerate(jobs), deque()
     with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             while True:
                 for i, job in islice(numbered, 2 * num_workers - len(in_flight)):
-                    in_flight.append((i, job, pool.submit(_next_items, job, step)))
+                    in_flight.append((i, *submit(job)))
                 if not in_flight:
                     return
                 i, job, future = in_flight.popleft()
@@ -122,7 +120,7 @@ def _prefetch(
                 except Exception as error:  # whatever is wrong with one file must not stop the others
                     items = error
                 if isinstance(items, list):
-                    in_flight.appendleft((i, job, pool.submit(_next_items, job, step)))
+                    in_flight.appendleft((i, *submit(job)))
                 yield i, items
         finally:
             pool.shutdown(cancel_futures=True)
@@ -147,15 +145,16 @@ def make_forward(
     return forward
 
 # %% ../../nbs/inference/windows.ipynb #8d1622e5
-def _equal_length_batches(windows: list[tuple], batch_size: int) -> Iterator[list[tuple]]:
-    "Windows, whose last item is a mel, in batches of one length, shortest first."
+def _run_in_batches(windows: list[tuple], forward: Callable, batch_size: int) -> Iterator[tuple]:
+    "Windows with the model's result in the place of the mel, their last item; in batches of one length, shortest first."
 
     def num_frames(window):
         return window[-1].shape[-1]
 
     for _, same_length in groupby(sorted(windows, key=num_frames), num_frames):
         while batch := list(islice(same_length, batch_size)):
-            yield batch
+            outputs = forward(torch.stack([mel for *_, mel in batch]))
+            yield from ((*window, output) for (*window, _), output in zip(batch, outputs, strict=True))
 
 # %% ../../nbs/inference/windows.ipynb #dc0ccddc
 def _hop_frames(hop_s: float | None, config: MAESTConfig) -> int:
@@ -167,6 +166,21 @@ def _hop_frames(hop_s: float | None, config: MAESTConfig) -> int:
         raise ValueError(f"hop_s={hop_s}: give seconds above 0 and up to {config.seconds:g}, the model's window")
     return hop_frames
 
+# %% ../../nbs/inference/windows.ipynb #ff92e61a
+def _flatten(groups: Iterable[list], ends: set[int]) -> Iterator:
+    "The items of all groups; the number of the last one of each group is added to `ends`."
+    count = 0
+    for group in groups:
+        count += len(group)
+        ends.add(count - 1)
+        yield from group
+
+# %% ../../nbs/inference/windows.ipynb #4f87bda8
+def _read_windows(skip: Callable | None, source, **options) -> Iterator[tuple[float, float, torch.Tensor]]:
+    "The windows of a source, as of `iter_windows`; none if it is skipped."
+    if skip is None or not skip(source):
+        yield from iter_windows(source, **options)
+
 # %% ../../nbs/inference/windows.ipynb #ae0d0338
 def iter_results(
     groups: Iterable[list],  # of files, waveforms (samples,) or mels, read as needed; a batch is of one group
@@ -175,53 +189,32 @@ def iter_results(
     hop_s: float | None,  # seconds from window to window; None: half a window
     batch_size: int,  # windows
     num_workers: int | None,  # decoding threads; None: one per core
-    excerpt_s: float | None = None,  # read so many seconds of each file; None: all
-    center: bool = True,  # read excerpts in the middle, else at the beginning
-    opener: Callable = open_audio,  # or that of `DecoderProcesses`
     skip: Callable[[str], bool] | None = None,  # called in a decoding thread: whether a file need not be read
     progress: bool = True,  # show a bar of windows
     on_window: Callable[[int], None] | None = None,  # called with the source number of each window that is done
+    **reading,  # excerpt_s, center, opener: as for `iter_windows`
 ) -> Iterator[tuple[int, list | Exception]]:  # source number; (start s, end s, result) per window, or its error
     "Run a model over every window of many recordings, and yield each recording, or [] if skipped, once it is complete."
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give 1 or more")
-    hop_frames = _hop_frames(hop_s, model.config)
-    last = set()  # source of each group
-
-    def windows_of(source):
-        if skip is None or not skip(source):
-            frames = model.config.num_frames
-            yield from iter_windows(source, model.config.mel, frames, hop_frames, excerpt_s, center, opener)
-
-    def jobs():
-        count = 0
-        for group in groups:
-            count += len(group)
-            last.add(count - 1)
-            for source in group:
-                yield windows_of(source)
-
-    pending, ended, results = [], [], defaultdict(list)
+    frames, hop_frames = model.config.num_frames, _hop_frames(hop_s, model.config)
+    read = partial(_read_windows, skip, config=model.config.mel, frames=frames, hop_frames=hop_frames, **reading)
+    ends, pending, ended, results = set(), [], [], defaultdict(list)
     bar = tqdm(unit="window", delay=2, disable=not progress or rank_and_world_size()[0] > 0)
-    for i, windows in _prefetch(jobs(), batch_size, num_workers or worker_count()):
-        is_last = False
+    for i, windows in _prefetch(map(read, _flatten(groups, ends)), batch_size, num_workers or worker_count()):
         if isinstance(windows, list):
             pending += [(i, *window) for window in windows]
         else:
             ended.append((i, windows))  # None, or the error
-            is_last = i in last
-        if len(pending) < 4 * batch_size and len(ended) < 256 and not is_last:
+        if len(pending) < 4 * batch_size and len(ended) < 256 and not (ended and ended[-1][0] in ends):
             continue
-        for batch in _equal_length_batches(pending, batch_size):
-            outputs = forward(torch.stack([mel for *_, mel in batch]))
-            for (j, start, end, _), output in zip(batch, outputs, strict=True):
-                results[j].append((start, end, output))
-                if on_window is not None:
-                    on_window(j)
-            bar.update(len(batch))
+        for j, *window in _run_in_batches(pending, forward, batch_size):
+            results[j].append(tuple(window))
+            bar.update()
+            if on_window is not None:
+                on_window(j)
         for j, error in ended:
-            in_order = sorted(results.pop(j, []), key=lambda window: window[0])
-            yield j, error or in_order
+            yield j, error or sorted(results.pop(j, []), key=lambda window: window[0])
         bar.set_postfix_str(f"file {i + 1:,}")
         pending, ended = [], []
     bar.close()
