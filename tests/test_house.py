@@ -103,6 +103,19 @@ def private_uses(tree: ast.AST, module: str):
                 yield node.lineno, f"{local_modules[node.value.id]}.{node.attr}"
 
 
+def private_patches(tree: ast.AST):
+    "Yield `(line, name)` of private names of maestlib that `setattr` is called with."
+    modules = {local for *_, name, local in imported_names(tree, "tests") if name is None}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr":
+            texts = [a.value for a in node.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            owner = node.args[0].id if isinstance(node.args[0], ast.Name) else ""
+            for text in texts:
+                is_ours = text.startswith("maestlib.") or owner in modules
+                if is_ours and re.match("_[^_]", text.split(".")[-1]):
+                    yield node.lineno, f"{owner} {text}".strip()
+
+
 def test_every_module_is_on_a_floor():
     report(
         [at(MODULES[m], 1, f"{floor(m)} is no floor of {', '.join(FLOORS)}") for m in MODULES if floor(m) not in FLOORS]
@@ -159,6 +172,16 @@ def test_notebook_cells_import_no_private_name():
                 continue
             for line, name in private_uses(code_tree(cell), "notebook"):
                 problems.append(at(path, cell_line(path, cell, line), f"private name {name}"))
+    report(problems)
+
+
+def test_tests_use_no_private_name():
+    "Imported, read as an attribute of a module, or replaced by monkeypatch under its name."
+    problems = []
+    for path in sorted((TOP / "tests").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf8"))
+        problems += [at(path, line, f"private name {name}") for line, name in private_uses(tree, "tests")]
+        problems += [at(path, line, f"private name {name}") for line, name in private_patches(tree)]
     report(problems)
 
 
@@ -321,6 +344,8 @@ def test_the_checks_find_what_they_look_for():
         (3, "maestlib.models.maest._grid"),
         (4, "maestlib.training.trainer._save"),
     ]
+    patched = ast.parse('from maestlib.audio import mel\np.setattr(mel, "_a", 1)\np.setattr("maestlib.x._b", 1)')
+    assert sorted(private_patches(patched)) == [(2, "mel _a"), (3, "maestlib.x._b")]
     assert list(link_targets("[a](b.ipynb#c) ![d](e.png) `[x](y)` [f](https://g) [h](#i)")) == ["b.ipynb", "e.png"]
     assert floor("maestlib.train") == "top" and floor("maestlib.core.files") == "core"
     assert list(output_texts({"data": {"image/png": "/tmp/x", "text/plain": ["/tmp/", "y"]}}))[-1] == "/tmp/y"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import polars as pl
@@ -11,18 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("music21")
-pytest.importorskip("symusic")
-program_to_instrument_name = pytest.importorskip("pretty_midi").program_to_instrument_name
-
 from maestlib.audio.store import MelStore, verify_store
-from maestlib.datasets import batches
+from maestlib.datasets import batches, registry
 from maestlib.demo import heldout, scores, sounds, tunes, works
 from maestlib.demo.abc import tune_catalogue
 from maestlib.training import trainer
 from maestlib.training.config import TrainConfig
 
 FONTS = ("TimGM6mb",)
+pytestmark = pytest.mark.skipif(
+    not all(find_spec(name) for name in ("music21", "symusic", "pretty_midi")), reason="needs the extra `demo`"
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,8 @@ def table(cache):
 
 
 def test_labels_are_what_is_played(table):
+    from pretty_midi import program_to_instrument_name
+
     for clip in range(12):
         plan = scores.plan_score_clip(clip, table, FONTS)
         played = {p["program"] for p in plan["players"].values() if not p["voice"] and not p["is_drum"]}
@@ -108,7 +110,8 @@ def test_sounds_do_not_depend_on_what_memory_holds():
 
 @pytest.mark.slow
 def test_what_sounds_in_each_column_is_learned(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "_check_splits", lambda *_: None)  # 24 clips are too few for all three
+    load, splits = registry.load_dataset, pl.Series("split", ["train"] * 22 + ["validation", "test"])  # all three
+    monkeypatch.setattr(registry, "load_dataset", lambda *a, **o: load(*a, **o).with_columns(splits))
     corpus = batches.load_corpus("scores", columns=True, quiet=True, clips=24, works=4, fonts=FONTS)
     names, clip = corpus.column_labels, corpus.batch_targets(np.array([0]))[0, len(corpus.labels) :].view(61, -1)
     families = {name for name, active in zip(names, clip.any(0), strict=True) if active and name.startswith("Family")}

@@ -144,6 +144,7 @@ def fill_store(
     """
     plans_file, folder = store.parent / "plans.parquet", store.parent / "audio"
     write_parquet(plans_file, pl.DataFrame(plans, infer_schema_length=None))
+    read_plans.cache_clear()  # an earlier call may have planned fewer
     folder.mkdir(exist_ok=True)
     load = functools.partial(load_or_render, plans=str(plans_file))
     failed = render_mels(_to_table(plans, folder), store, load, workers)
