@@ -22,7 +22,7 @@ from maestlib.datasets.batches import Corpus
 from maestlib.inference import embedding
 from maestlib.inference.embedding import embed, tag
 from maestlib.inference.windows import stream_mel
-from maestlib.models.checkpoint import save_checkpoint
+from maestlib.models.checkpoint import BUNDLED_MODEL, load_model, save_checkpoint
 from maestlib.probing.embeddings import extract_embeddings
 
 PROJECT = Path(__file__).parents[1]
@@ -256,3 +256,16 @@ def test_a_terminal_means_its_own_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.parquet").write_text("words")
     command[4] = "text.parquet"
     assert main(command) == 2 and "not a parquet file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("function", [embed, tag])
+def test_without_a_model_the_bundled_one_reads(function, tmp_path):
+    "A name, a file and a folder are accepted in place of a model."
+    wave, bundled = recording(4), load_model()
+    save_checkpoint(bundled, tmp_path / "model.safetensors")
+    expected = function(wave, bundled, dtype="float32")
+    for model in (None, BUNDLED_MODEL, tmp_path / "model.safetensors", str(tmp_path)):
+        assert function(wave, model, dtype="float32").equals(expected)
+    assert function(wave, dtype="float32").equals(expected)
+    with pytest.raises(ValueError, match="model: Linear is no MAEST"):
+        function(wave, torch.nn.Linear(1, 1))

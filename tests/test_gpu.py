@@ -1,10 +1,8 @@
 """What only a GPU shows: numbers, waits, memory, half precision, compiled and distributed steps."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from helpers import kill_when, run_ranks
 
 from maestlib.audio.mel import MEL, logmel, normalize
 from maestlib.audio.store import INDEX_SCHEMA, shard_path, table_checksums
@@ -22,7 +21,7 @@ from maestlib.models.patchout import Patchout
 from maestlib.training.config import TrainConfig
 from maestlib.training.evaluation import predict
 from maestlib.training.loop import fit
-from maestlib.training.trainer import Trainer, create_model
+from maestlib.training.trainer import Trainer, create_model, distribute
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 ESSENTIA = np.load(Path(__file__).with_name("essentia.npz"))
@@ -185,11 +184,7 @@ def test_a_killed_run_resumes(store, tmp_path):
     whole = start_training(store, tmp_path / "whole")
     assert whole.wait(300) == 0, whole.stdout.read()
     first = start_training(store, tmp_path / "killed")
-    while not (tmp_path / "killed/state.pt").exists():
-        assert first.poll() is None, first.stdout.read()
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    kill_when(first, (tmp_path / "killed/state.pt").exists)
     command = [sys.executable, "-m", "maestlib.train", "--resume", str(tmp_path / "killed")]
     second = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert second.returncode == 0 and "resumes at step" in second.stdout, second.stdout + second.stderr
@@ -198,55 +193,29 @@ def test_a_killed_run_resumes(store, tmp_path):
     np.testing.assert_allclose(two, one, rtol=0.1)  # sums on a GPU have no fixed order
 
 
-TWO_PROCESSES = """
-import os, sys
-import torch
-os.environ["LOCAL_RANK"] = "0"  # both on the first GPU, which NCCL refuses and gloo does not
-from maestlib.datasets.batches import load_corpus
-from maestlib.training.config import TrainConfig
-from maestlib.training.trainer import Trainer, create_model, distribute
-store, out, compile = sys.argv[1:]
-torch.distributed.init_process_group(os.environ["BACKEND"])
-config = TrainConfig(dataset=store, preset="maest-5s", seconds=5, size="tiny", batch_size=16, max_steps=4,
-                     num_workers=0, compile={"True": True, "False": False}.get(compile, compile), dtype="float32",
-                     out_dir=out, tracks_per_epoch=160).resolve_auto()
-corpus = load_corpus(store, quiet=True)
-trainer = Trainer(config, corpus, create_model(config, corpus))
-if trainer.world_size == 1:
-    trainer.loss = distribute(trainer.loss, config, 2)  # gradients go through NCCL all the same
-trainer.model.train()
-losses = []
-for batch in trainer.load_batches():
-    trainer.train_step(*batch)
-    loss = trainer.pending_metrics[-1][0].clone()
-    torch.distributed.all_reduce(loss)
-    losses.append(float(loss) / trainer.world_size)
-if trainer.rank == 0:
-    print(*losses)
-torch.distributed.destroy_process_group()
-"""
+def train_in_a_group(store, out, backend, compile):  # → the mean loss of each step
+    os.environ["LOCAL_RANK"] = "0"  # all on the first GPU, which NCCL refuses and gloo does not
+    torch.distributed.init_process_group(backend)
+    corpus = load_corpus(str(store), quiet=True)
+    config = make_config(store, out, max_steps=4, num_workers=0, compile=compile)
+    trainer = Trainer(config, corpus, create_model(config, corpus))
+    if trainer.world_size == 1:
+        trainer.loss = distribute(trainer.loss, config, 2)  # gradients go through NCCL all the same
+    trainer.model.train()
+    losses = []
+    for batch in trainer.load_batches():
+        trainer.train_step(*batch)
+        loss = trainer.pending_metrics[-1][0].clone()
+        torch.distributed.all_reduce(loss)
+        losses.append(float(loss) / trainer.world_size)
+    torch.distributed.destroy_process_group()
+    return losses
 
 
 @pytest.mark.parametrize(
     "processes, backend, compile", [(1, "nccl", True), (2, "gloo", True), (2, "gloo", "cuda-graphs")]
 )
 def test_several_processes(processes, backend, compile, store, corpus, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(TWO_PROCESSES)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        processes,
-        script,
-        store,
-    ]
-    command += [tmp_path / "run", compile]
-    environment = os.environ | {"BACKEND": backend, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    found = np.array(done.stdout.split()[-4:], float)
+    found, *_ = run_ranks(train_in_a_group, store, tmp_path / "group", backend, compile, processes=processes)
     config = make_config(store, tmp_path, max_steps=4)
     np.testing.assert_allclose(found, losses(config, corpus, 4)[:, 0], rtol=2e-3)

@@ -1,11 +1,9 @@
 """The loss of the columns' labels: a run that is resumed, two processes, and what is refused."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from helpers import run_ranks
 
 from maestlib.datasets import batches
 from maestlib.training.config import TrainConfig
@@ -13,11 +11,12 @@ from maestlib.training.loop import fit
 from maestlib.training.losses import TrainingLoss
 from maestlib.training.trainer import Trainer, create_model
 
+CLIPS = {"clips": 120, "works": 8, "fonts": ("TimGM6mb",)}  # those of nbs/training/losses.ipynb
+
 
 @pytest.fixture(scope="module")
 def corpus():
-    options = {"clips": 120, "works": 8, "fonts": ("TimGM6mb",)}  # those of nbs/training/losses.ipynb
-    return batches.load_corpus("scores", columns=True, quiet=True, **options)
+    return batches.load_corpus("scores", columns=True, quiet=True, **CLIPS)
 
 
 def configure(out, **settings):
@@ -70,36 +69,18 @@ def test_what_cannot_be_learned_is_refused(corpus, tmp_path):
         TrainConfig(column_weight=-1)
 
 
-TWO_PROCESSES = """
-import sys
-import torch
-from maestlib.datasets.batches import load_corpus
-from maestlib.training.config import TrainConfig
-from maestlib.training.trainer import Trainer, create_model
-torch.distributed.init_process_group("gloo")
-corpus = load_corpus("scores", columns=True, quiet=True, clips=120, works=8, fonts=("TimGM6mb",))
-config = TrainConfig(preset="bundled", depth=2, batch_size=8, max_steps=2, init="random",
-                     out_dir=sys.argv[1]).resolve_auto()
-trainer = Trainer(config, corpus, create_model(config, corpus))
-trainer.model.train()
-for batch in trainer.load_batches():
-    assert len(batch[0]) == 4
-    trainer.train_step(*batch)
-total = sum(float(p.detach().double().abs().sum()) for p in trainer.model.parameters())
-totals = [None, None]
-torch.distributed.all_gather_object(totals, total)
-if trainer.rank == 0:
-    print(*totals)
-torch.distributed.destroy_process_group()
-"""
+def train_on_columns(out):  # in each of two processes → the sum of all weights
+    torch.distributed.init_process_group("gloo")
+    corpus = batches.load_corpus("scores", columns=True, quiet=True, **CLIPS)
+    trainer = make_trainer(corpus, out, max_steps=2)
+    for batch in trainer.load_batches():
+        assert len(batch[0]) == 4
+        trainer.train_step(*batch)
+    torch.distributed.destroy_process_group()
+    return sum(float(p.detach().double().abs().sum()) for p in trainer.model.parameters())
 
 
 @pytest.mark.slow
 def test_two_processes_keep_the_same_weights(corpus, tmp_path):
-    (tmp_path / "train.py").write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(tmp_path / "train.py"), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    first, second = map(float, done.stdout.split()[-2:])
+    first, second = run_ranks(train_on_columns, tmp_path / "run")
     assert first == second and np.isfinite(first)
