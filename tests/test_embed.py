@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 from helpers import audio_folder, every_kill, kill_when, one_thread, recording, tiny_model, write_broken_files  # noqa: F401
+from polars.testing import assert_frame_equal
 from processes import start_python
 
 from maestlib.audio.extract import extract_mels
@@ -265,7 +266,7 @@ def test_without_a_model_the_bundled_one_reads(function, tmp_path):
     save_checkpoint(bundled, tmp_path / "model.safetensors")
     expected = function(wave, bundled, dtype="float32")
     for model in (None, BUNDLED_MODEL, tmp_path / "model.safetensors", str(tmp_path)):
-        assert function(wave, model, dtype="float32").equals(expected)
-    assert function(wave, dtype="float32").equals(expected)
+        assert_frame_equal(function(wave, model, dtype="float32"), expected)
+    assert_frame_equal(function(wave, dtype="float32"), expected)
     with pytest.raises(ValueError, match="model: Linear is no MAEST"):
         function(wave, torch.nn.Linear(1, 1))
