@@ -15,7 +15,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from .files import explain_read_only
@@ -44,19 +45,44 @@ def _has_ended(owner: str) -> bool:  # the contents of a claim: machine, process
         return isinstance(error, ProcessLookupError)
     return False
 
+# %% ../../nbs/core/chunks.ipynb #1b51339a
+def _filesystem_clock(folder: Path) -> Callable[[], float]:
+    "The clock of a folder's file system, in seconds. The clocks of machines differ; a new file shows this one."
 
-def _filesystem_time(folder: Path) -> float:
-    "The time now by the clock of a file system, in seconds."
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return os.fstat(file.fileno()).st_mtime
+    @cache
+    def offset():
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime - time.monotonic()
 
-# %% ../../nbs/core/chunks.ipynb #c1a0e008
-class ChunkClaims:
-    """Claims of this process on the chunks of a job, renewed in a thread while the `with` block runs.
+    return lambda: time.monotonic() + offset()
 
-    A chunk is named after the file that it becomes. All claims end with the block, however it ends.
-    """
+# %% ../../nbs/core/chunks.ipynb #8c4dded2
+def _is_abandoned(claim: Path, timeout_s: float, clock: Callable[[], float]) -> bool:
+    try:
+        age = clock() - claim.stat().st_mtime
+        owner = claim.read_text(encoding="ascii")
+    except FileNotFoundError:  # released this moment
+        return False
+    return age > timeout_s or _has_ended(owner) or not owner and age > EMPTY_CLAIM_TIMEOUT_S
 
+# %% ../../nbs/core/chunks.ipynb #d00a8a73
+def _create_claim(folder: Path, name: str, owner: str, timeout_s: float, clock: Callable[[], float]) -> list[Path]:
+    "Create the claim after all abandoned ones. Returns them and it; [] where somebody has it or the folder is gone."
+    claims = []
+    for number in itertools.count():
+        claims.append(folder / f".{name}.{number}.claim")
+        try:
+            with explain_read_only(claims[-1]), open(claims[-1], "x", encoding="ascii") as file:
+                file.write(owner)
+            return claims
+        except FileExistsError:
+            if not _is_abandoned(claims[-1], timeout_s, clock):
+                return []
+        except FileNotFoundError:
+            return []
+
+# %% ../../nbs/core/chunks.ipynb #fcb18e57
+class _HeldClaims:
     def __init__(
         self,
         folder: Path,  # of the chunks' files, shared by all workers
@@ -67,9 +93,9 @@ class ChunkClaims:
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._owner = f"{socket.gethostname()} {os.getpid()} {_PROCESS}"
-        self._clock = None  # of the file system, minus that of this process
+        self._clock = _filesystem_clock(folder)
 
-    def __enter__(self) -> "ChunkClaims":
+    def __enter__(self):
         self._thread.start()
         return self
 
@@ -79,8 +105,7 @@ class ChunkClaims:
         for name in [*self._held]:
             self.release(name)
 
-    def _renew(self):
-        "The heartbeat. Writing, not `utime`, lets the file system set the time."
+    def _renew(self):  # writing, not `utime`, lets the file system set the time
         while not self._ended.wait(self.timeout_s / 30):
             with self._lock:
                 for *_, claim in self._held.values():
@@ -89,31 +114,25 @@ class ChunkClaims:
                             file.write(self._owner)
                             file.truncate()
 
-    def _is_abandoned(self, claim: Path) -> bool:
-        try:
-            if self._clock is None:
-                self._clock = _filesystem_time(self.folder) - time.monotonic()
-            age = time.monotonic() + self._clock - claim.stat().st_mtime
-            owner = claim.read_text(encoding="ascii")
-            return age > self.timeout_s or _has_ended(owner) or not owner and age > EMPTY_CLAIM_TIMEOUT_S
-        except FileNotFoundError:  # released this moment
-            return False
+    def release(self, name: str) -> None:
+        "End a claim and those that it took over."
+        with self._lock:
+            for claim in self._held.pop(name):
+                with contextlib.suppress(PermissionError):  # on Windows: somebody is reading it
+                    claim.unlink(missing_ok=True)
+
+# %% ../../nbs/core/chunks.ipynb #c1a0e008
+class ChunkClaims(_HeldClaims):
+    """Claims of this process on the chunks of a job, renewed in a thread while the `with` block runs.
+
+    A chunk is named after the file that it becomes. All claims end with the block, however it ends.
+    """
 
     def acquire(self, name: str) -> bool:  # False: it is done, another worker has it, or the folder is gone
         "Claim a chunk, or another step that one worker should do. Raises `OSError` if the folder cannot be written."
-        claims = []
-        for number in itertools.count():
-            claims.append(self.folder / f".{name}.{number}.claim")
-            try:
-                with explain_read_only(claims[-1]), open(claims[-1], "x", encoding="ascii") as file:
-                    file.write(self._owner)
-            except FileExistsError:
-                if not self._is_abandoned(claims[-1]):
-                    return False
-            except FileNotFoundError:
-                return False
-            else:
-                break
+        claims = _create_claim(self.folder, name, self._owner, self.timeout_s, self._clock)
+        if not claims:
+            return False
         self._held[name] = claims
         if (self.folder / name).exists():
             self.release(name)
@@ -122,13 +141,6 @@ class ChunkClaims:
     def is_needed(self, name: str) -> bool:
         "Whether no other worker has finished a claimed chunk in the meantime."
         return self._held[name][-1].exists() and not (self.folder / name).exists()
-
-    def release(self, name: str) -> None:
-        "End a claim and those that it took over."
-        with self._lock:
-            for claim in self._held.pop(name):
-                with contextlib.suppress(PermissionError):  # on Windows: somebody is reading it
-                    claim.unlink(missing_ok=True)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         "List the chunks that are not done, in the order given; none if the folder is gone."

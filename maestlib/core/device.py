@@ -36,9 +36,7 @@ def default_device() -> torch.device:  # `cuda:{LOCAL_RANK}`, `mps` or `cpu`
     kinds = [kind for kind, is_usable in usable.items() if is_usable]
     kind = os.environ.get("MAESTLIB_DEVICE") or kinds[0]
     if kind not in kinds:
-        raise ValueError(
-            f"MAESTLIB_DEVICE={kind}: give one that this process can use ({', '.join(kinds)}), or unset it"
-        )
+        raise ValueError(f"MAESTLIB_DEVICE={kind}: give one that this process can use ({', '.join(kinds)})")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
 
 # %% ../../nbs/core/device.ipynb #ab5d2dc6
@@ -49,12 +47,12 @@ def _windows_processor() -> str:
     with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
         return winreg.QueryValueEx(key, "ProcessorNameString")[0]
 
-# %% ../../nbs/core/device.ipynb #123f81e1
+
 def _macos_processor() -> str:
     command = ["sysctl", "-n", "machdep.cpu.brand_string"]
     return subprocess.run(command, capture_output=True, encoding="utf8").stdout
 
-# %% ../../nbs/core/device.ipynb #ece28778
+
 def _linux_processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
     return next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), "")
@@ -89,7 +87,7 @@ def worker_count() -> int:
 # %% ../../nbs/core/device.ipynb #add9b711
 _DTYPES = ("float32", "bfloat16", "float16")
 
-# %% ../../nbs/core/device.ipynb #f6d4981a
+
 @functools.cache  # a property of the machine, asked for every batch
 def _cpu_is_faster_in_bf16() -> bool:
     "Whether the CPU has instructions for bf16 that beat those for float32, and PyTorch uses them."
@@ -137,8 +135,7 @@ def autocast(
     dtype: torch.dtype | None = None,  # of the matrix products; None: `default_dtype(device)`; float32 disables it
 ) -> torch.autocast:  # for a `with` block
     "Compute matrix products in `dtype`; weights, normalization and losses stay in float32."
-    if dtype is None:
-        dtype = default_dtype(device)
+    dtype = dtype or default_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 # %% ../../nbs/core/device.ipynb #d0c1e202
@@ -148,13 +145,12 @@ def call_in_rank_0(
     "Call a function in rank 0 of the process group, or here if there is none. All processes raise what it raises."
     if not torch.distributed.is_initialized():
         return function()
-    result, error = None, None
+    shared = [None, None]  # result, error
     if torch.distributed.get_rank() == 0:
         try:
-            result = function()
-        except Exception as raised:
-            error = raised
-    shared = [result, error]
+            shared[0] = function()
+        except Exception as error:
+            shared[1] = error
     torch.distributed.broadcast_object_list(shared)
     if shared[1] is not None:
         raise shared[1]
@@ -184,12 +180,8 @@ def matmul_tflops(
     size: int | None = None,  # rows and columns of the matrices; None: 8192 on an NVIDIA GPU, else 2048
 ) -> float:  # TFLOP/s (10¹² operations per second)
     "Measure the rate of one large square matrix product, the best of eight repeats."
-    device = torch.device(device)
-    if dtype is None:
-        dtype = default_dtype(device)
-    if size is None:
-        size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    size = size or (8192 if torch.device(device).type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype or default_dtype(device)) for _ in range(2))
     fastest_s = float("inf")
     for _ in range(8):
         start_time = time.perf_counter()

@@ -102,12 +102,11 @@ def atomic_write(
     Raises `OSError` as `explain_read_only` does.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # also between machines
     with explain_read_only(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # also between machines
+        temporary.touch()
     try:
-        with explain_read_only(path):
-            temporary.touch()
         yield temporary
         with open(temporary, "r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())

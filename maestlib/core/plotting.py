@@ -53,7 +53,7 @@ def interval_bars(
     above, below = table[high] - table[value], table[value] - table[low]
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.5} | style
 
-
+# %% ../../nbs/core/plotting.ipynb #ed44cb65
 def plot_intervals(
     table: pl.DataFrame,  # a row for each value
     y: str,  # column with the names of the rows
@@ -80,7 +80,6 @@ def plot_intervals(
         figure.add_vline(x=reference, line={"color": "#888888", "width": 1, "dash": "dot"})
     figure.update_yaxes(tickvals=[*range(len(names))], ticktext=names, range=[len(names) - 0.5, -0.5], zeroline=False)
     figure.update_yaxes(automargin=True).update_xaxes(title_text=x_title, zeroline=False)
-    legend = {"orientation": "h", "yanchor": "bottom", "y": 1, "x": 0}
-    height = 130 + 22 * len(names) * max(1, len(groups) / 2)
-    return style_figure(figure, title, round(max(220, height)), legend=legend, showlegend=color is not None,
-                        margin_t=90 if color else 60)  # fmt: skip
+    layout = {"showlegend": bool(color), "legend": {"orientation": "h", "yanchor": "bottom", "y": 1, "x": 0}}
+    height = round(max(220, 130 + 22 * len(names) * max(1, len(groups) / 2)))
+    return style_figure(figure, title, height, margin_t=90 if color else 60, **layout)

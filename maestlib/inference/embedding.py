@@ -71,7 +71,7 @@ def resolve_model(
 # %% ../../nbs/inference/embedding.ipynb #4afd8265
 _TOKENS = "cdtrs"  # cls, dist, mean of the patches, mean and deviation of each row
 
-# %% ../../nbs/inference/embedding.ipynb #7a3f7f9f
+
 def count_vectors(
     model: MAEST,
     tokens: str,  # as for `embed`
@@ -112,22 +112,16 @@ def make_embedder(
     prepared, matmul_dtype = prepare_dtype(model, dtype)
     token_of_vector = [token for token in _TOKENS for _ in range(count_vectors(model, token, patchout))]
     positions = [i for i, token in enumerate(token_of_vector) if token in tokens]
-    with_rows = {"rows": True} if set(tokens) & {"r", "s"} else {}
+    rows = bool(set(tokens) & {"r", "s"})
 
     def compute(mels):
         if not with_tags:
-            return prepared.embed(mels, blocks, patchout, **with_rows)[:, :, positions].flatten(2)
-        embeddings = prepared.embed(mels, (*blocks, model.config.depth - 1), patchout, **with_rows)
+            return prepared.embed(mels, blocks, patchout, rows)[:, :, positions].flatten(2)
+        embeddings = prepared.embed(mels, (*blocks, model.config.depth - 1), patchout, rows)
         logits = prepared.forward_head(prepared.norm(embeddings[:, -1, :2]))  # cls and dist of the last block
         return torch.cat([logits.float().sigmoid(), embeddings[:, :-1, positions].float().flatten(1)], 1)
 
     return make_forward(prepared, matmul_dtype, compute)
-
-# %% ../../nbs/inference/embedding.ipynb #ddfe58c4
-def _table_schema(blocks: tuple[int, ...], dim: int) -> dict[str, pl.DataType]:
-    "The columns of a table of embeddings."
-    schema = {"path": pl.String, "start_s": pl.Float64, "end_s": pl.Float64}
-    return schema | ({"block": pl.Int64} if len(blocks) > 1 else {}) | {"embedding": pl.Array(pl.Float32, dim)}
 
 # %% ../../nbs/inference/embedding.ipynb #5c99f292
 def _to_table(
@@ -137,12 +131,11 @@ def _to_table(
     if average:
         windows = [(0.0, windows[-1][1], np.mean([values for *_, values in windows], 0))]
     starts, ends, values = zip(*windows, strict=True)
-    schema, tables = _table_schema(blocks, values[0].shape[1]), []
+    tables, columns = [], {"path": pl.Series([path] * len(windows), dtype=pl.String), "start_s": starts, "end_s": ends}
     for k, block in enumerate(blocks):
-        columns = {"path": [path] * len(windows), "start_s": starts, "end_s": ends, "block": [block] * len(windows)}
-        table = pl.DataFrame(columns | {"embedding": np.stack([of_blocks[k] for of_blocks in values])})
-        tables.append(table.select(*schema).cast(schema))
-    return pl.concat(tables)
+        embedding = np.stack([of_blocks[k] for of_blocks in values])
+        tables.append(pl.DataFrame(columns | {"block": [block] * len(windows), "embedding": embedding}))
+    return pl.concat(tables) if len(blocks) > 1 else tables[0].drop("block")
 
 # %% ../../nbs/inference/embedding.ipynb #97c17870
 def _collect(sources: list, run: Callable, to_table: Callable[[str | None, list], pl.DataFrame]) -> pl.DataFrame:
@@ -180,7 +173,8 @@ def prepare_embedding(
     options = dict(model=model, forward=forward, hop_s=hop_s, batch_size=batch_size, num_workers=num_workers)
     choices = dict(block=blocks, tokens=tokens, patchout=repr(patchout), hop_s=hop_s, average=average, dtype=str(dtype))
     to_table = partial(_to_table, blocks=blocks, average=average)
-    schema = _table_schema(blocks, count_vectors(model, tokens, patchout) * model.config.embed_dim)
+    values = np.zeros((len(blocks), count_vectors(model, tokens, patchout) * model.config.embed_dim), np.float32)
+    schema = dict(to_table(None, [(0.0, 0.0, values)]).schema)
     return partial(iter_results, **options), to_table, schema, choices
 
 # %% ../../nbs/inference/embedding.ipynb #ea3f8559
@@ -211,9 +205,8 @@ def embed(
     Source: MAEST (ISMIR 2023), §3.3 for the embedding and half-overlapping windows, §4.5 for patchout at inference.
     """
     model = resolve_model(model)
-    run, to_table, schema, choices = prepare_embedding(
-        model, block, tokens, patchout, hop_s, average, dtype, batch_size, num_workers
-    )
+    options = (block, tokens, patchout, hop_s, average, dtype, batch_size, num_workers)
+    run, to_table, schema, choices = prepare_embedding(model, *options)
     sources = list_sources(source)
     if out is None:
         return _collect(sources, run, to_table)

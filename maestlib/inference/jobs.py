@@ -41,7 +41,7 @@ def model_fingerprint(
 METADATA_KEY, FAILED_KEY = "maestlib", "failed"  # of the settings and of [path, error], in the metadata of a file
 _MAX_CHUNK = 256  # files
 
-# %% ../../nbs/inference/jobs.ipynb #d66385c6
+
 def _metadata(file: Path, settings: str) -> dict[str, str]:
     "The metadata of a chunk or of `out`. Raises `ValueError` if it is not parquet, or was made with other settings."
     try:
@@ -56,9 +56,8 @@ def _metadata(file: Path, settings: str) -> dict[str, str]:
 # %% ../../nbs/inference/jobs.ipynb #a669b2cf
 def _paths_in(files: list[Path]) -> pl.Series:
     "The different paths in some parquet files."
-    if not files:
-        return pl.Series(dtype=pl.String)
-    return pl.scan_parquet(files).select(pl.col("path").unique()).collect()["path"]
+    empty = pl.LazyFrame(schema={"path": pl.String})
+    return (pl.scan_parquet(files) if files else empty).select(pl.col("path").unique()).collect()["path"]
 
 # %% ../../nbs/inference/jobs.ipynb #39cafda3
 def _without(paths: list[str], held: pl.Series) -> list[str]:
@@ -189,13 +188,10 @@ def finish_job(
         _complete(job)
     return pl.scan_parquet(job.out if job.is_file else job.out / "*.parquet")
 
-# %% ../../nbs/inference/jobs.ipynb #f8abb767
-_Results = Iterator[tuple[int, list | Exception]]  # number; (start s, end s, values) per window, or error
-
 # %% ../../nbs/inference/jobs.ipynb #0677c6be
 def stream_to_parquet(
     job: ParquetJob,
-    run: Callable[[Iterable[list[str]]], _Results],  # yields the result of each path of each chunk, in order
+    run: Callable[[Iterable[list[str]]], Iterator],  # yields (number, windows or error) of each path, in order
 ) -> pl.LazyFrame:  # of `out`
     """Work on a job together with all other workers that do, and resume where earlier ones were stopped.
 

@@ -146,7 +146,7 @@ def make_forward(
 
 # %% ../../nbs/inference/windows.ipynb #8d1622e5
 def _run_in_batches(windows: list[tuple], forward: Callable, batch_size: int) -> Iterator[tuple]:
-    "Windows with the model's result in the place of the mel, their last item; in batches of one length, shortest first."
+    "Windows with the result in the place of the mel, their last item; run in batches of one length, shortest first."
 
     def num_frames(window):
         return window[-1].shape[-1]
