@@ -10,14 +10,14 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -37,19 +37,9 @@ from maestlib.core.files import (
     resolve_path,
     write_json,
     write_parquet,
-)  # fmt: skip
+)
 
 # %% ../../nbs/audio/extract.ipynb #7a88fc3d
-@contextlib.contextmanager
-def _single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _stored_mel(path, seconds, min_seconds, config, load) -> torch.Tensor:  # (frames, n_mels) float16
     "The mel of one track as it is stored. Raises `ValueError` for a short track, and what loading raises."
     duration = audio_duration(path) if min_seconds else 0
@@ -62,99 +52,65 @@ def _stored_mel(path, seconds, min_seconds, config, load) -> torch.Tensor:  # (f
 
 # %% ../../nbs/audio/extract.ipynb #5ed5563b
 def _mel_bytes(
-    path: str,
-    seconds: float | None,
-    min_seconds: float,
-    config: MelConfig,
-    load: Callable = load_audio,
+    path: str, seconds: float | None, min_seconds: float, config: MelConfig, load: Callable = load_audio
 ) -> tuple[bytes, str]:  # (frames × n_mels) float16 and ""; or nothing and the error
-    "Compute the mel of one track, or say why not. Raises `OSError` only where the disk is full."
+    "Compute the mel of one track, or return the error. Raises `OSError` only where the disk is full."
+    threads = torch.get_num_threads()
     try:
-        with _single_thread():
-            return _stored_mel(path, seconds, min_seconds, config, load).numpy().tobytes(), ""
+        torch.set_num_threads(1)
+        return _stored_mel(path, seconds, min_seconds, config, load).numpy().tobytes(), ""
     except Exception as error:  # whatever is wrong with one file must not stop the others; a full disk does
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         return b"", str(error).partition("\n")[0] or type(error).__name__
+    finally:
+        torch.set_num_threads(threads)
 
 # %% ../../nbs/audio/extract.ipynb #6a874787
 CHUNK_SCHEMA = INDEX_SCHEMA | {"error": pl.String}
 
 
-def _default_chunk_size(num_tracks: int) -> int:
-    "Tracks per chunk."
-    return max(256, -(-num_tracks // 512))
-
-
-def _chunk_rows(plan: dict[str, Any], num_tracks: int) -> dict[str, range]:  # file of a chunk: rows of the table
+def _place_chunks(plan: dict[str, Any], num_tracks: int) -> dict[str, tuple[int, int]]:  # file: (first row, rows)
     "The chunks of a plan; their names are the numbers of their shards."
     first, size = plan["index"] + plan["report"], plan["chunk_size"]  # behind the rows of earlier extractions
-    starts = range(first, num_tracks, size)
-    return {
-        f"{shard:05}.parquet": range(start, min(start + size, num_tracks))
-        for shard, start in enumerate(starts, plan["first_shard"])
-    }
-
-
-def _slice(table: pl.DataFrame, rows: range) -> pl.DataFrame:
-    "The rows of a chunk."
-    return table[rows.start : rows.stop]
+    starts = enumerate(range(first, num_tracks, size), plan["first_shard"])
+    return {f"{shard:05}.parquet": (start, min(size, num_tracks - start)) for shard, start in starts}
 
 # %% ../../nbs/audio/extract.ipynb #e1673f0a
 def _mean_duration(table: pl.DataFrame) -> float:
     "Seconds per track: the mean of `duration_s` if the table has it, else of the headers of about 50 files."
     if "duration_s" in table.columns:
-        return table["duration_s"].mean()
+        return table["duration_s"].mean() or 0.0
     durations = []
     for path in table["path"].gather_every(len(table) // 50 + 1):
         with contextlib.suppress(ValueError, OSError):
             durations.append(audio_duration(path))
     return float(np.mean(durations or 0))
 
-
+# %% ../../nbs/audio/extract.ipynb #4336d7d4
 def _check_disk(store: Path, table: pl.DataFrame, seconds: float | None, config: MelConfig) -> None:
     "Raise `OSError` if the mels of the table do not fit on the disk of the store."
-    if seconds is None:
-        seconds = _mean_duration(table)
-    needed = len(table) * config.num_frames(seconds or 0) * config.n_mels * 2
-    free = shutil.disk_usage(store).free
+    frames = config.num_frames(_mean_duration(table) if seconds is None else seconds)
+    needed, free = len(table) * frames * config.n_mels * 2, shutil.disk_usage(store).free
     if needed > free:
-        raise OSError(
-            f"{store}: {len(table):,} tracks need about {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free; "
-            "make room, or give fewer seconds"
-        )
-
-# %% ../../nbs/audio/extract.ipynb #9cfc14b3
-def _write_frames(
-    file: BinaryIO, results: Iterable[tuple[bytes, str]], shard: int, frame_bytes: int, bar: tqdm
-) -> list[tuple]:
-    "Write tracks to a shard and flush it to disk; return their records, as in `CHUNK_SCHEMA`."
-    records, start = [], 0
-    for data, error in results:
-        file.write(data)
-        frames = len(data) // frame_bytes
-        records.append((shard, start, frames, zlib.crc32(data), error))
-        start += frames
-        bar.update()
-    file.flush()
-    os.fsync(file.fileno())
-    return records
+        sizes = f"need about {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free"
+        raise OSError(f"{store}: {len(table):,} tracks {sizes}; make room, or give fewer seconds")
 
 # %% ../../nbs/audio/extract.ipynb #c2413cb2
 def _write_chunk(
-    store: Path,
-    name: str,  # of the chunk, which is claimed
-    tracks: pl.DataFrame,
-    results: Iterable[tuple[bytes, str]],  # of the tracks
-    claims: ChunkClaims,
-    frame_bytes: int,
-    bar: tqdm,
+    store: Path, name: str, tracks: pl.DataFrame, results: Iterable[tuple[bytes, str]], claims: ChunkClaims, n_mels: int
 ) -> pl.DataFrame:  # track_id, path, and the columns of `CHUNK_SCHEMA`
-    "Write the shard of a chunk and then its part of the index, unless another worker has done so meanwhile."
+    "Write the shard of a claimed chunk and then its part of the index, unless another worker has done so meanwhile."
     shard, temporary = int(Path(name).stem), store / "parts" / f".{name}.{os.urandom(4).hex()}.tmp"
+    records, start = [], 0
     try:
         with open(temporary, "wb") as file:
-            records = _write_frames(file, results, shard, frame_bytes, bar)
+            for data, error in results:
+                file.write(data)
+                records.append((shard, start, len(data) // (2 * n_mels), zlib.crc32(data), error))
+                start += records[-1][2]
+            file.flush()
+            os.fsync(file.fileno())
         part = tracks.select("track_id", "path").hstack(pl.DataFrame(records, CHUNK_SCHEMA, orient="row"))
         if claims.is_needed(name):
             os.replace(temporary, shard_path(store, shard))
@@ -165,44 +121,34 @@ def _write_chunk(
 
 # %% ../../nbs/audio/extract.ipynb #ebeb970c
 def _extract_chunks(
-    store: Path,
-    table: pl.DataFrame,
-    chunks: dict[str, range],  # of `_chunk_rows`
-    claims: ChunkClaims,
-    job: functools.partial,  # of `_mel_bytes`
-    num_workers: int,
-    config: MelConfig,
-) -> list[pl.DataFrame]:  # what `_write_chunk` returned for each
+    store: Path, table: pl.DataFrame, chunks: dict, claims: ChunkClaims, job: functools.partial, num_workers: int
+) -> pl.DataFrame:  # the rows of all chunks that this call extracted, as `_write_chunk` returns them
     "Extract the chunks that are to do and not claimed by another worker. Claims run ahead of the worker processes."
-    remaining = pl.concat([table.head(0), *(_slice(table, chunks[name]) for name in claims.missing(chunks))])
-    _check_disk(store, remaining, job.keywords["seconds"], config)
-    claimed, parts = deque(), []
+    claimed, n_mels = deque(), job.keywords["config"].n_mels
+    parts = [table.select("track_id", "path").head(0).hstack(pl.DataFrame(schema=CHUNK_SCHEMA))]
+    remaining = pl.concat([table.head(0), *(table.slice(*chunks[name]) for name in claims.missing(chunks))])
+    _check_disk(store, remaining, job.keywords["seconds"], job.keywords["config"])
 
     def claimed_paths():
         for name in claims.take(chunks):
             claimed.append(name)
-            yield from _slice(table, chunks[name])["path"]
+            yield from table.slice(*chunks[name])["path"]
 
     results = imap_isolated(job, claimed_paths(), num_workers, on_crash=lambda error: (b"", str(error)))
-    bar = tqdm(total=len(remaining), unit="track", disable=rank_and_world_size()[0] > 0, delay=2)
-    with contextlib.closing(results), bar:
-        for result in results:
+    bar = iter(tqdm(results, total=len(remaining), unit="track", disable=rank_and_world_size()[0] > 0, delay=2))
+    with contextlib.closing(results):
+        for result in bar:
             name = claimed.popleft()
-            tracks = _slice(table, chunks[name])
-            its_results = chain([result], islice(results, len(tracks) - 1))
+            tracks = table.slice(*chunks[name])
+            its_results = itertools.chain([result], itertools.islice(bar, len(tracks) - 1))
             try:
-                parts.append(_write_chunk(store, name, tracks, its_results, claims, config.n_mels * 2, bar))
+                parts.append(_write_chunk(store, name, tracks, its_results, claims, n_mels))
             except OSError as error:
-                kept = sum(map(len, chunks.values())) - sum(len(chunks[name]) for name in claims.missing(chunks))
+                kept = sum(rows for _, rows in chunks.values()) - sum(chunks[n][1] for n in claims.missing(chunks))
                 hint = f"the {kept:,} tracks before are kept; make room and run it again"
                 raise OSError(error.errno, f"{store}: cannot write ({error.strerror}); {hint}") from error
             claims.release(name)
-    return parts
-
-# %% ../../nbs/audio/extract.ipynb #e69a4697
-def _table_hash(table: pl.DataFrame) -> str:
-    "A hash of what must not change during an extraction: ids and paths, in order."
-    return hashlib.sha256(table.select("track_id", "path").write_csv().encode()).hexdigest()[:16]
+    return pl.concat(parts)
 
 # %% ../../nbs/audio/extract.ipynb #bee32e1b
 def _remove_temporary(store: Path) -> None:
@@ -221,18 +167,24 @@ def _write_tables(store: Path, **tables: pl.DataFrame) -> None:
         temporary.write_bytes(table_checksums(store).encode())
 
 # %% ../../nbs/audio/extract.ipynb #3d669a08
+def _failed(part: pl.DataFrame) -> pl.DataFrame:  # track_id, path, error
+    return part.filter(pl.col("error") != "").select("track_id", "path", "error")
+
+
 def _merge_parts(store: Path, table: pl.DataFrame, plan: dict[str, Any]) -> None:
     "Combine the parts of the index into one index and one report, and delete them."
-    chunks = pl.concat([pl.read_parquet(store / "parts" / name) for name in _chunk_rows(plan, len(table))])
-    new = {
-        "index": chunks.filter(error="").drop("path", "error"),
-        "report": chunks.filter(pl.col("error") != "").select("track_id", "path", "error"),
-    }
+    parts = pl.concat([pl.read_parquet(store / "parts" / name) for name in _place_chunks(plan, len(table))])
+    new = {"index": parts.filter(error="").drop("path", "error"), "report": _failed(parts)}
     for name in new:
         if plan[name]:  # rows of an earlier extraction
             new[name] = pl.concat([pl.read_parquet(store / f"{name}.parquet").head(plan[name]), new[name]])
     _write_tables(store, tracks=table, **new)
     discard_folder(store / "parts")
+
+# %% ../../nbs/audio/extract.ipynb #e69a4697
+def _table_hash(table: pl.DataFrame) -> str:
+    "A hash of what must not change during an extraction: ids and paths, in order."
+    return hashlib.sha256(table.select("track_id", "path").write_csv().encode()).hexdigest()[:16]
 
 # %% ../../nbs/audio/extract.ipynb #8012f075
 def _check_settings(store: Path, meta: dict[str, Any]) -> None:
@@ -243,7 +195,7 @@ def _check_settings(store: Path, meta: dict[str, Any]) -> None:
     if differences:
         raise ValueError(f"{store}: made with other settings ({'; '.join(differences)}); give those, or another folder")
 
-# %% ../../nbs/audio/extract.ipynb #3886694f
+# %% ../../nbs/audio/extract.ipynb #f98ea0cf
 def _new_plan(store: Path, table: pl.DataFrame, chunk_size: int | None) -> dict[str, Any] | None:
     "Plan the rows that a store does not hold; None if it holds all. Raises `ValueError` if it holds others."
     paths = {name: store / f"{name}.parquet" for name in TABLES}
@@ -259,10 +211,10 @@ def _new_plan(store: Path, table: pl.DataFrame, chunk_size: int | None) -> dict[
                 _write_tables(store, tracks=table)  # the same audio with new labels
             return None
         shards = finished["index"]["shard"].max() + 1 if rows["index"] else 0
-    size = chunk_size or _default_chunk_size(len(table) - sum(rows.values()))
+    size = chunk_size or max(256, -(-(len(table) - sum(rows.values())) // 512))
     return rows | dict(table=_table_hash(table), first_shard=shards, chunk_size=size)
 
-# %% ../../nbs/audio/extract.ipynb #f98ea0cf
+# %% ../../nbs/audio/extract.ipynb #d4aaaa63
 def _create_plan(store: Path, table: pl.DataFrame, chunk_size: int | None) -> bool:
     "Make `parts` with a plan in it, unless another worker is faster; False if there is nothing to extract."
     parts, temporary = store / "parts", store / f".parts.{os.urandom(4).hex()}.tmp"
@@ -286,17 +238,13 @@ def _is_finished(store: Path, plan: dict[str, Any]) -> bool:
     "Whether the store's tables hold what was planned."
     if not (store / "SHA256SUMS").exists():
         return False
-    held = [
-        pl.scan_parquet(store / f"{name}.parquet").select(pl.len()).collect().item() for name in ("index", "report")
-    ]
-    return sum(held) > plan["index"] + plan["report"]
+    tables = [pl.scan_parquet(store / f"{name}.parquet") for name in ("index", "report")]
+    held = sum(table.select(pl.len()).collect().item() for table in tables)
+    return held > plan["index"] + plan["report"]
 
 # %% ../../nbs/audio/extract.ipynb #4b3118c3
 def _find_plan(store: Path, table: pl.DataFrame, meta: dict[str, Any], chunk_size: int | None) -> dict[str, Any] | None:
-    """Return the plan of this extraction, unfinished or new; None if the store is complete.
-
-    Raises `ValueError` for other settings or another table than those of the store.
-    """
+    "The plan of this extraction, unfinished or new; None if the store is complete. Raises `ValueError` as above."
     if (store / "meta.json").exists():
         _check_settings(store, meta)
     else:
@@ -319,10 +267,8 @@ def _find_plan(store: Path, table: pl.DataFrame, meta: dict[str, Any], chunk_siz
             return plan
 
 # %% ../../nbs/audio/extract.ipynb #3169d90a
-def _check_arguments(
-    table: pl.DataFrame, seconds: float | None, config: MelConfig, num_workers: int | None, chunk_size: int | None
-) -> None:
-    "Raise `ValueError` for arguments that `extract_mels` cannot use."
+def _check_table(table: pl.DataFrame) -> None:
+    "Raise `ValueError` for a table that `extract_mels` cannot use."
     if not {"track_id", "path"} <= set(table.columns):
         raise ValueError(f"table with {table.columns}: needs track_id and path")
     if not len(table):
@@ -333,14 +279,33 @@ def _check_arguments(
     if not duplicates.is_empty():
         sample = ", ".join(map(str, duplicates.head(3)))
         raise ValueError(f"table: track_id {sample} more than once; ids must be unique")
+
+# %% ../../nbs/audio/extract.ipynb #fe258d1d
+def _check_sizes(table: pl.DataFrame, seconds: float | None, config: MelConfig, chunk_size: int | None) -> None:
+    "Raise `ValueError` for sizes that `extract_mels` cannot use."
     if seconds is not None and seconds * config.sample_rate < config.n_fft:
         raise ValueError(f"seconds={seconds}: less than a frame")
-    if num_workers is not None and num_workers < 0:
-        raise ValueError(f"num_workers={num_workers}: cannot be negative")
     if chunk_size is not None and chunk_size < len(table) / 60_000:  # shards have numbers of 16 bits
         raise ValueError(f"chunk_size={chunk_size}: give at least {len(table) // 60_000 + 1}, or None")
 
-# %% ../../nbs/audio/extract.ipynb #fe258d1d
+# %% ../../nbs/audio/extract.ipynb #999b8793
+def _run_plan(
+    store: Path, table: pl.DataFrame, plan: dict[str, Any], job: functools.partial, num_workers: int
+) -> pl.DataFrame:  # track_id, path, error
+    "Extract the chunks of a plan that are not claimed, and complete the store if they were the last."
+    chunks = _place_chunks(plan, len(table))
+    with ChunkClaims(store / "parts") as claims:
+        done = _extract_chunks(store, table, chunks, claims, job, num_workers)
+        missing = claims.missing(chunks)
+        if not missing and claims.acquire("index"):
+            _merge_parts(store, table, plan)
+    if _is_finished(store, plan):
+        return pl.read_parquet(store / "report.parquet")
+    count = f"{len(missing):,} of {len(chunks):,} chunks are claimed by other workers"
+    log.info(f"{store.name}: {count}, the last of which completes the store; if they died, run this again")
+    return _failed(done)
+
+# %% ../../nbs/audio/extract.ipynb #0e30ef5f
 def extract_mels(
     table: pl.DataFrame,  # columns `track_id` (unique) and `path`; all others are kept in the store
     store: str | Path,  # the folder to make, resume or extend
@@ -357,30 +322,14 @@ def extract_mels(
     or settings other than the store's, and `OSError` when the disk is full.
     """
     store = resolve_path(store)
-    _check_arguments(table, seconds, config, num_workers, chunk_size)
+    _check_table(table)
+    _check_sizes(table, seconds, config, chunk_size)
     store.mkdir(parents=True, exist_ok=True)
-    meta = {
-        "seconds": seconds and float(seconds),
-        "min_seconds": float(min_seconds),
-        "fingerprint": config.fingerprint(),
-        "config": config.to_dict(),
-    }
+    meta = {"seconds": seconds and float(seconds), "min_seconds": float(min_seconds)}
+    meta |= {"fingerprint": config.fingerprint(), "config": config.to_dict()}
     plan = _find_plan(store, table, meta, chunk_size)
     if plan is None:
         _remove_temporary(store)
         return pl.read_parquet(store / "report.parquet")
-    chunks = _chunk_rows(plan, len(table))
     job = functools.partial(_mel_bytes, seconds=seconds, min_seconds=min_seconds, config=config, load=load)
-    with ChunkClaims(store / "parts") as claims:
-        if num_workers is None:
-            num_workers = worker_count()
-        parts = _extract_chunks(store, table, chunks, claims, job, num_workers, config)
-        missing = claims.missing(chunks)
-        if not missing and claims.acquire("index"):
-            _merge_parts(store, table, plan)
-    if _is_finished(store, plan):
-        return pl.read_parquet(store / "report.parquet")
-    count = f"{len(missing):,} of {len(chunks):,} chunks are claimed by other workers"
-    log.info(f"{store.name}: {count}, the last of which completes the store; if they died, run this again")
-    empty = pl.DataFrame(schema=table.select("track_id", "path").schema | {"error": pl.String})
-    return pl.concat([empty, *(part.select(empty.columns).filter(pl.col("error") != "") for part in parts)])
+    return _run_plan(store, table, plan, job, worker_count() if num_workers is None else num_workers)
