@@ -24,10 +24,7 @@ from .files import rank_and_world_size
 
 # %% ../../nbs/core/device.ipynb #13390b61
 def default_device() -> torch.device:  # `cuda:{LOCAL_RANK}`, `mps` or `cpu`
-    """Return the fastest device that this process can use, or the one that `MAESTLIB_DEVICE` names.
-
-    Raises `ValueError` where that variable names none of them.
-    """
+    "Return the fastest device, or the one that `MAESTLIB_DEVICE` names. Raises `ValueError` if it cannot be used."
     usable = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available() and rank_and_world_size()[1] == 1,
@@ -104,8 +101,7 @@ def default_dtype(
 ) -> torch.dtype:  # or what `MAESTLIB_DTYPE` names
     """Return the precision of matrix products: bf16 where the device is faster in it, else float32.
 
-    In training it is float16 on an NVIDIA GPU of compute capability 7.0 to 7.5. `MAESTLIB_DTYPE` overrides it; raises
-    `ValueError` where it names no float32, bfloat16 or float16.
+    In training, float16 on NVIDIA's Volta and Turing. Raises `ValueError` where `MAESTLIB_DTYPE` names another.
     """
     name, kind = os.environ.get("MAESTLIB_DTYPE"), torch.device(device).type
     if name and name not in _DTYPES:

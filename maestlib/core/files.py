@@ -83,10 +83,7 @@ def explain_read_only(
 def cache_path(
     *parts: str,  # subfolders and, last, the name of a file or folder
 ) -> Path:  # absolute; its parent folder exists, the file itself may not
-    """Return a path in the cache: under `MAESTLIB_CACHE`, else `data/cache/`, else `~/.cache/maestlib`.
-
-    Raises `OSError` as `explain_read_only` does.
-    """
+    "Return a path in the cache (`MAESTLIB_CACHE`, `data/cache/`, `~/.cache/maestlib`). Raises as `explain_read_only`."
     path = _cache_dir().joinpath(*parts)
     with explain_read_only(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,10 +94,7 @@ def cache_path(
 def atomic_write(
     path: str | Path,  # the file to write; its parent folder is created
 ) -> Iterator[Path]:  # a temporary path in the same folder; write the contents there
-    """Write a file completely or not at all: renamed to `path` on success, deleted if the `with` block raises.
-
-    Raises `OSError` as `explain_read_only` does.
-    """
+    "Write a file completely or, if the `with` block raises, not at all. Raises `OSError` as `explain_read_only` does."
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # also between machines
     with explain_read_only(path):
@@ -159,10 +153,7 @@ def rank_and_world_size() -> tuple[int, int]:  # this process's rank, from 0, an
 def file_lock(
     path: str | Path,  # the file or folder that is about to be made; the lock is `.{name}.lock` beside it
 ) -> Iterator[None]:
-    """Lock `path` between processes, for the time it takes to make it. Waits until the lock is free.
-
-    Raises `RuntimeError` in a worker process that is being spawned, and `OSError` as `explain_read_only` does.
-    """
+    "Lock `path` between processes while it is made. Raises `RuntimeError` in a spawning worker, or `OSError`."
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             f'{path}: a worker process imports the script that started it; call this under `if __name__ == "__main__":`'

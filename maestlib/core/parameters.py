@@ -26,19 +26,16 @@ def _alternatives(annotation) -> tuple:  # the members of a union, each with its
 _DESCRIPTIONS = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
 
 
-def _describe(annotation) -> str:
-    if typing.get_origin(annotation) is Literal:
-        return ", ".join(str(value) for value in typing.get_args(annotation))
-    if typing.get_origin(annotation) is tuple:
-        return f"{_describe(typing.get_args(annotation)[0])} or several separated by commas"
-    return _DESCRIPTIONS[annotation]
-
-
 def describe_annotation(
     annotation: Any,  # a type, a Literal, a tuple of one type and any length, or a union of these
 ) -> str:
     "Describe in words which values an annotation accepts."
-    return " or ".join(_describe(part) for part in _alternatives(annotation))
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return ", ".join(map(str, arguments))
+    if typing.get_origin(annotation) is tuple:
+        return f"{describe_annotation(arguments[0])} or several separated by commas"
+    return _DESCRIPTIONS.get(annotation) or " or ".join(map(describe_annotation, _alternatives(annotation)))
 
 # %% ../../nbs/core/parameters.ipynb #7e480010
 _WORDS = {"none": None, "true": True, "false": False}

@@ -62,9 +62,7 @@ def _paths_in(files: list[Path]) -> pl.Series:
 # %% ../../nbs/inference/jobs.ipynb #39cafda3
 def _without(paths: list[str], held: pl.Series) -> list[str]:
     "The paths that are not held, in order."
-    if held.is_empty():
-        return paths
-    return list(compress(paths, ~pl.Series(paths, dtype=pl.String).is_in(held.implode())))
+    return paths if held.is_empty() else list(compress(paths, ~pl.Series(paths, dtype=pl.String).is_in(held.implode())))
 
 # %% ../../nbs/inference/jobs.ipynb #ce35a628
 def _hash(settings: str, paths: list[str]) -> str:

@@ -21,7 +21,7 @@ from ..core.chunks import ChunkClaims
 from ..core.device import default_device
 from ..core.extras import optional_import
 from ..core.files import log, resolve_path
-from .embedding import list_sources, prepare_embedding
+from .embedding import list_sources, prepare_embedding, resolve_model
 from .jobs import ParquetJob, finish_job, model_fingerprint, write_chunk
 from .windows import stream_mel
 from ..models.checkpoint import load_model
@@ -32,11 +32,8 @@ def decode_chunk(
     row: dict[str, Any],  # chunk, paths
     folder: Path,  # of the chunks that are done
     config: MelConfig,
-) -> dict[str, Any]:  # row with mels, frames and errors
-    """Decode the files of a chunk; none if its file exists.
-
-    Returns `mels`, (n_mels, frames of all files) float32, not normalized, and of each file `frames` and `errors` ("").
-    """
+) -> dict[str, Any]:  # row with mels, and of each file its frames and errors ("" if there is none)
+    "Decode the files of a chunk to `mels`, (n_mels, frames of all files) float32, not normalized; none if it is done."
     mels, frames, errors = [np.zeros((config.n_mels, 0), np.float32)], [], []
     is_done = (folder / row["chunk"]).exists()
     for path in [] if is_done else row["paths"]:
@@ -61,8 +58,7 @@ class ChunkReader:
         rows: dict[str, Any],  # to_table, schema, settings: of `write_chunk`
         options: dict[str, Any],  # of `prepare_embedding`
     ):
-        self.model = model if isinstance(model, MAEST) else load_model(model)
-        self.run, *_ = prepare_embedding(self.model.to(default_device()), **options, num_workers=1)
+        self.run, *_ = prepare_embedding(resolve_model(model).to(default_device()), **options, num_workers=1)
         self.folder, self.rows = folder, rows
 
     def __call__(

@@ -40,12 +40,10 @@ def stream_mel(
     rate, hop, context = config.sample_rate, config.hop_length, 4
     if not isinstance(source, str | Path):
         wave = torch.as_tensor(source)
-        if wave.ndim == 2 and len(wave) == config.n_mels:
-            yield wave
-            return
-        if wave.ndim != 1:
+        is_mel = wave.ndim == 2 and len(wave) == config.n_mels
+        if wave.ndim != 1 and not is_mel:
             raise ValueError(f"waveform of shape {tuple(wave.shape)}: give (samples,), mono, at {rate} Hz")
-        yield logmel(wave, config)[:, : len(wave) // hop]
+        yield wave if is_mel else logmel(wave, config)[:, : len(wave) // hop]
         return
     path = resolve_path(source)
     with opener(path) as opened:
