@@ -64,17 +64,15 @@ def _format_time(seconds: float) -> str:
 def describe_steps(
     steps: int,  # the preset's
     step_s: float,  # from `measure_step_s`
-    max_minutes: float = MAX_MINUTES,
 ) -> str:  # one sentence for the log
-    "Say how long the run will take, and whether it is shortened."
-    affordable = affordable_steps(steps, step_s, max_minutes)
+    "Describe how long the run will take, and whether it is shortened."
+    affordable = affordable_steps(steps, step_s)
     prediction = f"about {_format_time(affordable * step_s)} of training"
     if affordable == steps:
         return f"{steps:,} steps: {prediction} on this machine"
-    return (
-        f"{affordable:,} steps instead of {steps:,}, which would take {_format_time(steps * step_s)} on this machine: "
-        f"{prediction}; the scores will be lower, max_steps={steps} trains to the end"
-    )
+    whole = f"{steps:,}, which would take {_format_time(steps * step_s)} on this machine"
+    consequence = f"the scores will be lower, max_steps={steps} trains to the end"
+    return f"{affordable:,} steps instead of {whole}: {prediction}; {consequence}"
 
 # %% ../../nbs/training/calibration.ipynb #c000000e
 def limit_steps(

@@ -34,12 +34,12 @@ from .trainer import Trainer
 _STEP_SCHEMA = {"step": pl.Int64, "loss": pl.Float64, "gradient_norm": pl.Float64, "learning_rate": pl.Float64}
 
 
-def _mean_over_processes(trainer: Trainer, losses: np.ndarray) -> np.ndarray:
+def _all_reduce(trainer: Trainer, values: np.ndarray | list, op: str) -> np.ndarray | list:  # SUM or MAX
     if trainer.world_size == 1:
-        return losses
-    total = torch.tensor(losses)
-    torch.distributed.all_reduce(total)
-    return total.numpy() / trainer.world_size
+        return values
+    reduced = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(reduced, getattr(torch.distributed.ReduceOp, op))
+    return reduced.numpy()
 
 
 def _check_finite(trainer: Trainer, losses: np.ndarray, first_step: int):
@@ -71,7 +71,7 @@ def _flush_metrics(trainer: Trainer, writer=None):
     losses, norms, rates = zip(*trainer.pending_metrics, strict=True)
     on_device = torch.stack([torch.stack(losses).float(), torch.stack(norms).float()])
     losses, norms = on_device.cpu().double().numpy()  # not on the device: mps has no float64
-    losses, first_step = _mean_over_processes(trainer, losses), trainer.step - len(losses)
+    losses, first_step = _all_reduce(trainer, losses, "SUM") / trainer.world_size, trainer.step - len(losses)
     _check_finite(trainer, losses, first_step)
     trainer.pending_metrics = []
     columns = np.arange(first_step, trainer.step), losses, norms, [float(rate) for rate in rates]
@@ -273,15 +273,6 @@ def _read_batch(batches) -> tuple[tuple | None, Exception | None]:  # the batch,
     except (OSError, RuntimeError) as error:  # RuntimeError: a loader process was killed
         return None, error
 
-
-def _agree(trainer: Trainer, elapsed_s: float, stop: bool, failed: bool) -> tuple[float, bool, bool]:
-    "The longest training time of all processes, whether any was asked to stop, and whether any has no batch."
-    if trainer.world_size == 1:
-        return elapsed_s, stop, failed
-    values = torch.tensor([elapsed_s, stop, failed], dtype=torch.float64)
-    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
-    return float(values[0]), bool(values[1]), bool(values[2])
-
 # %% ../../nbs/training/loop.ipynb #c1101c8f
 LOG_EVERY_STEPS = 20
 CHECKPOINT_EVERY_S = 300.0  # at most so much work is lost in a crash
@@ -305,8 +296,9 @@ def _train(trainer: Trainer, stop_requested: threading.Event, bar: tqdm, on_vali
     while True:
         batch, error = _read_batch(batches)
         now = time.perf_counter()
-        own = trainer.elapsed_s + now - last_time, stop_requested.is_set(), error is not None
-        trainer.elapsed_s, stop, failed = _agree(trainer, *own)
+        own = [trainer.elapsed_s + now - last_time, stop_requested.is_set(), error is not None]
+        elapsed_s, stop, failed = _all_reduce(trainer, own, "MAX")
+        trainer.elapsed_s = float(elapsed_s)
         last_time = now
         if trainer.config.swa and trainer.swa_updates_due > swa_updates:
             swa_updates = trainer.swa_updates_due

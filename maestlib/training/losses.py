@@ -51,10 +51,7 @@ class TrainingLoss(nn.Module):
         return of_clip, of_columns, of_all[clip, patches.columns]
 
 # %% ../../nbs/training/losses.ipynb #0b1ec010
-def check_columns(
-    corpus: Corpus,  # loaded with columns
-    frames: int,  # of a training clip
-):
+def check_columns(corpus: Corpus, frames: int):  # frames of a training clip
     "Raise `ValueError` where the columns of a corpus are not those of a training clip."
     if corpus.columns is None or corpus.columns.shape[1] != patch_grid(frames)[1]:
         raise ValueError("column_weight: the labels of columns are known for whole clips only; train on whole clips")

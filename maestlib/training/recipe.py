@@ -35,8 +35,7 @@ def mixup(
     lam: torch.Tensor,  # (batch,) from `mixup_lambda`, on the same device
 ) -> tuple[torch.Tensor, torch.Tensor]:  # mixed mel and mixed targets, of the same shapes
     "Mix each clip and its targets with those of its neighbor: 0 with 1, 2 with 3, …; an odd last clip is unchanged."
-    partner = torch.arange(len(mel), device=mel.device) ^ 1
-    partner = partner.clamp(max=len(mel) - 1)
+    partner = (torch.arange(len(mel), device=mel.device) ^ 1).clamp(max=len(mel) - 1)
     weight = 1 - lam
     return mel.lerp(mel[partner], weight[:, None, None]), targets.lerp(targets[partner], weight[:, None])
 
@@ -173,10 +172,8 @@ def whiten_patch_embed_(
 TEACHER_THRESHOLD = 0.45  # probability; from the released code
 
 
-def pseudo_labels(
-    logits: torch.Tensor,  # (batch, labels) of the teacher
-) -> torch.Tensor:  # (batch, labels) float32, 0 or 1, with at least one 1 in each row
-    "Return binary pseudo-labels: probability above 0.45, else the top label."
+def pseudo_labels(logits: torch.Tensor) -> torch.Tensor:  # (batch, labels) float32, at least one 1 in each row
+    "Return binary pseudo-labels for a teacher's logits: probability above 0.45, else the top label."
     confident = logits.sigmoid() > TEACHER_THRESHOLD
     top = torch.zeros_like(confident).scatter_(1, logits.argmax(1, keepdim=True), True)
     return torch.where(confident.any(1, keepdim=True), confident, top).float()

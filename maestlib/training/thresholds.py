@@ -56,9 +56,8 @@ def fit_thresholds(
     """
     targets, probabilities = np.asarray(targets), np.asarray(probabilities)
     if targets.shape != probabilities.shape or targets.shape[1:] != (len(labels),):
-        raise ValueError(
-            f"targets {targets.shape}, probabilities {probabilities.shape}, {len(labels)} labels: give (tracks, labels)"
-        )
+        shapes = f"targets {targets.shape}, probabilities {probabilities.shape}, {len(labels)} labels"
+        raise ValueError(f"{shapes}: give (tracks, labels)")
     if not targets.any():
         raise ValueError("targets: no positive; give tracks with labels")
     pooled, _ = _best_threshold(targets.ravel(), probabilities.ravel())
@@ -79,11 +78,10 @@ def _mean_defined(values):  # (resamples, labels) → (resamples,)
 
 
 def _score_row(level, name, values, **extent):  # values: precision, recall, F1, (resamples,) each, all tracks first
-    row = {"level": level, "name": name, **extent}
-    for metric, value in zip(("precision", "recall", "f1"), values, strict=True):
-        row[metric] = value[0]
-        low, high = confidence_interval(value[1:], value[0], limits=(0, 1))
-        row[f"{metric}_low"], row[f"{metric}_high"] = float(low), float(high)
+    row = {"level": level, "name": name, "positives": None, "assigned": None} | extent
+    for metric, (value, *resampled) in zip(("precision", "recall", "f1"), values, strict=True):
+        low, high = confidence_interval(np.array(resampled), value, limits=(0, 1))
+        row |= {metric: value, f"{metric}_low": float(low), f"{metric}_high": float(high)}
     return row
 
 # %% ../../nbs/training/thresholds.ipynb #00059dd4
@@ -111,8 +109,7 @@ def threshold_scores(
     for i, label in enumerate(labels):
         extent = dict(positives=int(counts[2][0, i]), assigned=int(counts[1][0, i]))
         rows.append(_score_row("label", label, [values[:, i] for values in by_label], **extent))
-    table = pl.DataFrame(rows, infer_schema_length=None).fill_nan(None)
-    return table.select("level", "name", "positives", "assigned", pl.exclude("level", "name", "positives", "assigned"))
+    return pl.DataFrame(rows, infer_schema_length=None).fill_nan(None)
 
 # %% ../../nbs/training/thresholds.ipynb #7cd9fd62
 def store_thresholds(

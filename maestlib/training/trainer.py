@@ -33,9 +33,7 @@ from .losses import TrainingLoss, check_columns
 from .presets import INIT_CHECKPOINTS
 
 # %% ../../nbs/training/trainer.ipynb #9211e42e
-def label_frequencies(
-    corpus: Corpus,
-) -> torch.Tensor:  # (labels,) float32, 0.001 … 0.999
+def label_frequencies(corpus: Corpus) -> torch.Tensor:  # (labels,) float32, 0.001 … 0.999
     "Return the fraction of training tracks that have each label, clamped so that its log-odds are finite."
     frequencies = corpus.targets[corpus.indices("train")].mean(0, dtype=np.float64)
     return torch.from_numpy(frequencies).float().clamp(1e-3, 1 - 1e-3)
@@ -77,8 +75,7 @@ def _load_pretrained(config: TrainConfig, corpus: Corpus) -> tuple[MAEST, bool]:
 
 
 def _check_size(config: TrainConfig, model: MAEST):
-    names = {embed_dim: name for name, (embed_dim, _) in SIZES.items()}
-    size = names.get(model.config.embed_dim, "of another width")
+    size = next((name for name, (dim, _) in SIZES.items() if dim == model.config.embed_dim), "of another width")
     if size != config.size:
         raise ValueError(f"init={config.init}: it is {size}, not {config.size}; give size={size}")
 
@@ -111,10 +108,7 @@ class StepRandomness(NamedTuple):
     curves: torch.Tensor  # (clips, 96) of the equalizer
     patches: PatchSelection | None  # those that patchout keeps; None: a model without patches
 
-    def to(
-        self,
-        device: torch.device,
-    ) -> "StepRandomness":
+    def to(self, device: torch.device) -> "StepRandomness":
         "Copy to a device, without waiting for it."
         *of_clips, patches = self
         of_clips = (values.to(device, non_blocking=True) for values in of_clips)
@@ -186,12 +180,8 @@ def _compile(model: torch.nn.Module, compile: bool | str):  # True; or cuda-grap
             block.compile(dynamic=False)
 
 
-def distribute(
-    model: torch.nn.Module,  # on its device
-    config: TrainConfig,  # gradient_compression
-    world_size: int,  # processes
-) -> torch.nn.Module:  # the module itself for one process
-    "Wrap a module in DistributedDataParallel where there are several processes."
+def distribute(model: torch.nn.Module, config: TrainConfig, world_size: int) -> torch.nn.Module:
+    "With several processes, wrap the module in DistributedDataParallel."
     if world_size == 1:
         return model
     device = next(model.parameters()).device
@@ -232,10 +222,12 @@ class RunState:
         return self.config.learning_rate * recipe.lr_factor(self.progress, self.config.schedule)
 
 # %% ../../nbs/training/trainer.ipynb #889d2cb9
-def _check_teacher(teacher: MAEST, corpus: Corpus, config: TrainConfig):
-    if list(teacher.config.labels) != corpus.labels:
+def _check_corpus(config: TrainConfig, corpus: Corpus, teacher: MAEST | None, frames: int):
+    if teacher is not None and list(teacher.config.labels) != corpus.labels:
         count = f"{len(teacher.config.labels)} labels, not the {len(corpus.labels)} of {config.dataset}"
         raise ValueError(f"teacher={config.teacher}: it knows {count}; give one that was trained on these labels")
+    if config.column_weight:
+        check_columns(corpus, frames)
 
 
 def _micro_batch_size(config: TrainConfig, batch_size: int, clips: int) -> int:  # clips: of this process
@@ -259,8 +251,6 @@ class Trainer(RunState):
         teacher: MAEST | None = None,  # its pseudo-labels are the targets of the dist token
     ):
         "Raises `ValueError` where the teacher, the micro-batch or the columns do not fit the run."
-        if teacher is not None:
-            _check_teacher(teacher, corpus, config)
         self.corpus, self.run_dir = corpus, resolve_path(config.out_dir)
         self.device, self.dtype = default_device(), getattr(torch, config.dtype)
         self.rank, self.world_size = rank_and_world_size()
@@ -269,44 +259,30 @@ class Trainer(RunState):
         self.batches = batches = BatchDataset(corpus, config.seconds, config.batch_size, config.seed, *sampling)
         super().__init__(config, min(round(config.epochs * batches.steps_per_epoch), config.max_steps or 10**12))
         self.micro_batch_size = _micro_batch_size(config, batches.batch_size, batches.batch_size // self.world_size)
-        if config.column_weight:
-            check_columns(corpus, batches.num_frames)
-        mel_shape = corpus.mel.n_mels, batches.num_frames
-        shape = dict(batch_size=batches.batch_size, mel_shape=mel_shape, rank_slice=batches.rank_slice)
-        self.draw = partial(draw_step, config, **shape)  # a step → StepRandomness
+        _check_corpus(config, corpus, teacher, batches.num_frames)
+        shape = dict(mel_shape=(corpus.mel.n_mels, batches.num_frames), rank_slice=batches.rank_slice)
+        self.draw = partial(draw_step, config, batch_size=batches.batch_size, **shape)  # a step → StepRandomness
         self.model = model.to(self.device)
         self.optimizer = create_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         _compile(self.model, config.compile)
         self.loss = distribute(TrainingLoss(self.model, config.column_weight), config, self.world_size)
 
-    def train_step(
-        self,
-        crops: torch.Tensor,  # (clips, 96, frames) float16, not normalized: this process's part of the batch
-        targets: torch.Tensor,  # (clips, labels) uint8
-        randomness: StepRandomness | None = None,  # of this step, if it is drawn already
-    ):
-        "Take one optimizer step. Nothing in it waits for the device."
+    def train_step(self, crops: torch.Tensor, targets: torch.Tensor, randomness: StepRandomness | None = None):
+        "Take an optimizer step from crops (clips, 96, frames), not normalized, and targets (clips, labels)."
         randomness = (randomness or self.draw(self.step)).to(self.device)
-        lr = self.lr
         loss = accumulate_gradients(self, crops, targets, randomness)
-        norm = optimizer_step(self, lr)
-        self.pending_metrics.append((loss, norm, lr))
+        norm = optimizer_step(self, lr := self.lr)
+        self.pending_metrics.append((loss, norm, lr))  # nothing here waits for the device
         self.step += 1
 
-    def load_batches(
-        self,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, StepRandomness]]:  # the arguments of `train_step`
+    def load_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, StepRandomness]]:  # for `train_step`
         "Iterate over the batches that are left of the run."
         return self.batches.loader(self.step, self.total_steps, self.config.num_workers, self.draw)
 
 # %% ../../nbs/training/trainer.ipynb #234a0e1d
-def renormalize(
-    mel: torch.Tensor,  # normalized with `source`
-    source: MelConfig,
-    target: MelConfig,
-) -> torch.Tensor:  # normalized with `target`, of the same shape
-    "Change the mean and deviation that a mel is normalized with."
+def renormalize(mel: torch.Tensor, source: MelConfig, target: MelConfig) -> torch.Tensor:  # of the same shape
+    "Normalize a mel with the mean and deviation of `target` instead of those of `source`."
     return (mel * (2 * source.std) + source.mean - target.mean) / (2 * target.std)
 
 # %% ../../nbs/training/trainer.ipynb #d2e9baf5
