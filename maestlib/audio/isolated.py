@@ -167,7 +167,7 @@ class DecoderProcesses(_Pool):
 
 # %% ../../nbs/audio/isolated.ipynb #741ec19b
 @functools.cache
-def _processes_of(pid: int) -> DecoderProcesses:
+def _processes_of(pid: int) -> DecoderProcesses:  # a fork has its own
     return DecoderProcesses()
 
 # %% ../../nbs/audio/isolated.ipynb #0438d57c

@@ -126,9 +126,7 @@ def _input_span(first: int, count: int, up: int, down: int) -> tuple[int, int, i
     return first_period * down, last_period * down, first - first_period * up
 
 # %% ../../nbs/audio/mel.ipynb #aa397c84
-def _output_span(
-    total: int, offset_s: float, duration_s: float | None, center: bool, sample_rate: int
-) -> tuple[int, int]:
+def _output_span(total, offset_s, duration_s, center, sample_rate) -> tuple[int, int]:  # as for `read_span`
     "The first sample and the number of samples wanted of a file of `total` samples at `sample_rate`; (first, 0): none."
     count = total if duration_s is None else round(duration_s * sample_rate)
     first = max(0, total - count) // 2 if center else round(offset_s * sample_rate)
