@@ -111,10 +111,12 @@ def every_kill(run: Callable[[Path], object], root: Path) -> Iterator[Path]:
         calls, folder = itertools.count(1), root / f"stopped-{stop_at}"
 
         def killable(original, stop_at=stop_at, calls=calls):
-            def call(*arguments, **options):
+            def call(path, *arguments, **options):
+                if not os.path.lexists(path):  # nothing to rename or to delete
+                    return original(path, *arguments, **options)
                 if next(calls) >= stop_at:
                     raise Killed
-                return original(*arguments, **options)
+                return original(path, *arguments, **options)
 
             return call
 
