@@ -139,11 +139,8 @@ class PatchoutExplorer(ModelExplorer):
         patchout, seed = self.controls.patchout(), self.controls.seed.value
         kept = select_patches(self.grid, patchout, torch.Generator().manual_seed(seed))
         self.figure.data[0].z = coverage_mask(tuple(self.mel.shape), *kept)[2]
-        self._show_cost(patchout)
+        self.numbers.value = cost_table(self.model.config, patchout, self.mel.shape[1], self.full[0])
         self.worker(patchout, seed)
-
-    def _show_cost(self, patchout, kept_s=None):
-        self.numbers.value = cost_table(self.model.config, patchout, self.mel.shape[1], self.full[0], kept_s)
 
     def run_model(self, patchout: Patchout, seed: int):
         "Measure and show the tags of the clip, with all patches and with those that are kept."
@@ -152,5 +149,5 @@ class PatchoutExplorer(ModelExplorer):
         elapsed, kept = time_tags(self.model, mel, patchout, seed)
         if mel is self.mel:  # else another clip was loaded meanwhile, and its request is pending
             self.full = full
-            self._show_cost(patchout, elapsed)
+            self.numbers.value = cost_table(self.model.config, patchout, mel.shape[1], full[0], elapsed)
             self.tags.change_to(plot_tag_comparison(self.model.config.labels, full[1], kept))
