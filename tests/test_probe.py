@@ -4,11 +4,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from helpers import tiny_model
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from maestlib.audio.mel import MEL
 from maestlib.datasets.batches import Corpus
-from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.probing import embeddings as embeddings_module
 from maestlib.probing import layers
 from maestlib.probing.embeddings import Embeddings, extract_embeddings
@@ -26,6 +26,7 @@ from maestlib.stats.metrics import evaluate
 from maestlib.stats.significance import paired_bootstrap
 
 LABELS = ["Band---A", "Band---B", "Key---C"]
+SHORT = dict(labels=(), embed_dim=24, num_heads=2, depth=2, seconds=1)
 
 
 class Store:
@@ -62,7 +63,7 @@ CONFIG = ProbeConfig(learning_rate=1e-2, epochs=6, batch_size=16, hidden_dim=32)
 
 def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
     corpus, _ = make_corpus(60)
-    model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    model = tiny_model(**SHORT)
     expected = extract_embeddings(corpus, model, tmp_path / "complete", tracks_per_file=16)
     embed_tracks, calls = embeddings_module.embed_tracks, []
 
@@ -84,10 +85,9 @@ def test_an_interrupted_extraction_resumes(tmp_path, monkeypatch):
 
 def test_another_model_is_refused(tmp_path):
     corpus, _ = make_corpus(60)
-    config = MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)
-    extract_embeddings(corpus, MAEST(config).init_weights(0).eval(), tmp_path)
+    extract_embeddings(corpus, tiny_model(**SHORT), tmp_path)
     with pytest.raises(ValueError, match="another model"):
-        extract_embeddings(corpus, MAEST(config).init_weights(1).eval(), tmp_path)
+        extract_embeddings(corpus, tiny_model(seed=1, **SHORT), tmp_path)
 
 
 def test_not_finite(tmp_path):
@@ -95,7 +95,7 @@ def test_not_finite(tmp_path):
     embeddings.values[3, 1, 0, 2] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         train_probes(embeddings, corpus, [Probe((0,), CONFIG)])
-    model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    model = tiny_model(**SHORT)
     with torch.no_grad():
         model.cls_token.fill_(1e5)
     with pytest.raises(ValueError, match="t0.* not finite"):
@@ -202,7 +202,7 @@ def test_embeddings_belong_to_their_tracks(tmp_path):
     corpus, embeddings = make_corpus(100)
     with pytest.raises(ValueError, match="embeddings of 100 tracks: the corpus has 60"):
         run_study(embeddings_module.subset_corpus(corpus, 60), embeddings, "made", [((0,), "c")], [CONFIG])
-    model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    model = tiny_model(**SHORT)
     extracted, out = extract_embeddings(corpus, model, tmp_path / "store"), tmp_path / "study.parquet"
     reversed_corpus = Corpus(
         corpus.table.reverse(), corpus.store, corpus.store_rows[::-1], LABELS, corpus.targets[::-1].copy(), MEL
@@ -228,7 +228,7 @@ def test_a_track_shorter_than_a_patch(tmp_path):
     corpus.store.index = corpus.store.index.with_columns(
         frames=pl.when(pl.col("track_id") == "t3").then(1).otherwise(100)
     )
-    model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=1)).init_weights(0).eval()
+    model = tiny_model(**SHORT)
     for target in (model, "mel"):
         assert np.isfinite(extract_embeddings(corpus, target, tmp_path / str(target)[:3]).values[3]).all()
 

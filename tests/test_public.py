@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-import soundfile
+from helpers import tiny_model, write_tone
 
 from maestlib.audio.windows import window_starts
 from maestlib.core.files import asset_path
 from maestlib.datasets import protocol, registry
 from maestlib.datasets.batches import load_corpus
-from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.probing.embeddings import check_whole_tracks, extract_embeddings
 from maestlib.training.config import TrainConfig
 
@@ -25,20 +24,11 @@ TRACK_S = {"mtg-genre": 40, "mtt": 6}
 SPLITS = ("train", "train", "train", "validation", "test")
 
 
-def write_tone(path: Path, seconds: float, high: bool, seed: int):
-    rng, t = np.random.default_rng(seed), np.arange(int(seconds * 16000)) / 16000
-    wave = 0.4 * np.sin(2 * np.pi * (2000 if high else 300) * rng.uniform(0.9, 1.1) * t) + 0.01 * rng.normal(
-        size=len(t)
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path.with_suffix(".wav"), wave.astype(np.float32), 16000)
-
-
 def write_mtg_genre(folder: Path):
     rows = {split: [] for split in SPLITS}
     for i in range(20):
         path, tags = f"{i:02}/{i}.mp3", ["genre---high"] if i % 2 else ["genre---low", "genre---pop"]
-        write_tone(folder / "audio" / path, TRACK_S["mtg-genre"], i % 2, i)
+        write_tone((folder / "audio" / path).with_suffix(".wav"), TRACK_S["mtg-genre"], i % 2, i)
         fields = [f"track_{i:07}", f"artist_{i:06}", f"album_{i:06}", path, f"{TRACK_S['mtg-genre']:.1f}", *tags]
         rows[SPLITS[i // 2 % 5]].append("\t".join(fields))
     for split, lines in rows.items():
@@ -53,7 +43,7 @@ def write_mtt(folder: Path):
     for i in range(30):
         split = SPLITS[i // 2 % 5]
         path = f"{letters[split]}/artist_{i}-album-01-song-0-{TRACK_S['mtt']}.mp3"
-        write_tone(folder / "audio" / path, TRACK_S["mtt"], i % 2, i)
+        write_tone((folder / "audio" / path).with_suffix(".wav"), TRACK_S["mtt"], i % 2, i)
         lines.append(f"{split}\t{path}\t{'flute' if i % 2 else 'cello,slow'}")
     (folder / "splits/mtt").mkdir(parents=True)
     (folder / "splits/mtt/groundtruth_12-1-3.tsv").write_text("\n".join(lines) + "\n")
@@ -104,7 +94,7 @@ def test_whole_tracks_have_a_store_of_their_own(named):
 
 def test_excerpts_are_refused_unless_asked_for(named, tmp_path):
     corpus = load_corpus("mtg-genre", audio=named("mtg-genre"), stored_s=10)
-    model = MAEST(MAESTConfig(embed_dim=24, num_heads=2, depth=2, seconds=5)).init_weights(0).eval()
+    model = tiny_model()
     with pytest.raises(ValueError, match="holds the middle 10 s"):
         extract_embeddings(corpus, model, tmp_path)
     assert len(extract_embeddings(corpus, model, tmp_path, whole_tracks=False).values) == 20

@@ -7,10 +7,10 @@ import numpy as np
 import polars as pl
 import pytest
 import soundfile
+from helpers import tiny_model
 
 from maestlib.inference.embedding import embed
 from maestlib.inference.ray import embed_with_ray
-from maestlib.models.checkpoint import load_model
 
 ray = pytest.importorskip("ray", reason='pip install "maestlib[ray]"')
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def test_a_node_is_lost(cluster, tmp_path, capfd):
         paths.append(tmp_path / f"{i:02}.wav")
         soundfile.write(paths[-1], rng.normal(0, 0.1, 16000 * rng.integers(1, 9)), 16000)
     paths[7].write_text("not audio")
-    model = load_model("random", size="tiny", seconds=5, labels=["Dance---Jig"])
+    model = tiny_model()
     options = dict(dtype="float32", batch_size=2)
     expected = embed(paths, model, out=tmp_path / "expected.parquet", **options).collect()
     done_at_loss = []
