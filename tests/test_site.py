@@ -54,11 +54,7 @@ def test_every_exported_module_is_in_the_reference():
 def test_the_reference_shows_the_comments_that_help_shows(where, name):
     module, item = modules()[where], getattr(ml, name)
     node = module.definitions[name]
-    if inspect.isclass(item):
-        methods = {n.name: n for n in node.body if hasattr(n, "args")}
-        parameters = module.parameters(methods["__init__"], True) if "__init__" in methods else module.fields(node)
-    else:
-        parameters = module.parameters(node)
+    parameters = module.class_parameters(node) if inspect.isclass(item) else module.parameters(node)
     shown = {p.name: p.comment for p in parameters}
     expected = {n: (d["docment"] or "").split("\n")[0] for n, d in docments(item, full=True).items() if n != "self"}
     if isinstance(node, ast.FunctionDef) and not node.args.kwarg:

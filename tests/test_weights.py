@@ -197,7 +197,7 @@ def test_passt_is_interpolated(state, tmp_path, capsys):
     heads = {k: torch.randn(527, *v.shape[1:], generator=generator) for k, v in state.items() if len(v) == 400}
     torch.save(state | heads | {TIME_POS: time, FREQ_POS: frequency}, tmp_path / "passt.pt")
     model = load_model(tmp_path / "passt.pt", seconds=30)
-    assert "12 rows, 99 columns to 9 rows, 187 columns" in capsys.readouterr().out
+    assert "12 × 99 to 9 × 187 rows and columns" in capsys.readouterr().out
     assert len(model.config.labels) == 527 and model.config.grid == (9, 186)
     want = time[0, :, 0].numpy() @ cubic(99, 187).T, frequency[0, :, :, 0].numpy() @ cubic(12, 9).T
     np.testing.assert_allclose(model.state_dict()[TIME_POS][0, :, 0], want[0], atol=2e-4)
@@ -239,7 +239,7 @@ def test_another_length_keeps_everything_else(model, state, tmp_path, capsys):
     assert changed == {TIME_POS} and longer.config.seconds == 20 and longer.config.labels == DISCOGS
     want = state[TIME_POS][0, :, 0].numpy() @ cubic(31, 125).T
     np.testing.assert_allclose(longer.state_dict()[TIME_POS][0, :, 0], want, atol=2e-4)
-    assert "31 columns to 9 rows, 125 columns" in capsys.readouterr().out
+    assert "9 × 31 to 9 × 125 rows and columns" in capsys.readouterr().out
 
 
 def test_a_new_head_only_on_request(state, tmp_path, capsys):

@@ -64,12 +64,23 @@ class Module:
             return "", ""
         return self.annotation(function.returns), self.comments.get(function.returns.end_lineno, "")
 
-    def fields(self, node: ast.ClassDef) -> list[Parameter]:
-        "Of a dataclass."
+    def lineage(self, node: ast.ClassDef) -> list[ast.ClassDef]:
+        "A class and those that it inherits from in this module, the class first."
+        bases = [self.definitions[unparse(base)] for base in node.bases if unparse(base) in self.definitions]
+        return [node, *(ancestor for base in bases for ancestor in self.lineage(base))]
+
+    def class_parameters(self, node: ast.ClassDef) -> list[Parameter]:
+        "Of the constructor, which may be inherited; of a dataclass, its fields and those that it inherits."
+        for ancestor in self.lineage(node):
+            for method in ancestor.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                    return self.parameters(method, is_method=True)
+        if "dataclass" not in decorators(node):
+            return []
+        body = [n for ancestor in reversed(self.lineage(node)) for n in ancestor.body if isinstance(n, ast.AnnAssign)]
         return [
             Parameter(n.target.id, self.annotation(n.annotation), unparse(n.value), self.comments.get(n.lineno, ""))
-            for n in node.body
-            if isinstance(n, ast.AnnAssign)
+            for n in body
         ]
 
 
@@ -163,14 +174,11 @@ class Writer:
         return f"```python\n{signature}\n```\n\n{self.docstring(node)}\n{table}"
 
     def class_(self, module: Module, node: ast.ClassDef) -> str:
-        methods = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
-        if "__init__" in methods:
-            parameters = module.parameters(methods["__init__"], is_method=True)
-        else:
-            parameters = module.fields(node) if "dataclass" in decorators(node) else []
+        parameters = module.class_parameters(node)
         arguments = [f"{p.name}={p.default}" if p.default else p.name for p in parameters]
         parts = [f"```python\n{call(node.name, arguments, '')}\n```", self.docstring(node), self.table(parameters)]
-        for method in public_methods(node):
+        methods = {m.name: m for ancestor in reversed(module.lineage(node)) for m in public_methods(ancestor)}
+        for method in methods.values():
             text = self.function(module, method, method.name, is_method=True)
             parts.append(f'<div class="method" markdown>\n\n{text}\n\n</div>')
         return "\n\n".join(filter(None, parts))

@@ -19,7 +19,7 @@ from ..core.files import named_rng
 from ..core.text import split_label
 
 METRICS = ("roc_auc", "map")  # the names of the columns in every table of scores
-MIN_POSITIVES = 20  # with fewer positive tracks a label is rare, and its score hardly more than an anecdote
+MIN_POSITIVES = 20  # with fewer positive tracks a label is rare, and its score too uncertain to interpret
 
 # %% ../../nbs/stats/metrics.ipynb #57a70002
 def _tied_ranks(values: torch.Tensor) -> torch.Tensor:  # (..., n) sorted -> (n,) or (..., n) float64, counted from 0
