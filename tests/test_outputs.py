@@ -14,8 +14,8 @@ loader.exec_module(outputs)
 
 
 OLDER = """
-    nbs/inference/embedding.ipynb nbs/probing/embeddings.ipynb nbs/probing/features.ipynb nbs/probing/layers.ipynb
-    nbs/probing/musicnn.ipynb nbs/probing/study.ipynb nbs/speed/benchmark.ipynb nbs/speed/tradeoff.ipynb
+    nbs/inference/embedding.ipynb nbs/probing/layers.ipynb
+    nbs/probing/musicnn.ipynb nbs/speed/benchmark.ipynb nbs/speed/tradeoff.ipynb
 """.split()  # outputs that are older than the code and still to be executed; the list may only get shorter
 
 
