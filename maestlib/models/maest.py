@@ -7,7 +7,7 @@ __all__ = ['SIZES', 'TaggerConfig', 'MAESTConfig', 'gather_patches', 'check_mel'
            'check_blocks', 'init_encoder_', 'MAEST']
 
 # %% ../../nbs/models/maest.ipynb #5c67c32d
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..audio.mel import MelConfig, validate_mel
+from ..core.checks import check_fields, check_names, check_number, check_numbers
 from .patchout import PATCH, STRIDE, Patchout, PatchSelection, draw_patches, patch_grid
 from .transformer import Block
 
@@ -28,7 +29,8 @@ class TaggerConfig:
     mel: MelConfig = field(default_factory=MelConfig)  # front end that the model was trained on
 
     def __post_init__(self):
-        object.__setattr__(self, "labels", tuple(self.labels))
+        object.__setattr__(self, "seconds", check_number("seconds", self.seconds, high=600, above=0))
+        object.__setattr__(self, "labels", check_names("labels", self.labels))
 
     @property
     def num_frames(self) -> int:
@@ -41,7 +43,8 @@ class TaggerConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "TaggerConfig":
-        "Rebuild a config from `to_dict`."
+        "Rebuild a config from `to_dict`. Raises `ValueError` for other fields and values."
+        values = check_fields("config", values, cls, optional=["column_labels"])  # younger than the others
         return cls(**values | {"mel": MelConfig.from_dict(values["mel"])})
 
 # %% ../../nbs/models/maest.ipynb #de06dad4
@@ -60,10 +63,13 @@ class MAESTConfig(TaggerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "column_labels", tuple(self.column_labels))
-        if patch_grid(self.num_frames)[1] <= 0 or not self.seconds <= 600:
-            raise ValueError(f"seconds={self.seconds}: give a length up to 600")
-        if self.num_heads <= 0 or self.embed_dim % self.num_heads != 0:
+        object.__setattr__(self, "column_labels", check_names("column_labels", self.column_labels))
+        for name, lowest in {"embed_dim": 1, "num_heads": 1, "depth": 0}.items():
+            object.__setattr__(self, name, check_number(name, getattr(self, name), lowest, integer=True))
+        if not isinstance(self.separate_heads, bool):
+            raise ValueError(f"separate_heads={self.separate_heads!r}: give True or False")
+        patch_grid(self.num_frames)  # raises where no patch fits
+        if self.embed_dim % self.num_heads != 0:
             raise ValueError(f"embed_dim={self.embed_dim}: must be a multiple of num_heads={self.num_heads}")
 
     @property
@@ -103,7 +109,8 @@ def check_mel(
     model: nn.Module,  # with a `TaggerConfig`
 ):
     "Raise `ValueError` for a mel of the wrong shape or dtype and, in evaluation on a CPU, for NaN."
-    if not (model.training or mel.is_cuda or torch.compiler.is_compiling()):
+    is_tensor = isinstance(mel, torch.Tensor)  # `validate_mel` names anything else
+    if not (is_tensor and (model.training or mel.is_cuda or torch.compiler.is_compiling())):
         validate_mel(mel, model.config.mel)
     if mel.ndim != 3:
         raise ValueError(f"mel of shape {tuple(mel.shape)}: give (batch, {model.config.mel.n_mels}, frames)")
@@ -192,20 +199,22 @@ class Encoder(TokenEmbedding):
         rows: bool = False,  # add mean and deviation over time of each kept row of patches, from the lowest on
     ) -> torch.Tensor:  # (batch, len(blocks), 3, embed_dim): cls, dist, mean of the patches; with rows 3 + 2 kept rows
         "Embed a mel after several blocks in one pass (§3.3). Raises `ValueError` as `check_blocks`, `embed_patches`."
-        blocks = (self.config.middle_block,) if blocks is None else blocks
-        check_blocks(blocks, self.config.depth)
+        blocks = check_blocks(self.config.middle_block if blocks is None else blocks, self.config.depth)
         outputs = zip(range(max(blocks) + 1), self.iter_blocks(mel, patchout), strict=False)
         embeddings = {i: self.pool_tokens(x, layout, rows) for i, (x, layout) in outputs if i in blocks}
         return torch.stack([embeddings[b] for b in blocks], 1)
 
 # %% ../../nbs/models/maest.ipynb #9b500b8a
 def check_blocks(
-    blocks: tuple[int, ...],  # from 0
+    blocks: int | Iterable[int],  # one or several, from 0
     depth: int,  # of the model
-):
-    "Raise `ValueError` for no block at all, and for one that does not exist."
-    if len(blocks) == 0 or not all(0 <= b < depth for b in blocks):
-        raise ValueError(f"blocks={tuple(blocks)}: give numbers from 0 to {depth - 1}")
+    name: str = "blocks",  # of the parameter, for the message
+) -> tuple[int, ...]:
+    "Convert the numbers of blocks. Raises `ValueError` for no block at all, and for one that does not exist."
+    checked = check_numbers(name, blocks, 0, depth - 1, integer=True)
+    if not checked:
+        raise ValueError(f"{name}=(): give numbers from 0 to {depth - 1}")
+    return checked
 
 # %% ../../nbs/models/maest.ipynb #a3f4af5e
 @torch.no_grad()

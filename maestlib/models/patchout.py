@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..core.checks import check_number, check_numbers
+
 # %% ../../nbs/models/patchout.ipynb #98c32768
 PATCH, STRIDE = 16, 10  # in bands and in frames alike
 
@@ -39,8 +41,8 @@ def patch_grid(
 class Patchout:
     """Which patches to drop; the default keeps all of them.
 
-    The fixed and the random choice can be combined; the fixed one is applied first. Raises `ValueError` for
-    `keep_every` below 1 and for negative counts.
+    The fixed and the random choice can be combined; the fixed one is applied first. Raises `ValueError` as
+    `check_number` for `keep_every` below 1 and for negative counts.
     """
 
     keep_every: int = 1  # keep columns 0, k, 2k, … (inference, §4.5)
@@ -50,11 +52,9 @@ class Patchout:
     per_clip: bool = False  # draw for each clip instead of once for the batch
 
     def __post_init__(self):
-        object.__setattr__(self, "drop_rows", tuple(self.drop_rows))
-        if self.keep_every < 1:
-            raise ValueError(f"keep_every={self.keep_every}: give 1 (all columns) or more")
-        if self.random_rows < 0 or self.random_columns < 0:
-            raise ValueError(f"rows={self.random_rows}, columns={self.random_columns}: neither can be negative")
+        object.__setattr__(self, "drop_rows", check_numbers("drop_rows", self.drop_rows, 0, integer=True))
+        for name, lowest in {"keep_every": 1, "random_rows": 0, "random_columns": 0}.items():
+            object.__setattr__(self, name, check_number(name, getattr(self, name), lowest, integer=True))
 
     @classmethod
     def random(
@@ -74,9 +74,12 @@ def select_patches(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # kept rows, kept columns: int64, sorted
     """Select the rows and columns that structured patchout keeps (§3.2, §4.5).
 
-    Raises `ValueError` for a row outside the grid, and where no row or column would be left.
+    Raises `ValueError` for a row outside the grid, and where no row or column would be left; `TypeError` for what is no
+    `Patchout`.
     """
     patchout = patchout or Patchout()
+    if not isinstance(patchout, Patchout):
+        raise TypeError(f"patchout: a {type(patchout).__name__}; give a Patchout, or None for all patches")
     for row in patchout.drop_rows:
         if not 0 <= row < shape[0]:
             raise ValueError(f"drop_rows={patchout.drop_rows}: row {row} is outside 0…{shape[0] - 1}")
@@ -131,7 +134,7 @@ def draw_patches(
     max_offset: int = 0,  # of the random start in time; 0: none
 ) -> PatchSelection:
     "Draw the patches of a batch. Raises `ValueError` as `select_patches` does."
-    if patchout is None or not patchout.per_clip:
+    if not getattr(patchout, "per_clip", False):
         rows, columns = select_patches(shape, patchout, generator)
     else:
         drawn = zip(*(select_patches(shape, patchout, generator) for _ in range(batch_size)), strict=True)
