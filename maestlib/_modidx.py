@@ -778,8 +778,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'maestlib.core.parameters': { 'maestlib.core.parameters._alternatives': ( 'core/parameters.html#_alternatives',
                                                                                       'maestlib/core/parameters.py'),
                                           'maestlib.core.parameters._fit': ('core/parameters.html#_fit', 'maestlib/core/parameters.py'),
-                                          'maestlib.core.parameters._fit_number': ( 'core/parameters.html#_fit_number',
-                                                                                    'maestlib/core/parameters.py'),
                                           'maestlib.core.parameters._fit_tuple': ( 'core/parameters.html#_fit_tuple',
                                                                                    'maestlib/core/parameters.py'),
                                           'maestlib.core.parameters._literal': ( 'core/parameters.html#_literal',

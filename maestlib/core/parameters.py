@@ -11,8 +11,11 @@ import contextlib
 import dataclasses
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
+
+from .checks import check_number
 
 # %% ../../nbs/core/parameters.ipynb #7e480006
 Auto = Literal["auto"]
@@ -50,19 +53,10 @@ def _literal(value):  # "0.5" → 0.5, "true" → True; anything else is unchang
     return value
 
 # %% ../../nbs/core/parameters.ipynb #7e480011
-def _fit_number(value, annotation: type):
-    value = _literal(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError
-    if annotation is int and value != int(value):
-        raise ValueError
-    return int(value) if annotation is int else value
-
-
 def _fit_tuple(value, annotation):  # of one type
     if isinstance(value, str):
         value = [part for part in value.split(",") if part.strip()]
-    parts = value if isinstance(value, list | tuple) else [value]
+    parts = value if isinstance(value, Iterable) and getattr(value, "ndim", 1) else [value]
     return tuple(_fit(part, typing.get_args(annotation)[0]) for part in parts)
 
 
@@ -73,9 +67,10 @@ def _fit(value, annotation):
     if typing.get_origin(annotation) is Literal:
         return next(choice for choice in typing.get_args(annotation) if str(choice).lower() == str(value).lower())
     if annotation in (int, float):
-        return _fit_number(value, annotation)
+        return check_number("", _literal(value), integer=annotation is int)
     if annotation is str and isinstance(value, str | int | float | Path) and not isinstance(value, bool):
         return str(value)
+    value = value.item() if getattr(value, "ndim", None) == 0 else value  # of numpy or torch
     if annotation in (bool, types.NoneType) and isinstance(_literal(value), annotation):
         return _literal(value)
     raise ValueError
