@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..audio.mel import MelConfig
+from ..core.checks import check_numbers
 from ..core.files import asset_path, atomic_write, log, resolve_path
 from .columns import build_model
 from .effnet import EffNet, EffNetConfig
@@ -48,11 +49,18 @@ def save_checkpoint(
         save_file(tensors, temporary, metadata=header)
 
 # %% ../../nbs/models/checkpoint.ipynb #98f6d20e
+def _read_header(header: dict[str, str], name: str):  # what is there as JSON
+    try:
+        return json.loads(header[name])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"its header has no {name} in JSON ({error}); copy it again") from error
+
+
 def config_from_header(header: dict[str, str]) -> dict:  # fields of MAESTConfig that shapes do not tell
-    "Read the config from a header of `save_checkpoint`. Raises `ValueError` for another version of the format."
-    if header["format"] != FORMAT:
-        raise ValueError(f"written by another version of maestlib ({header['format']})")
-    config = MAESTConfig.from_dict(json.loads(header["config"]))
+    "Read the config from a header of `save_checkpoint`. Raises `ValueError` for another version or a damaged one."
+    if header.get("format") != FORMAT:
+        raise ValueError(f"written by another version of maestlib ({header.get('format')})")
+    config = MAESTConfig.from_dict(_read_header(header, "config"))
     fields = {name: getattr(config, name) for name in ("seconds", "num_heads", "separate_heads", "mel")}
     return fields | {name: value for name in ("labels", "column_labels") if (value := getattr(config, name))}
 
@@ -64,7 +72,7 @@ def thresholds_from_header(
     "Read the decision thresholds. Raises `ValueError` unless there is one for each label, or none at all."
     if "thresholds" not in header:
         return None
-    thresholds = tuple(json.loads(header["thresholds"]))
+    thresholds = check_numbers("thresholds", _read_header(header, "thresholds"), 0, 1)
     if len(thresholds) != num_labels:
         raise ValueError(f"{len(thresholds)} thresholds for {num_labels} labels; fit them again")
     return thresholds
@@ -128,20 +136,17 @@ def model_from_tensors(
     tensors: dict[str, torch.Tensor],  # under the released names
     config: MAESTConfig,  # of the model
 ) -> MAEST:  # on the CPU, float32, in evaluation mode; float32 tensors are shared, not copied
-    "Build a model of exactly these tensors. Raises `ValueError`, which names every tensor that does not fit."
+    "Build a model of exactly these tensors. Raises `ValueError`, which names the first tensors that do not fit."
     with torch.device("meta"):
         model = build_model(config)
-    mismatches = _find_mismatches(model.state_dict(), tensors)
-    if mismatches:
-        raise ValueError(
-            f"does not fit a MAEST of width {config.embed_dim}, {config.depth} blocks, {config.seconds:g} s, "
-            f"{len(config.labels)} labels: {', '.join(mismatches)}"
-        )
+    kind = f"a MAEST of width {config.embed_dim}, {config.depth} blocks, {config.seconds:g} s"
+    _check_fit(model.state_dict(), tensors, f"{kind}, {len(config.labels)} labels")
     model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True, assign=True)
     return model.requires_grad_(True).eval()
 
 # %% ../../nbs/models/checkpoint.ipynb #b92a9a22
-def _find_mismatches(expected, tensors):
+def _check_fit(expected: dict, tensors: dict, kind: str) -> None:
+    "Raise `ValueError`, which names the first tensors that are missing, unexpected, of another shape or not finite."
     mismatches = []
     for k in sorted(expected.keys() | tensors.keys()):
         if k not in tensors:
@@ -150,9 +155,11 @@ def _find_mismatches(expected, tensors):
             mismatches.append(f"{k} is unexpected")
         elif tensors[k].shape != expected[k].shape:
             mismatches.append(f"{k} is {tuple(tensors[k].shape)} instead of {tuple(expected[k].shape)}")
-        elif not tensors[k].isfinite().all():
+        elif not tensors[k].float().isfinite().all():
             mismatches.append(f"{k} contains NaN or infinity")
-    return mismatches
+    if mismatches:
+        more = f" and {len(mismatches) - 5} more" if len(mismatches) > 5 else ""
+        raise ValueError(f"does not fit {kind}: {', '.join(mismatches[:5])}{more}")
 
 # %% ../../nbs/models/checkpoint.ipynb #08aa8b3c
 def replace_head(
@@ -229,11 +236,11 @@ def load_model(
 # %% ../../nbs/models/checkpoint.ipynb #2d930026
 def _load_file(path, entry, overrides, labels, new_head, seed):
     contents, header = read_tensors(path)
-    if header.get("model") == "EffNet":
-        return _load_effnet(contents, header, overrides | {"labels": labels}, path)
     with _name_file_in_errors(path):
+        if header.get("model") == "EffNet":
+            return _load_effnet(contents, header, overrides | {"labels": labels})
         tensors = extract_state_dict(contents)
-        if "format" in header and "config" in header:
+        if "config" in header or header.get("format") == FORMAT:
             known = config_from_header(header)
         else:
             tensors, known = to_released_layout(tensors, path)
@@ -250,13 +257,14 @@ def _load_file(path, entry, overrides, labels, new_head, seed):
         return model
 
 # %% ../../nbs/models/checkpoint.ipynb #a8296521
-def _load_effnet(tensors, header, overrides, path):
-    config = EffNetConfig.from_dict(json.loads(header["config"]))
+def _load_effnet(tensors, header, overrides):
+    config = EffNetConfig.from_dict(_read_header(header, "config"))
     for name, value in overrides.items():
         same_labels = name == "labels" and value is not None and tuple(value) == config.labels
         if value is not None and not same_labels:
-            raise ValueError(f"{path}: the baseline effnet-b0 is loaded as it is; leave out {name}")
+            raise ValueError(f"the baseline effnet-b0 is loaded as it is; leave out {name}")
     model = EffNet(config)
+    _check_fit(model.state_dict(), tensors, "an EffNet")
     model.load_state_dict(tensors, strict=True)
     model.thresholds = thresholds_from_header(header, len(config.labels))
     return model.eval()
@@ -271,7 +279,7 @@ def _name_file_in_errors(path):
         raise ValueError(f"{path}: {error}") from error
     except KeyError as error:
         raise ValueError(f"{path}: an incomplete MAEST, {error} is missing") from error
-    except (IndexError, RuntimeError, TypeError) as error:
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{path}: its tensors do not have the shapes of a MAEST ({message})") from error
 
