@@ -14,6 +14,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -80,46 +81,70 @@ _PROGRAM = """import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer)
 from maestlib.audio.isolated import serve; serve()"""
 
 
-class DecoderCrash(RuntimeError):
+class DecoderCrash(ValueError):
     "A decoder ended its process, or did not answer in time."
 
 # %% ../../nbs/audio/isolated.ipynb #16a7e0f4
+_running: set["_Process"] = set()
+_is_ending = False  # whether this program is
+
+
 class _Process:
     "A process that serves, and calls to it from one thread at a time."
 
     def __init__(self):
-        self.program = subprocess.Popen([sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.is_alive = True
+        if _is_ending:
+            raise DecoderCrash("the program is ending")
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.program = subprocess.Popen([sys.executable, "-c", _PROGRAM], **pipes, process_group=0)
+        _running.add(self)
         pickle.dump(sys.path, self.program.stdin)
 
-    def call(self, timeout_s, action, *args):
+    @property
+    def is_alive(self) -> bool:
+        return self in _running
+
+    def call(self, timeout_s, name, action, *args):  # name: what an error names
         request = pickle.dumps((timeout_s, action, args), -1)
         try:
             pickle.dump(request, self.program.stdin, -1)
             self.program.stdin.flush()
             result, error = pickle.load(self.program.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
+        except BaseException as failure:
             self.close()
-            code = self.program.returncode
-            raise DecoderCrash(f"decoding it crashed (exit code {code}), or took more than {timeout_s:g} s") from None
+            if not isinstance(failure, EOFError | OSError | pickle.UnpicklingError):
+                raise
+            how = f"crashed (exit code {self.program.returncode}), or took more than {timeout_s:g} s"
+            raise DecoderCrash(f"{name}: decoding it {how}") from None
         if error is not None:
             raise error
         return result
 
     def close(self) -> None:
-        self.is_alive = False
-        self.program.kill()
-        self.program.wait()
+        if self.is_alive:
+            _running.discard(self)
+            self.program.kill()
+            self.program.wait()
         for pipe in (self.program.stdin, self.program.stdout):
             with contextlib.suppress(OSError):  # what it has not read is lost
                 pipe.close()
+
+# %% ../../nbs/audio/isolated.ipynb #ab6bf955
+def _end_processes() -> None:
+    global _is_ending
+    _is_ending = True
+    while _running:
+        _running.pop().program.kill()
+
+
+threading._register_atexit(_end_processes)  # before the threads of executors are waited for; `atexit` comes after
 
 # %% ../../nbs/audio/isolated.ipynb #36659bfc
 class _Pool:
     "Processes, each of which serves one thread at a time."
 
     def __init__(self, timeout_s: float = 600.0):  # for one answer
-        self.timeout_s, self._idle = timeout_s, []
+        self.timeout_s, self._idle, self._busy = timeout_s, [], set()
 
     @contextlib.contextmanager
     def process(self) -> Iterator[_Process]:
@@ -127,16 +152,19 @@ class _Pool:
             process = self._idle.pop()
         except IndexError:
             process = _Process()
+        self._busy.add(process)
         try:
             yield process
         finally:
+            self._busy.discard(process)
             if process.is_alive:
                 self._idle.append(process)
 
     def close(self) -> None:
-        "End the processes that are idle."
-        while self._idle:
-            self._idle.pop().close()
+        "End the processes; a thread that waits for one gets a `DecoderCrash`."
+        for process in [*self._idle, *self._busy]:
+            process.close()
+        self._idle.clear()
 
 # %% ../../nbs/audio/isolated.ipynb #9eb7b0c9
 class DecoderProcesses(_Pool):
@@ -149,7 +177,7 @@ class DecoderProcesses(_Pool):
     ) -> Any:  # what it returns
         "Call a function in a process. Raises what it raises, and `DecoderCrash`."
         with self.process() as process:
-            return process.call(self.timeout_s, function, *args)
+            return process.call(self.timeout_s, args[0] if args else function.__name__, function, *args)
 
     @contextlib.contextmanager
     def open_audio(
@@ -158,22 +186,22 @@ class DecoderProcesses(_Pool):
     ) -> Iterator[tuple[int, int, SampleReader]]:  # sample rate (Hz), length (samples), reader
         "Open an audio file in a process. Raises as `decode.open_audio` does, and `DecoderCrash`, also from the reader."
         with self.process() as process:
-            rate, length = process.call(self.timeout_s, "open", path)
+            rate, length = process.call(self.timeout_s, path, "open", path)
             try:
-                yield rate, length, functools.partial(process.call, self.timeout_s, "read")
+                yield rate, length, functools.partial(process.call, self.timeout_s, path, "read")
             finally:
                 if process.is_alive:
-                    process.call(self.timeout_s, "close")
-
-# %% ../../nbs/audio/isolated.ipynb #741ec19b
-@functools.cache
-def _processes_of(pid: int) -> DecoderProcesses:  # a fork has its own
-    return DecoderProcesses()
+                    process.call(self.timeout_s, path, "close")
 
 # %% ../../nbs/audio/isolated.ipynb #0438d57c
+@functools.cache
 def decoder_processes() -> DecoderProcesses:
     "Return those of this process, which are kept for the next scan."
-    return _processes_of(os.getpid())
+    return DecoderProcesses()
+
+
+if hasattr(os, "register_at_fork"):  # a fork starts its own
+    os.register_at_fork(after_in_child=lambda: (decoder_processes.cache_clear(), _running.clear()))
 
 # %% ../../nbs/audio/isolated.ipynb #11cae1b4
 def imap_isolated(
@@ -193,9 +221,8 @@ def imap_isolated(
         try:
             return decoders.call(function, item)
         except DecoderCrash as error:
-            error = DecoderCrash(f"{item}: {error}")
             if on_crash is None:
-                raise error from None
+                raise
             return on_crash(error)
 
     pool = ThreadPoolExecutor(num_workers)
@@ -206,5 +233,5 @@ def imap_isolated(
                 return
             yield in_flight.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
-        decoders.close()
+        pool.shutdown(wait=False, cancel_futures=True)
+        decoders.close()  # also those that are busy, if the results were not read to the end

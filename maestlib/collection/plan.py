@@ -11,6 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import polars as pl
 import torch
 
 from ..audio.decode import Listing
-from ..audio.mel import audio_duration
+from ..audio.isolated import decoder_processes
 from .files import real_path
 from .library import LibrarySettings
 from ..core.device import worker_count
@@ -61,7 +62,8 @@ def estimate_seconds(
     seconds, sizes = Counter(), Counter()
     for i in np.unique(np.linspace(0, len(files) - 1, min(count, len(files))).astype(int)):
         try:
-            duration = audio_duration(real_path(files["path"][int(i)]))
+            with decoder_processes().open_audio(Path(real_path(files["path"][int(i)]))) as (rate, length, _):
+                duration = length / rate
         except (ValueError, OSError):  # the scan will report it
             continue
         for key in (suffixes[i], ""):
@@ -97,8 +99,9 @@ def _time_decoding(paths: Iterable[str], model: MAEST) -> float:
     "Seconds of decoding per second of audio, in one thread; from a minute of the first file that can be read."
     for path in paths:
         start = time.perf_counter()
+        options = dict(excerpt_s=60, opener=decoder_processes().open_audio)
         try:
-            windows = list(iter_windows(real_path(path), model.config.mel, 10**9, 1, excerpt_s=60))
+            windows = list(iter_windows(real_path(path), model.config.mel, 10**9, 1, **options))
         except (ValueError, OSError):  # the scan will report it
             continue
         return (time.perf_counter() - start) / (windows[-1][1] - windows[0][0])

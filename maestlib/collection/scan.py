@@ -20,7 +20,7 @@ import polars as pl
 import torch
 from tqdm.auto import tqdm
 
-from ..audio.decode import list_audio
+from ..audio.decode import list_audio, printable_path
 from ..audio.isolated import DecoderCrash, decoder_processes
 from .files import Identity, hash_file, read_identity, real_path
 from .library import Library, LibrarySettings, remove_songs, song_table
@@ -148,10 +148,11 @@ class _Writer:
         self.written_at = time.monotonic()
 
     def is_known(self, path: str) -> bool:  # in a decoding thread
+        decoders = decoder_processes()
         try:
-            identity = decoder_processes().call(read_identity, path)
+            identity = decoders.call(read_identity, path)
         except DecoderCrash:
-            identity = Identity(hash_file(path))
+            identity = Identity(decoders.call(hash_file, path))
         self.identities[path] = identity
         return identity.content in self.known
 
@@ -170,7 +171,8 @@ def _add_result(writer: _Writer, path: str, result: list | Exception) -> float: 
     "Take the result of one file; an error of the file system is reported, but not remembered."
     identity, error, seconds = writer.identities.pop(real_path(path), None), None, 0.0
     if isinstance(result, Exception):
-        error = (str(result).partition("\n")[0] or type(result).__name__).removeprefix(f"{path}: ")
+        error = printable_path(str(result).partition("\n")[0]) or type(result).__name__
+        error = error.removeprefix(f"{path}: ")
         writer.failed[path] = error
     elif result:
         seconds = _read_seconds(result)
@@ -202,7 +204,7 @@ def _read_files(
     paths, settings = [*writer.stamps], writer.library.settings
     bar = tqdm(total=round(expected.sum()), unit="s", unit_scale=True, desc="audio", disable=not progress)
     options |= settings.reading
-    options |= dict(skip=writer.is_known, opener=decoder_processes().open_audio, progress=False)
+    options |= dict(skip=writer.is_known, progress=False)
     hop_s, shown = settings.hop_s or model.config.seconds / 2, Counter()  # seconds shown before a file is complete
 
     def on_window(i):

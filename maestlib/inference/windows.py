@@ -6,6 +6,7 @@
 __all__ = ['stream_mel', 'iter_windows', 'make_forward', 'iter_results']
 
 # %% ../../nbs/inference/windows.ipynb #3a81a03c
+import contextlib
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..audio.decode import open_audio
+from ..audio.isolated import decoder_processes
 from ..audio.mel import MelConfig, logmel, normalize, read_span
 from ..audio.windows import window_starts
 from ..core.device import autocast, resolve_dtype, worker_count
@@ -105,24 +107,24 @@ def _prefetch(
 
     torch_threads = torch.get_num_threads()
     numbered, in_flight = enumerate(jobs), deque()
-    with ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            while True:
-                for i, job in islice(numbered, 2 * num_workers - len(in_flight)):
-                    in_flight.append((i, *submit(job)))
-                if not in_flight:
-                    return
-                i, job, future = in_flight.popleft()
-                try:
-                    items = future.result() or None
-                except Exception as error:  # whatever is wrong with one file must not stop the others
-                    items = error
-                if isinstance(items, list):
-                    in_flight.appendleft((i, *submit(job)))
-                yield i, items
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(torch_threads)
+    pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        while True:
+            for i, job in islice(numbered, 2 * num_workers - len(in_flight)):
+                in_flight.append((i, *submit(job)))
+            if not in_flight:
+                return
+            i, job, future = in_flight.popleft()
+            try:
+                items = future.result() or None
+            except Exception as error:  # whatever is wrong with one file must not stop the others
+                items = error
+            if isinstance(items, list):
+                in_flight.appendleft((i, *submit(job)))
+            yield i, items
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for what is being decoded
+        torch.set_num_threads(torch_threads)
 
 # %% ../../nbs/inference/windows.ipynb #394782aa
 def make_forward(
@@ -190,29 +192,31 @@ def iter_results(
     skip: Callable[[str], bool] | None = None,  # called in a decoding thread: whether a file need not be read
     progress: bool = True,  # show a bar of windows
     on_window: Callable[[int], None] | None = None,  # called with the source number of each window that is done
-    **reading,  # excerpt_s, center, opener: as for `iter_windows`
+    **reading,  # excerpt_s, center, opener: as for `iter_windows`; without opener, other processes decode
 ) -> Iterator[tuple[int, list | Exception]]:  # source number; (start s, end s, result) per window, or its error
     "Run a model over every window of many recordings, and yield each recording, or [] if skipped, once it is complete."
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give 1 or more")
-    frames, hop_frames = model.config.num_frames, _hop_frames(hop_s, model.config)
-    read = partial(_read_windows, skip, config=model.config.mel, frames=frames, hop_frames=hop_frames, **reading)
+    reading = dict(opener=decoder_processes().open_audio) | reading
+    reading |= dict(frames=model.config.num_frames, hop_frames=_hop_frames(hop_s, model.config))
+    read = partial(_read_windows, skip, config=model.config.mel, **reading)
     ends, pending, ended, results = set(), [], [], defaultdict(list)
     bar = tqdm(unit="window", delay=2, disable=not progress or rank_and_world_size()[0] > 0)
-    for i, windows in _prefetch(map(read, _flatten(groups, ends)), batch_size, num_workers or worker_count()):
-        if isinstance(windows, list):
-            pending += [(i, *window) for window in windows]
-        else:
-            ended.append((i, windows))  # None, or the error
-        if len(pending) < 4 * batch_size and len(ended) < 256 and not (ended and ended[-1][0] in ends):
-            continue
-        for j, *window in _run_in_batches(pending, forward, batch_size):
-            results[j].append(tuple(window))
-            bar.update()
-            if on_window is not None:
-                on_window(j)
-        for j, error in ended:
-            yield j, error or sorted(results.pop(j, []), key=lambda window: window[0])
-        bar.set_postfix_str(f"file {i + 1:,}")
-        pending, ended = [], []
-    bar.close()
+    steps = _prefetch(map(read, _flatten(groups, ends)), batch_size, num_workers or worker_count())
+    with bar, contextlib.closing(steps):
+        for i, windows in steps:
+            if isinstance(windows, list):
+                pending += [(i, *window) for window in windows]
+            else:
+                ended.append((i, windows))  # None, or the error
+            if len(pending) < 4 * batch_size and len(ended) < 256 and not (ended and ended[-1][0] in ends):
+                continue
+            for j, *window in _run_in_batches(pending, forward, batch_size):
+                results[j].append(tuple(window))
+                bar.update()
+                if on_window is not None:
+                    on_window(j)
+            for j, error in ended:
+                yield j, error or sorted(results.pop(j, []), key=lambda window: window[0])
+            bar.set_postfix_str(f"file {i + 1:,}")
+            pending, ended = [], []
