@@ -12,8 +12,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
+
+from ..core.text import split_label
 
 # %% ../../nbs/collection/commands.ipynb #b8a0e005
 DEFAULT_MODEL = "maest-10s-scores"  # as `checkpoint.BUNDLED_MODEL`, which only torch can import
@@ -98,7 +101,7 @@ def _add_search(commands) -> None:
         add("songs", nargs="*", help="paths, or parts of path, artist and title that only one song has")
         add("--without", nargs="+", default=[], metavar="SONG", help="songs to get away from")
         add("--library", default="library", help="the folder that scan made")
-        add("--tags", metavar="EXPRESSION", help='such as "jazz & piano & !voice"')
+        add("--tags", metavar="EXPRESSION", help='such as "piano & minor & !fast"; labels of the model')
         if name == "playlist":
             add("--to", metavar="SONG", help="lead from the one song given to this one")
         add("-k", type=int, default=k, help="how many songs")
@@ -176,6 +179,13 @@ def run_scan(
 def _songs_from_shell(songs: list[str]) -> list[str]:
     return [from_shell(song) if Path(song).is_file() else song for song in songs]
 
+# %% ../../nbs/collection/commands.ipynb #496cecca
+def _print_labels(tags: str | None, labels: Sequence[str]) -> None:
+    "Print that nothing was found, and if tags were given, the labels that could be, a line for each genre."
+    print(f"no song fits {tags!r}; labels:" if tags else "no other song", file=sys.stderr)
+    for genre, group in groupby(sorted(labels if tags else ()), lambda label: split_label(label)[0]):
+        print(f"  {genre}: {', '.join(split_label(label)[1] for label in group)}".rstrip(": "), file=sys.stderr)
+
 # %% ../../nbs/collection/commands.ipynb #f7261c3b
 def run_search(
     args: argparse.Namespace,
@@ -196,14 +206,16 @@ def run_search(
             "uncalibrated: tags only rank the songs of this library; they have no thresholds",
             file=sys.stderr,
         )
-    if args.out:
+    if table.is_empty():
+        _print_labels(args.tags, index.library.labels)
+    if args.out and len(table):
         write_playlist(table, from_shell(args.out))
     elif args.json:
         print_json(table.to_dicts())
     else:
         for cosine, degree, path in table.select("cosine", "degree", "path").iter_rows():
             print("  ".join([*(f"{value:.3f}" for value in (cosine, degree) if value is not None), path]))
-    return 0
+    return int(table.is_empty())
 
 # %% ../../nbs/collection/commands.ipynb #43852b08
 def run_clusters(

@@ -8,6 +8,7 @@ __all__ = ['write_playlist', 'song_path', 'playlist']
 # %% ../../nbs/collection/playlist.ipynb #b6a0e003
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def _m3u8_lines(songs: pl.DataFrame, folder: Path) -> Iterable[str]:
             relative = path
         name = " - ".join(filter(None, (artist, title))) or Path(path).stem
         yield f"#EXTINF:{-1 if duration_s is None else round(duration_s)},{' '.join(name.split())}"
-        yield Path(relative).as_posix()
+        line = Path(relative).as_posix()
+        yield f"./{line}" if re.match(r"[#~\s]|[^/]*:", line) and not Path(line).is_absolute() else line
 
 # %% ../../nbs/collection/playlist.ipynb #329732b1
 def write_playlist(
@@ -87,7 +89,7 @@ def playlist(
     library: Library | SongIndex | str | Path,  # or its folder
     songs: str | Path | Iterable[str | Path] = (),  # paths, or parts of path, artist and title
     to: str | Path | None = None,  # a song to which the playlist leads, from the only one in `songs`
-    tags: str | None = None,  # an expression such as "jazz & piano & !voice"
+    tags: str | None = None,  # an expression such as "piano & minor & !fast"
     k: int = 25,  # songs
     per_artist: int | None = 2,  # songs of one artist at most, the given ones aside; None: any number
     without: str | Path | Iterable[str | Path] = (),  # songs to get away from

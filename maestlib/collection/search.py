@@ -6,6 +6,7 @@
 __all__ = ['DUPLICATE_COSINE', 'Selection', 'match_text', 'LibraryVectors', 'SongLookup', 'SongIndex', 'nearest']
 
 # %% ../../nbs/collection/search.ipynb #b5a0e003
+import contextlib
 import functools
 import hashlib
 from collections import Counter
@@ -19,6 +20,7 @@ from ..audio.decode import printable_path
 from .library import Library
 from .scan import LibraryReader
 from .vectors import VectorIndex, top_k, unit_vectors
+from ..core.checks import check_number
 from ..core.files import resolve_path
 from ..inference.labels import rank_by_tags
 
@@ -149,6 +151,14 @@ class SongLookup(LibraryVectors):
         degrees = rank_by_tags(tags, self.activations, self.library.labels, thresholds)
         return np.where(degrees >= 0.5, degrees, 0) if thresholds else degrees
 
+# %% ../../nbs/collection/search.ipynb #54bf705d
+def _as_list(songs) -> list:
+    "One song, several, rows of a table with paths, or None, as a list."
+    if isinstance(songs, pl.DataFrame) and "path" in songs.columns:
+        return songs["path"].to_list()
+    is_one = isinstance(songs, str | Path) or not isinstance(songs, Iterable)
+    return [] if songs is None else [songs] if is_one else [*songs]
+
 # %% ../../nbs/collection/search.ipynb #a0076ec2
 class SongIndex(SongLookup):
     """The songs of a library, ready for search by songs and tags.
@@ -165,9 +175,11 @@ class SongIndex(SongLookup):
         without: Iterable[str | Path] = (),  # songs to get away from, as for `find`
     ) -> pl.DataFrame:  # rank (from 0), cosine, degree, path, artist, album, title, duration_s
         "Find the songs nearest to others, or those that tags fit best, without duplicates. Raises `ValueError`."
-        if k < 1 or (per_artist is not None and per_artist < 1):
-            raise ValueError(f"k={k}, per_artist={per_artist}: give 1 or more")
-        songs, without = ([s] if isinstance(s, str | Path) else list(s or ()) for s in (songs, without))
+        k = check_number("k", k, 1, integer=True)
+        per_artist = check_number("per_artist", per_artist, 1, integer=True, optional=True)
+        songs, without = _as_list(songs), _as_list(without)
+        if not all(isinstance(song, str | Path) for song in (*songs, *without)):
+            raise TypeError("query: of a library, give paths, parts of names, or rows of a table that has paths")
         if not songs and (without or tags is None):
             raise ValueError("give songs, tags or both; without: only with songs")
         degrees = None if tags is None else self.degrees(tags)
@@ -220,6 +232,17 @@ def _nearest_songs(index: SongIndex, songs: list, without: list, k: int, degrees
             return index.table(chosen, index.vectors[chosen] @ query, degrees)
         count *= 8
 
+# %% ../../nbs/collection/search.ipynb #9f3e2ce2
+def _open_table(embeddings: pl.DataFrame | pl.LazyFrame | str | Path) -> pl.LazyFrame:
+    "A table of embeddings. Raises `ValueError` for anything else, and `FileNotFoundError`."
+    is_path = isinstance(embeddings, str | Path)
+    table = pl.scan_parquet(resolve_path(embeddings)) if is_path else embeddings
+    with contextlib.suppress(AttributeError, KeyError, pl.exceptions.PolarsError):  # no table, no column, no parquet
+        if isinstance(table.lazy().collect_schema()["embedding"], pl.Array):
+            return table.lazy()
+    name = embeddings if is_path else type(embeddings).__name__
+    raise ValueError(f"{name}: no table with vectors in a column `embedding`; give what `embed` or `scan` made")
+
 # %% ../../nbs/collection/search.ipynb #9826ffcf
 def _table_parts(table: pl.LazyFrame, dim: int, chunk_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "The row numbers and the vectors, of unit length, of each chunk of a table. Raises `ValueError`."
@@ -231,9 +254,27 @@ def _table_parts(table: pl.LazyFrame, dim: int, chunk_size: int) -> Iterator[tup
         yield np.arange(start, start + len(chunk)), unit_vectors(vectors)
         start += len(chunk)
 
+# %% ../../nbs/collection/search.ipynb #d7b34a4a
+def _query_vectors(query, table: pl.LazyFrame) -> np.ndarray:  # (queries, dim) float32
+    "The vectors of a query; of paths, those that the table has. Raises `ValueError`."
+    if isinstance(query, str | Path | list | tuple) and all(isinstance(path, str | Path) for path in _as_list(query)):
+        names = [{str(path), str(resolve_path(path))} for path in _as_list(query)]
+        has_paths = "path" in table.collect_schema()
+        parts = [table.filter(pl.col("path").is_in(name)).collect() for name in names if has_paths]
+        if not parts or any(part.is_empty() for part in parts):
+            raise ValueError(f"query={query}: not among the paths of the table; give one of them, rows, or vectors")
+        query = pl.concat(parts)
+    if isinstance(query, pl.DataFrame | pl.LazyFrame):
+        query = _open_table(query).collect()["embedding"]
+    with contextlib.suppress(TypeError, ValueError):
+        vectors = np.atleast_2d(np.asarray(query, np.float32))
+        if vectors.ndim == 2 and np.isfinite(vectors).all():
+            return vectors
+    raise ValueError("query: give finite vectors, (dim,) or (queries, dim), rows of a table, or paths that it has")
+
 # %% ../../nbs/collection/search.ipynb #3694701c
 def nearest(
-    query: np.ndarray | pl.DataFrame | str | Path | Sequence[str | Path],  # vectors or rows; songs of a library
+    query: np.ndarray | pl.DataFrame | str | Path | Sequence[str | Path],  # vectors or rows; songs by their paths
     embeddings: pl.DataFrame | pl.LazyFrame | str | Path | Library | SongIndex,  # what `embed` or `scan` made
     k: int = 10,  # neighbors of each query
     chunk_size: int = 16384,  # rows compared at a time
@@ -241,26 +282,24 @@ def nearest(
 ) -> pl.DataFrame:  # query, rank (from 0), cosine, and the columns of `embeddings` without the vectors
     """Find the nearest rows of a table, or the nearest songs of a library, by cosine, nearest first.
 
-    Of a table, takes one query (dim,), several (queries, dim), or rows of an embedding table. Of a `Library`, takes a
-    song, several, or none with `tags="jazz & piano & !voice"`, and returns `rank`, `cosine`, `degree` (to which the
-    tags fit), `path`, `artist`, `album`, `title`.
+    Of a table, takes one query (dim,), several (queries, dim), rows of an embedding table, or paths of this one, whose
+    rows are among the nearest. Of a `Library`, takes a song, several, or none with `tags="piano & minor & !fast"`, and
+    returns `rank`, `cosine`, `degree` (to which the tags fit), `path`, `artist`, `album`, `title`.
 
-    Raises `ValueError` for queries of another width than the embeddings', for NaN, for `k` below 1, and for unknown
-    songs and tags.
+    Raises `ValueError` for queries of another width than the embeddings', for NaN, for `k` below 1, for unknown songs
+    and tags and for no table, `TypeError` for no songs, and `FileNotFoundError`.
     """
+    if isinstance(embeddings, str | Path) and (resolve_path(embeddings) / "library.json").exists():
+        embeddings = Library(embeddings)
     if isinstance(embeddings, Library | SongIndex):
         index = SongIndex(embeddings) if isinstance(embeddings, Library) else embeddings
         return index.nearest(query, k, **options)
     if options:
         raise ValueError(f"{', '.join(options)}: only for a library, which `maestlib.scan` makes")
-    queries = np.atleast_2d(query["embedding"].to_numpy() if isinstance(query, pl.DataFrame) else np.asarray(query))
-    if queries.ndim != 2 or not np.isfinite(queries).all():
-        raise ValueError("query: give finite vectors, (dim,) or (queries, dim)")
-    if k < 1:
-        raise ValueError(f"k={k}: give 1 or more")
-    table = pl.scan_parquet(resolve_path(embeddings)) if isinstance(embeddings, str | Path) else embeddings.lazy()
-    parts = _table_parts(table, queries.shape[1], chunk_size)
-    rows, cosines = top_k(unit_vectors(queries.astype(np.float32)), parts, k)
+    k, chunk_size = check_number("k", k, 1, integer=True), check_number("chunk_size", chunk_size, 1, integer=True)
+    table = _open_table(embeddings)
+    queries = _query_vectors(query, table)
+    rows, cosines = top_k(unit_vectors(queries), _table_parts(table, queries.shape[1], chunk_size), k)
     return _neighbor_table(table, rows, cosines)
 
 # %% ../../nbs/collection/search.ipynb #8789b4b3
