@@ -7,7 +7,10 @@ __all__ = ['AUDIO_SUFFIXES', 'SampleReader', 'open_stream', 'open_audio', 'print
 
 # %% ../../nbs/audio/decode.ipynb #6efbab3f
 import contextlib
+import itertools
+import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,26 +20,37 @@ import numpy as np
 import polars as pl
 import soundfile
 
+from .lengths import FileSection, find_sections, mp3_length_is_known
+
 # %% ../../nbs/audio/decode.ipynb #c3ab5132
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff", ".opus", ".m4a", ".aac", ".wma"}  # in folders
+AUDIO_SUFFIXES = {
+    *(".wav", ".w64", ".au", ".aif", ".aiff", ".aifc", ".flac", ".wv", ".mp3", ".ogg", ".oga", ".opus"),
+    *(".m4a", ".m4b", ".mp4", ".mka", ".aac", ".wma"),
+}  # of the files that are read in folders
 SampleReader = Callable[[int, int], np.ndarray]  # (start, count) -> (samples, channels) float32
 
 _PREROLL_S = 1.0  # decoded before an excerpt: codecs with overlapping windows need some packets to settle
+_MP3_PREROLL = 8 * 1152  # samples, as libsndfile reads mp3: a frame may refer to some before it
 _GENERIC_INDEX = 0x100  # FFmpeg's flag of containers without a table of contents
+_BARE = ("mp3", "aac")  # frames and nothing else: files are joined by `cat`, and decoders go on after damage
 
 
 @contextlib.contextmanager
-def open_stream(path: Path) -> Iterator[tuple]:
-    "Open the first audio stream with FFmpeg: container and stream. Raises `ValueError`."
+def open_stream(
+    source: Path | tuple[Path, int, int],  # a file, or the start and the stop (bytes) of one inside of it
+) -> Iterator[tuple]:  # container and stream
+    "Open the first audio stream with FFmpeg. Raises `ValueError`."
     import av  # here, because importing it is slow, and most files are read by libsndfile
 
-    try:
-        options = {"protocol_whitelist": "file"}  # a playlist must not use the network
-        container = av.open(str(path), options=options, metadata_errors="replace")
-    except av.FFmpegError as error:
-        hint = "is it audio, and complete?"
-        raise ValueError(f"{path}: neither libsndfile nor FFmpeg can read it ({error.strerror}); {hint}") from error
-    with container:
+    with contextlib.ExitStack() as closing:
+        path, is_section = (source[0], True) if isinstance(source, tuple) else (source, False)
+        try:
+            options = {"protocol_whitelist": "file"}  # a playlist must not use the network
+            file = closing.enter_context(FileSection(*source)) if is_section else str(path)
+            container = closing.enter_context(av.open(file, options=options, metadata_errors="replace"))
+        except av.FFmpegError as error:
+            hint = "is it audio, and complete?"
+            raise ValueError(f"{path}: neither libsndfile nor FFmpeg can read it ({error.strerror}); {hint}") from error
         if not container.streams.audio:
             raise ValueError(f"{path}: has no audio stream")
         if container.streams.audio[0].codec_context is None:
@@ -45,43 +59,69 @@ def open_stream(path: Path) -> Iterator[tuple]:
             raise ValueError(f"{path}: is copy-protected (DRM); only a copy without it can be read")
         yield container, container.streams.audio[0]
 
-# %% ../../nbs/audio/decode.ipynb #20545979
-def _decode_frames(
-    path: Path, rate: int, start: int, origin: Fraction | None
-) -> Iterator[tuple[int, np.ndarray]]:  # position; (samples, channels)
-    "Decode the frames from the one with sample `start` on, seeking if the time of the first sample (s) is known."
+# %% ../../nbs/audio/decode.ipynb #28b8d541
+class _Part(NamedTuple):
+    source: Path | tuple[Path, int, int]  # as for `open_stream`
+    rate: int  # Hz
+    length: int  # samples
+    channels: int
+    origin: Fraction | None  # time (s) of the first sample, where samples can be sought by it; None: they are counted
+
+
+def _decode_packets(container, packets: Iterable) -> Iterator[tuple]:  # packet, frame
     import av
 
-    to_float, position, preroll = av.AudioResampler(format="fltp"), 0, round(_PREROLL_S * rate)
-    with open_stream(path) as (container, stream):
-        if origin is not None and start > preroll:
-            container.seek(int((origin + Fraction(start - preroll, rate)) / stream.time_base), stream=stream)
+    for packet in packets:
+        try:
+            frames = packet.decode()
+        except av.InvalidDataError:
+            if container.format.name not in _BARE:
+                raise
+        else:
+            yield from ((packet, frame) for frame in frames)
+
+# %% ../../nbs/audio/decode.ipynb #20545979
+def _decode_frames(
+    part: _Part, rate: int, start: int
+) -> Iterator[tuple[int, np.ndarray]]:  # position; (samples, channels), both at `rate`
+    "Decode the frames of a part from the one with sample `start` on, seeking if the time of its first sample is known."
+    import av
+
+    to_float, position, preroll = av.AudioResampler(format="fltp", rate=rate), 0, round(_PREROLL_S * rate)
+    is_same = rate == part.rate
+    with open_stream(part.source) as (container, stream):
+        if part.origin is not None and is_same and start > preroll:
+            container.seek(int((part.origin + Fraction(start - preroll, rate)) / stream.time_base), stream=stream)
             position = None
-        for frame in container.decode(stream):
+        frames = (frame for _, frame in _decode_packets(container, container.demux(stream)))
+        for frame in itertools.chain(frames, [] if is_same else [None]):  # None: what is left in the resampler
             if position is None:
-                position = round((frame.pts * stream.time_base - origin) * rate)
+                position = round((frame.pts * stream.time_base - part.origin) * rate)
                 if position > start:
                     raise RuntimeError("its table of contents is wrong")
-            if position + frame.samples > start:
-                for part in to_float.resample(frame):
-                    yield position, part.to_ndarray().T
-            position += frame.samples
+            if is_same and position + frame.samples <= start:
+                position += frame.samples
+                continue
+            for converted in to_float.resample(frame):
+                if position + converted.samples > start:
+                    yield position, converted.to_ndarray().T
+                position += converted.samples
 
 # %% ../../nbs/audio/decode.ipynb #1a50eea7
 class _FrameReader:
     "Reads ranges of samples; one that starts where the last ended, or up to a second before, goes on decoding."
 
-    def __init__(self, path: Path, rate: int, origin: Fraction | None):
-        self.path, self.rate, self.origin = path, rate, origin  # origin (s): time of the first sample; None: count
+    def __init__(self, part: _Part, rate: int):  # rate (Hz): of the result
+        self.part, self.rate = part, rate
         self.preroll = round(_PREROLL_S * rate)
         self.frames, self.buffer, self.first = None, np.zeros((0, 1), np.float32), 0  # first: sample of the buffer
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         end, parts = self.first + len(self.buffer), [self.buffer]
-        can_jump = self.origin is not None and start > end + self.preroll
+        can_jump = self.part.origin is not None and start > end + self.preroll
         if self.frames is None or start < self.first or can_jump:
             self.close()
-            self.frames, parts, end = _decode_frames(self.path, self.rate, start, self.origin), [], start
+            self.frames, parts, end = _decode_frames(self.part, self.rate, start), [], start
         while end < stop and (frame := next(self.frames, None)):
             position, samples = frame
             if not parts or end <= start:
@@ -106,72 +146,174 @@ class _FrameReader:
         if self.frames is not None:
             self.frames.close()
 
+# %% ../../nbs/audio/decode.ipynb #95702b9f
+class _JoinedReader:
+    "Reads ranges of samples across the parts of a file. A part with fewer channels repeats their mean."
+
+    def __init__(self, parts: list[_Part], rate: int):
+        self.parts, self.rate, self.reader = parts, rate, None
+        self.channels = max(part.channels for part in parts)
+        lengths = [math.ceil(part.length * rate / part.rate) for part in parts]
+        self.stops = list(itertools.accumulate(lengths))
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        blocks, first = [np.zeros((0, self.channels), np.float32)], 0
+        for part, stop in zip(self.parts, self.stops, strict=True):
+            wanted = min(start + count, stop) - max(start, first)
+            if wanted > 0:
+                blocks.append(self._read_part(part, max(start, first) - first, wanted))
+                missing = wanted - len(blocks[-1])
+                if missing >= self.rate:
+                    raise RuntimeError(f"{missing / self.rate:.1f} s are missing")
+                blocks.append(np.zeros((missing if stop < self.stops[-1] else 0, self.channels), np.float32))
+            first = stop
+        return np.concatenate(blocks)
+
+    def _read_part(self, part: _Part, start: int, count: int) -> np.ndarray:
+        if self.reader is None or self.reader.part is not part:
+            self.close()
+            self.reader = _FrameReader(part, self.rate)
+        samples = self.reader.read(start, count)
+        if len(samples) and samples.shape[1] != self.channels:
+            samples = samples.mean(1, keepdims=True)
+        return np.broadcast_to(samples, (len(samples), self.channels))
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.close()
+
 # %% ../../nbs/audio/decode.ipynb #b8f04017
 def _counts_samples(container) -> bool:
     "Whether time stamps are exact to the sample and can be sought: mp4, m4a, mov."
     return container.format.name.startswith("mov")
 
+
+def _frame_kind(packet) -> tuple[tuple, bool]:
+    "What the header of an mp3 or aac frame tells of rate and channels, and whether the frame counts those of a file."
+    data = bytes(packet)
+    is_mp3 = data[1] & 6 != 0
+    values = (data[2] & 0x0C, data[3] >> 6 == 3) if is_mp3 else (data[2] & 0x3D, data[3] >> 6)
+    return (data[1] & 0x1E, *values), any(bytes(9) + tag in data for tag in (b"Xing", b"Info"))  # behind zeros
+
 # %% ../../nbs/audio/decode.ipynb #476615b8
-def _length_s(container, stream, first) -> Fraction:
-    "The length in the header, if it is that of the audio; otherwise the packets after the `first` frame are read."
+def _count_packets(container, stream, first, packet, packets: Iterator) -> tuple[Fraction, int | None]:
+    "Seconds of a part, and the byte where another one begins; `packets` follow the one of the `first` frame."
+    length_s, trimmed, origin = Fraction(first.samples, first.sample_rate), 0, first.pts or 0
+    is_bare, new, change = container.format.name in _BARE, None, None
+    kind = is_bare and _frame_kind(packet)[0]
+    for packet in packets:
+        if is_bare and packet.size > 3:
+            last, (new, counts_frames) = new, _frame_kind(packet)
+            if counts_frames or new == last != kind:
+                return length_s, packet.pos if counts_frames else change
+            change = packet.pos
+        if packet.pts is not None:
+            duration = ((packet.duration or 0) + (1 << 31)) % (1 << 32) - (1 << 31)  # the last one may be negative
+            length_s = max(length_s, (packet.pts + duration - origin) * stream.time_base)
+        if is_bare and packet.has_sidedata("skip_samples"):  # elsewhere the duration is without them
+            trimmed += int.from_bytes(bytes(packet.get_sidedata("skip_samples"))[4:8], "little")
+    return length_s - Fraction(trimmed, first.sample_rate), None
+
+
+def _length_s(container, stream, *packets) -> tuple[Fraction, int | None]:  # as of `_count_packets`
     alone = len(container.streams) == 1 and not container.format.flags & _GENERIC_INDEX
     if (alone or _counts_samples(container)) and stream.duration:
-        return stream.duration * stream.time_base
+        return stream.duration * stream.time_base, None
     if alone and container.duration:
-        return Fraction(container.duration, 1_000_000)
-    origin, length_s = first.pts or 0, Fraction(first.samples, first.sample_rate)
-    for packet in container.demux(stream):
-        if packet.pts is not None:
-            length_s = max(length_s, (packet.pts + (packet.duration or 0) - origin) * stream.time_base)
-    return length_s
+        return Fraction(container.duration, 1_000_000), None
+    return _count_packets(container, stream, *packets)
 
-# %% ../../nbs/audio/decode.ipynb #ad545bb6
-def _open_ffmpeg(path: Path) -> tuple[int, int, _FrameReader]:
-    "Rate (Hz), length (samples) and reader of the first audio stream of a file, as `open_audio` yields them."
+# %% ../../nbs/audio/decode.ipynb #ad38d21f
+def _check_header(path: Path, rate: int, channels: int) -> None:
+    "Raise `ValueError` for a rate or a number of channels that no recording has: a broken header."
+    if not 1000 <= rate <= 768_000:
+        raise ValueError(f"{path}: a sample rate of {rate:,} Hz (1,000 to 768,000 are read); mend its header")
+    if channels > 64:
+        raise ValueError(f"{path}: {channels:,} channels (up to 64 are read); mend its header")
+
+
+def _open_part(path: Path, start: int, stop: int) -> tuple[_Part | None, int | None]:
+    "The part that begins at a byte, None if it has no sound; and the byte where another one begins, if one does."
     import av
 
-    with open_stream(path) as (container, stream):
-        try:
-            first = next(container.decode(stream), None)
+    source = (path, start, stop) if (start, stop) != (0, os.path.getsize(path)) else path
+    try:
+        with open_stream(source) as (container, stream):
+            packets = container.demux(stream)
+            packet, first = next(_decode_packets(container, packets), (None, None))
             if first is None:
-                raise ValueError(f"{path}: its audio stream is empty; convert it again")
-            rate = first.sample_rate
+                return None, None
+            rate, channels = first.sample_rate, first.layout.nb_channels
+            _check_header(path, rate, channels)
+            length_s, change = _length_s(container, stream, first, packet, packets)
             origin = first.pts * stream.time_base if _counts_samples(container) else None
-            length_s = _length_s(container, stream, first)
-        except av.FFmpegError as error:
-            raise ValueError(f"{path}: damaged ({error.strerror}); convert it again") from error
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: damaged ({error.strerror}); convert it again") from error
+    if change:
+        return _open_part(path, start, start + change)[0], start + change
+    return _Part(source, rate, round(length_s * rate), channels, origin), None
 
-    return rate, round(length_s * rate), _FrameReader(path, rate, origin)
+# %% ../../nbs/audio/decode.ipynb #ad545bb6
+def _open_ffmpeg(path: Path) -> tuple[int, int, _FrameReader | _JoinedReader]:
+    "Rate (Hz), length (samples) and reader of the first audio stream of a file, as `open_audio` yields them."
+    parts = []
+    for start, stop in find_sections(path):
+        while start is not None:
+            part, start = _open_part(path, start, stop)
+            parts += [part] if part else []
+    if not parts:
+        raise ValueError(f"{path}: its audio stream is empty; convert it again")
+    if len(parts) == 1:
+        return parts[0].rate, parts[0].length, _FrameReader(parts[0], parts[0].rate)
+    rate = max(part.rate for part in parts)
+    joined = _JoinedReader(parts, rate)
+    return rate, joined.stops[-1], joined
 
 # %% ../../nbs/audio/decode.ipynb #529a0c7b
+@contextlib.contextmanager
+def _open_libsndfile(path: Path) -> Iterator[soundfile.SoundFile | None]:
+    "Open a file that libsndfile can read and whose length it knows, else yield None."
+    try:
+        file = soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path)  # a name may be no UTF-8
+    except soundfile.LibsndfileError:
+        yield None
+        return
+    with file:
+        is_known = file.seekable() and 0 < file.frames < 1 << 40
+        is_known &= mp3_length_is_known(path) if file.format == "MP3" else len(find_sections(path)) == 1
+        yield file if is_known else None
+
+
 @contextlib.contextmanager
 def open_audio(
     path: Path,  # of any format that libsndfile or FFmpeg reads; of a film, its first audio stream
 ) -> Iterator[tuple[int, int, SampleReader]]:  # sample rate (Hz), length (samples), reader
     """Open an audio file for reading ranges of samples.
 
-    Raises `FileNotFoundError`, or `ValueError` for a file that is empty, not audio or without an audio stream. The
-    reader raises `RuntimeError` where the data are damaged, and returns fewer samples where they end early.
+    Raises `FileNotFoundError`, or `ValueError` for a file that is empty, not audio, without an audio stream or with an
+    impossible sample rate. The reader raises `RuntimeError` where the data are damaged, and returns fewer samples where
+    they end early.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file() or path.stat().st_size == 0:
         raise ValueError(f"{path}: empty, or not a file; give an audio file")
-    try:
-        file = soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path)  # a name may be no UTF-8
-    except soundfile.LibsndfileError:
-        rate, length, frames = _open_ffmpeg(path)
-        with contextlib.closing(frames):
-            yield rate, length, frames.read
-        return
-    with file:
-        if file.frames >= 1 << 40:
-            raise ValueError(f"{path}: its header does not give its length; convert it again")
+    with _open_libsndfile(path) as file:
+        if file is None:
+            rate, length, reader = _open_ffmpeg(path)
+            with contextlib.closing(reader):
+                yield rate, length, reader.read
+            return
+        _check_header(path, file.samplerate, file.channels)
+
+        preroll = _MP3_PREROLL if file.format == "MP3" else 0
 
         def read(start, count):
+            early = 0
             if file.tell() != start:
-                file.seek(start)
-            return file.read(count, dtype="float32", always_2d=True)
+                early = min(start, preroll)
+                file.seek(start - early)
+            return file.read(early + count, dtype="float32", always_2d=True)[early:]
 
         yield file.samplerate, file.frames, read
 
@@ -209,8 +351,9 @@ def walk_audio(
                 continue
             seen.add((status.st_dev, status.st_ino))
         for entry in _entries(folder, problems):
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(entry.path)
+            is_link = entry.is_symlink()  # which may lead in a circle
+            if os.path.isdir(entry.path) if is_link else entry.is_dir():
+                (links if is_link else folders).append(entry.path)
             elif os.path.splitext(entry.name)[1].lower() in AUDIO_SUFFIXES:
                 yield entry.path
 
@@ -235,8 +378,11 @@ def list_audio(
                 status = os.stat(file)
             except OSError as error:
                 problems.append((printable_path(file), f"cannot be read ({error.strerror})"))
-            else:
+                continue
+            if stat.S_ISREG(status.st_mode):
                 rows[printable_path(file)] = (status.st_size, status.st_mtime_ns)
+            else:
+                problems.append((printable_path(file), "a pipe, a socket or a device; only files are read"))
     columns = [(path, *rows[path]) for path in sorted(rows)]
     schema = {"path": pl.String, "size": pl.Int64, "mtime_ns": pl.Int64}
     return Listing(pl.DataFrame(columns, schema, orient="row"), problems)
