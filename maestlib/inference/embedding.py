@@ -8,6 +8,7 @@ __all__ = ['list_sources', 'resolve_model', 'count_vectors', 'resolve_blocks', '
 
 # %% ../../nbs/inference/embedding.ipynb #1134c40c
 import json
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 
 from ..audio.decode import AUDIO_SUFFIXES, walk_audio
 from ..audio.isolated import decoder_processes
+from ..audio.mel import resample
+from ..core.checks import as_wave, check_number
 from ..core.device import default_device
 from ..core.files import log, resolve_path
 from .jobs import ParquetJob, model_fingerprint, stream_to_parquet
@@ -25,7 +28,7 @@ from .labels import read_level
 from .windows import iter_results, make_forward
 from ..models.checkpoint import BUNDLED_MODEL, load_model
 from ..models.cost import auto_batch_size
-from ..models.maest import MAEST
+from ..models.maest import MAEST, check_blocks
 from ..models.patchout import Patchout, select_patches
 from ..models.reduction import prepare_dtype
 
@@ -43,14 +46,22 @@ def _audio_in(folder: Path) -> list[str]:
 # %% ../../nbs/inference/embedding.ipynb #4d4eefc7
 def list_sources(
     source: _Source,  # an audio file, a folder, several of them, or a waveform (samples,)
-) -> list[str] | list[torch.Tensor | np.ndarray]:  # paths, or one waveform
+    sample_rate: int | None = None,  # Hz, of a waveform; None: `new_rate`
+    new_rate: int = 16000,  # Hz, of the waveform that is returned
+) -> list[str] | list[torch.Tensor]:  # paths, or one waveform
     """List what is to be read: the files of folders in sorted order, and what was given, without duplicates.
 
-    Raises `FileNotFoundError` for a folder without audio, and `ValueError` for an empty list.
+    Raises `FileNotFoundError` for a folder without audio, `ValueError` for an empty list, for a waveform as `as_wave`
+    and for the sample rate of files, and `TypeError` for anything else.
     """
     if isinstance(source, torch.Tensor | np.ndarray):
-        return [source]
-    sources = [source] if isinstance(source, str | Path) else list(source)
+        return [resample(as_wave(source), new_rate if sample_rate is None else sample_rate, new_rate)]
+    if sample_rate is not None:
+        raise ValueError(f"sample_rate={sample_rate}: files have their own; give it with a waveform")
+    sources = list(source) if isinstance(source, Iterable) and not isinstance(source, str) else [source]
+    for path in sources:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"paths: a {type(path).__name__} is no path; give files, a folder or one waveform")
     if not sources:
         raise ValueError("paths: the list is empty; give files, a folder or a waveform")
     folders = [resolve_path(path) for path in sources]
@@ -87,10 +98,9 @@ def resolve_blocks(
     depth: int,  # of the model
 ) -> tuple[int, ...]:
     "Return blocks as a tuple. Raises `ValueError` unless they are different numbers below `depth`."
-    blocks = tuple(np.atleast_1d(block).tolist())
-    is_known = all(b in range(depth) for b in blocks)
-    if not blocks or not is_known or len(set(blocks)) < len(blocks):
-        raise ValueError(f"block={block}: give different numbers from 0 to {depth - 1}")
+    blocks = check_blocks(block, depth, "block")
+    if len(set(blocks)) < len(blocks):
+        raise ValueError(f"block={blocks}: give different numbers")
     return blocks
 
 # %% ../../nbs/inference/embedding.ipynb #89f8dd23
@@ -107,7 +117,7 @@ def make_embedder(
     Vectors are counted by `count_vectors`. With tags it returns (batch, labels + len(blocks) * vectors * embed_dim),
     the activations first.
     """
-    if not tokens or [token for token in _TOKENS if token in tokens] != list(tokens):
+    if not isinstance(tokens, str) or not tokens or [token for token in _TOKENS if token in tokens] != list(tokens):
         raise ValueError(f"tokens={tokens!r}: give some of {_TOKENS}, in this order (cls, dist, patch mean, rows)")
     prepared, matmul_dtype = prepare_dtype(model, dtype)
     token_of_vector = [token for token in _TOKENS for _ in range(count_vectors(model, token, patchout))]
@@ -168,6 +178,9 @@ def prepare_embedding(
     "Prepare the parts of an embedding job. Raises `ValueError` for parameters out of range."
     blocks = resolve_blocks(model.config.middle_block if block is None else block, model.config.depth)
     forward = make_embedder(model, blocks, tokens, patchout, dtype)
+    hop_s = check_number("hop_s", hop_s, high=model.config.seconds, above=0, optional=True)
+    batch_size = check_number("batch_size", batch_size, 1, integer=True, optional=True)
+    num_workers = check_number("num_workers", num_workers, 1, integer=True, optional=True)
     if batch_size is None:
         batch_size = auto_batch_size(model, patchout)
     options = dict(model=model, forward=forward, hop_s=hop_s, batch_size=batch_size, num_workers=num_workers)
@@ -179,7 +192,7 @@ def prepare_embedding(
 
 # %% ../../nbs/inference/embedding.ipynb #ea3f8559
 def embed(
-    source: _Source,  # an audio file, a folder, several files, or a waveform (samples,) at the model's sample rate
+    source: _Source,  # an audio file, a folder, several files, or a waveform (samples,)
     model: MAEST | str | Path | None = None,  # in evaluation mode, or as for `load_model`; None: the bundled one
     block: int | tuple[int, ...] | None = None,  # after which block or blocks, numbered from 0; None: the middle one
     tokens: str = "cdt",  # cls (c), dist (d), mean of the patches (t), mean (r) and deviation (s) of each row of them
@@ -190,13 +203,15 @@ def embed(
     batch_size: int | None = None,  # windows read at once; None: `auto_batch_size(model)`
     num_workers: int | None = None,  # decoding threads; None: one per core
     out: str | Path | None = None,  # a parquet file, or a folder of them, to stream to and to resume from after a kill
+    sample_rate: int | None = None,  # Hz, of a waveform, which is resampled; None: the model's, 16 kHz
 ) -> pl.DataFrame | pl.LazyFrame:  # path, start_s, end_s, [block, if several], embedding; lazy if `out` is given
     """Embed audio of any length: read it in overlapping windows and return the vectors after a block.
 
-    A waveform is (samples,) float, mono, full scale ±1. Returns a row per window, or with `average` per recording:
-    `path` (null for a waveform), `start_s`, `end_s`, `block` if there are several, and `embedding`, (vectors *
-    embed_dim,) float32. With `out` the table is streamed there and returned lazily, and all processes that call this
-    with the same files and `out` share the work.
+    A waveform is (samples,) float, mono, full scale ±1, at the model's 16 kHz unless `sample_rate` is given: at a wrong
+    rate its embedding would look right. Returns a row per window, or with `average` per recording: `path` (null for a
+    waveform), `start_s`, `end_s`, `block` if there are several, and `embedding`, (vectors * embed_dim,) float32. With
+    `out` the table is streamed there and returned lazily, and all processes that call this with the same files and
+    `out` share the work.
 
     Raises `ValueError` for parameters out of range, a model in training mode and an `out` made with other settings; if
     no file can be read, the first error. Other files that fail are left out and logged; with `out="emb.parquet"` they
@@ -207,7 +222,7 @@ def embed(
     model = resolve_model(model)
     options = (block, tokens, patchout, hop_s, average, dtype, batch_size, num_workers)
     run, to_table, schema, choices = prepare_embedding(model, *options)
-    sources = list_sources(source)
+    sources = list_sources(source, sample_rate, model.config.mel.sample_rate)
     if out is None:
         return _collect(sources, run, to_table)
     if not isinstance(sources[0], str):
@@ -218,7 +233,7 @@ def embed(
 
 # %% ../../nbs/inference/embedding.ipynb #03240285
 def tag(
-    source: _Source,  # an audio file, or a waveform (samples,) at the model's sample rate
+    source: _Source,  # an audio file, or a waveform (samples,)
     model: MAEST | str | Path | None = None,  # with labels, in evaluation mode, or as for `load_model`; None: bundled
     top: int | None = 10,  # how many labels at most; None: all
     threshold: float | str | None = None,  # lowest activation; "calibrated": the model's own for each label
@@ -227,6 +242,7 @@ def tag(
     dtype: str | torch.dtype = "auto",  # of the matrix products: auto, float32, bfloat16; int8 on a CPU
     batch_size: int | None = None,  # windows read at once; None: `auto_batch_size(model)`
     level: str = "label",  # label, or a level of `Genre---Style` labels: genre, style
+    sample_rate: int | None = None,  # Hz, of a waveform, which is resampled; None: the model's, 16 kHz
 ) -> pl.DataFrame:  # label, activation (0 to 1), highest first
     """Tag one recording of any length: the mean activation of each label over its windows.
 
@@ -241,10 +257,11 @@ def tag(
     model = resolve_model(model)
     if not model.config.labels:
         raise ValueError("model: it has no labels; load one that was trained to tag")
-    if top is not None and top < 1:
-        raise ValueError(f"top={top}: give 1 or more, or None for all")
+    top = check_number("top", top, 1, integer=True, optional=True)
+    hop_s = check_number("hop_s", hop_s, high=model.config.seconds, above=0, optional=True)
+    batch_size = check_number("batch_size", batch_size, 1, integer=True, optional=True)
     lowest = _lowest_activations(model, threshold)
-    sources = list_sources(source)
+    sources = list_sources(source, sample_rate, model.config.mel.sample_rate)
     if len(sources) != 1:
         raise ValueError(f"{source}: {len(sources)} files; tag one at a time")
     prepared, matmul_dtype = prepare_dtype(model, dtype)
@@ -260,10 +277,9 @@ def tag(
 # %% ../../nbs/inference/embedding.ipynb #dc3f2f53
 def _lowest_activations(model: MAEST, threshold: float | str | None) -> pl.Series:
     "The threshold of each label; 0 without one. Raises `ValueError` where the model has none, or for another word."
-    if threshold == "calibrated":
+    if isinstance(threshold, str) and threshold == "calibrated":
         if model.thresholds is None:
             raise ValueError("threshold='calibrated': the model has no thresholds; fit them, or give a number")
         return pl.Series(model.thresholds)
-    if threshold is not None and not (isinstance(threshold, float | int) and 0 <= threshold <= 1):
-        raise ValueError(f"threshold={threshold!r}: give a number from 0 to 1, or 'calibrated'")
-    return pl.Series([float(threshold or 0)] * len(model.config.labels))
+    lowest = check_number("threshold", threshold, 0, 1, optional=True)
+    return pl.Series([float(lowest or 0)] * len(model.config.labels))
