@@ -201,7 +201,9 @@ def test_an_unreadable_file_is_reported_and_changes_nothing(tmp_path, tracks):
     send_upload(picker.upload, "empty.mp3", b"")
     assert "empty.mp3" in picker.message.value and not loaded
     send_upload(picker.upload, "a.wav", Path(tracks["long"]).read_bytes())
-    assert len(loaded) == 1 and picker.message.value == "" and picker.player.flac[:4] == b"fLaC"
+    assert len(loaded) == 1 and picker.message.value == "a.wav." and picker.player.flac[:4] == b"fLaC"
+    picker.path.value = too_short
+    assert "moment.wav: frames=6" in picker.message.value, "what is too short is named"
 
 
 def test_the_menu_names_the_loaded_track_or_nothing(tracks):
@@ -242,6 +244,10 @@ def test_all_positions_of_the_patchout_sliders(tracks):
     tooltips = explorer.box.children[-1]
     names = {f"maestlib-{n}" for n in ("track", "path", "upload", "pattern", "time", "frequency", "seed")}
     assert set(tooltips.tips) == names and "so many" in tooltips.tips["maestlib-time"] and all(tooltips.tips.values())
+    controls.time.value, controls.frequency.value = 3, 2
+    for name in ("short", "long"):
+        explorer.track.menu.value = name
+        assert (controls.time.value, controls.frequency.value) == (3, 2), "another track keeps the sliders"
     controls.pattern.value = "training"
     assert "at random" in tooltips.tips["maestlib-time"] and controls.time.description == "time: drop"
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from .files import real_path
 from .library import Library
-from .library_controls import LibraryControls, SongColors, SongLayouts, SongMap
+from .library_controls import ALL_SONGS, LibraryControls, SongColors, SongLayouts, SongMap
 from .library_map import SongSpaces, map_code, place_songs, plot_song_map, song_names
 from .my_tags import fit_my_tag
 from .playlist import write_playlist
@@ -26,8 +26,7 @@ from ..core.extras import optional_import
 from ..core.files import atomic_write
 from ..core.text import split_label
 from ..inference.labels import label_degrees
-from ..widgets.controls import MODEL_LOCK, LatestOnlyWorker, Player, load_for_playback, panel, row
-from ..widgets.theme import FIGURE_WIDTH
+from ..widgets.controls import MODEL_LOCK, LatestOnlyWorker, Player, load_for_playback, panel, row, side_by_side
 
 with optional_import():
     import ipywidgets as w
@@ -40,14 +39,13 @@ class ExplorerState:
     def __init__(
         self,
         *libraries: Library | str | Path,  # as for `SongSpaces`
-        dataset: str = "",  # as for `SongColors`
+        dataset: str = "",  # as for `SongSpaces`
     ):
-        self.spaces = SongSpaces(*libraries)
-        self.colors = SongColors(self.spaces, dataset)
+        self.spaces = SongSpaces(*libraries, dataset=dataset)
+        self.colors = SongColors(self.spaces)
         self.controls = LibraryControls(self.spaces.titles, self.colors.options())
         self.maps = [SongMap(name, self.select, self.choose) for name in ("library-map", "second-map")]
         self.selected, self.probes, self.dropped = [], {}, None  # songs; (tag, space): probe; {title: vector}
-        self.is_listing = False
         self.message = w.HTML().add_class("maestlib-message")
 
     def show_message(self, message: str | Exception):
@@ -57,18 +55,31 @@ class ExplorerState:
     def select(self, songs: Sequence[int], message: str = ""):  # rows of the table
         "Select songs."
         self.selected = [int(i) for i in songs]
-        for song_map in self.maps:
-            song_map.select(self.selected)
         listed = self.selected[:_MAX_LISTED]
-        self.is_listing = True  # the list chooses its first song; it is not played
-        self.controls.songs.options = list(zip(song_names(self.spaces.songs[listed]), listed, strict=True))
-        self.controls.songs.value = None
-        self.is_listing = False
-        self.show_message(message or (f"{len(self.selected):,} songs selected" if self.selected else ""))
+        names = list(zip(song_names(self.spaces.songs[listed]), listed, strict=True))
+        count = f"{_count(self.selected)} selected"
+        self.controls.songs.options = [(count, ALL_SONGS), *names] if names else []  # the first entry is chosen
+        self.highlight()
+        self.show_message(message or (count if names else ""))
+
+    def highlight(self):
+        "Highlight on the maps what is chosen in the list."
+        for song_map in self.maps:
+            song_map.select(self.chosen)
+
+    @property
+    def chosen(self) -> list[int]:  # rows of the table
+        "The song that is chosen in the list, or all that are selected."
+        song = self.controls.songs.value
+        return self.selected if song in (None, ALL_SONGS) else [song]
 
     @property
     def shown(self) -> tuple[tuple[str, str], float]:  # the two spaces; how far songs glide, 0 to 1
         return (self.controls.first.value, self.controls.second.value), self.controls.glide.value / 100
+
+
+def _count(songs: Sequence[int]) -> str:
+    return "1 song" if len(songs) == 1 else f"{len(songs):,} songs"
 
 
 _MAX_LISTED, _MAX_FOUND, _PLAYED_S = 200, 25, 180  # songs; songs; seconds
@@ -79,7 +90,7 @@ class ExplorerMaps(ExplorerState):
 
     def __init__(self, *libraries, dataset=""):
         super().__init__(*libraries, dataset=dataset)
-        self.figures, self.status = w.HBox(), w.HTML()  # one map, or both; of the layouts
+        self.figures, self.status = side_by_side(), w.HTML()  # one map, or both; of the layouts
         self.layouts = SongLayouts(self.spaces, self.draw, self._show_status)
 
     def _show_status(self, status: str | Exception):
@@ -90,8 +101,7 @@ class ExplorerMaps(ExplorerState):
         is_beside = self.controls.beside.value
         self.figures.children = [songs.figure for songs in self.maps[: 1 + is_beside]]
         for songs, legend in zip(self.maps, (False, True), strict=True):
-            width = FIGURE_WIDTH * 5 // 8 if is_beside else FIGURE_WIDTH
-            songs.figure.update_layout(width=width, showlegend=legend or not is_beside)
+            songs.figure.update_layout(showlegend=legend or not is_beside)
             if songs.figure.data and songs.figure.data[0].marker.colorscale:
                 songs.figure.data[0].marker.showscale = legend or not is_beside
 
@@ -105,7 +115,7 @@ class ExplorerMaps(ExplorerState):
         values, name, _ = self.color_values()
         for songs, layout in zip(self.maps, self._places()[0], strict=True):
             songs.show(plot_song_map(self.spaces.songs, layout, values, name=name))
-            songs.select(self.selected)
+        self.highlight()
         self.resize()
         self.draw()
         tag = self.controls.color.value.partition("my:")[2]
@@ -158,18 +168,25 @@ class ExplorerPlayer(ExplorerDrawing):
         self.title.value = html.escape(*song_names(self.spaces.songs[[song]]))
         self.player.seek(0.0)
 
-    def play_chosen(self, change):
-        "Play the song that was chosen in the list."
-        if change.new is not None and not self.is_listing:
+    def choose_listed(self, change):
+        "Highlight what was chosen in the list; play it where it is one song."
+        self.highlight()
+        if change.new not in (None, ALL_SONGS):
             self.play(change.new)
 
     def choose(self, song: int):  # a row of the table
-        "Play a song; where it is not selected, select it and its nearest."
-        if song not in self.selected:
-            nearest = self.spaces.nearest(self.controls.first.value, song)
-            (name,) = song_names(self.spaces.songs[[song]])
-            self.select([song, *nearest], f"{name}, and the {len(nearest)} songs nearest to it")
+        "Select and play one song."
+        self.select([song], *song_names(self.spaces.songs[[song]]))
         self.play(song)
+
+    def select_nearest(self):
+        "Select the song that was clicked or chosen in the list, and those nearest to it."
+        if len(self.chosen) != 1:
+            self.show_message("⚠ choose one song first: click on it, or choose it in the list")
+            return
+        (song,), (name,) = self.chosen, song_names(self.spaces.songs[self.chosen])
+        nearest = self.spaces.nearest(self.controls.first.value, song)
+        self.select([song, *nearest], f"{name}, and the {_count(nearest)} nearest to it")
 
 # %% ../../nbs/collection/explore_library.ipynb #d7fb6b85
 class ExplorerUpload(ExplorerPlayer):
@@ -243,9 +260,8 @@ class ExplorerTags(ExplorerUpload):
     def _color_by(self, choice):
         color, options = self.controls.color, self.colors.options()
         if list(color.options) != options:
-            current = color.value
             color.options = options
-            color.value = current if current in dict(map(reversed, options)) else "none"
+        choice = choice if choice in dict(map(reversed, options)) else "none"
         if color.value == choice:
             self.recolor()
         color.value = choice
@@ -255,20 +271,23 @@ class ExplorerLabels(ExplorerTags):
     "Adds the buttons that label songs."
 
     def label(self, is_positive: bool | None):  # None: remove the labels
-        "Label the selected songs with my tag, save that, and fit the tag again."
+        "Label what is chosen in the list with my tag, save that, and fit the tag again."
         if not self.selected:
             self.show_message(_SELECT_FIRST)
             return
+        tag, color = " ".join(self.controls.tag.value.split()), self.controls.color.value
         try:
-            self.colors.tags.label(self.controls.tag.value, self.spaces.songs[self.selected], is_positive)
+            self.colors.tags.label(tag, self.spaces.songs[self.chosen], is_positive)
         except (ValueError, OSError) as error:
             self.show_message(error)
             return
         self.probes.clear()
         self.controls.tag.options = self.colors.tags.names
         words = {True: "yes", False: "no", None: "label removed"}
-        self.show_message(f"{len(self.selected):,} songs: {words[is_positive]}; saved in {self.colors.tags.file.name}")
+        self.show_message(f"{_count(self.chosen)}: {words[is_positive]}; saved in {self.colors.tags.file.name}")
         self.fit()
+        if tag not in self.colors.tags.names:  # its last label was removed
+            self._color_by(color)
 
     def select_likeliest(self):
         "Select the songs without a label to which my tag fits best."
@@ -303,7 +322,7 @@ class ExplorerFiles(ExplorerLabels):
         "Save the selected songs in the library."
         songs = self.spaces.songs[self.selected]
         if len(songs):
-            self._save("playlists", ".m3u8", lambda file: write_playlist(songs, file), f"{len(songs):,} songs")
+            self._save("playlists", ".m3u8", lambda file: write_playlist(songs, file), _count(self.selected))
         else:
             self.show_message(_SELECT_FIRST)
 
@@ -332,7 +351,8 @@ def _connect(explorer: ExplorerFiles) -> None:
     c.color.observe(explorer.recolor, "value")
     c.beside.observe(explorer.resize, "value")
     c.find.observe(lambda change: change.new and explorer.find(change.new), "value")
-    c.songs.observe(explorer.play_chosen, "value")
+    c.songs.observe(explorer.choose_listed, "value")
+    c.nearest.on_click(lambda _: explorer.select_nearest())
     c.tag.observe(lambda _: explorer.fit(), "value")
     for button, is_positive in ((c.yes, True), (c.no, False), (c.unlabel, None)):
         button.on_click(lambda _, is_positive=is_positive: explorer.label(is_positive))
@@ -348,13 +368,14 @@ class LibraryExplorer(ExplorerFiles):
     def __init__(
         self,
         *libraries: Library | str | Path,  # as for `SongSpaces`
-        dataset: str = "",  # as for `SongColors`
+        dataset: str = "",  # as for `SongSpaces`
     ):
         super().__init__(*libraries, dataset=dataset)
         c, self.code = self.controls, w.HTML()
         tags = [c.tag, row(c.yes, c.no, c.unlabel, c.most), self.score]
         tags = w.VBox(tags, layout=dict(width="32em", margin="0 0 0 16px"))
-        lower = w.HBox([w.VBox([c.songs, self.title, self.player]), tags], layout=dict(flex_flow="row wrap"))
+        listed = w.VBox([c.songs, row(c.nearest), self.title, self.player])
+        lower = w.HBox([listed, tags], layout=dict(flex_flow="row wrap"))
         above = row(c.color, c.find, c.method, c.beside), row(c.first, c.second, w.HBox([c.glide, c.play]))
         saving = row(c.name, c.playlist, c.figure, c.copy, c.upload)
         self.box = panel("library", *above, self.status, self.figures, self.message, lower, saving, self.code)

@@ -23,6 +23,7 @@ from .vectors import top_k, unit_vectors
 from ..core.extras import optional_import
 from ..core.files import named_rng
 from ..core.plotting import PALETTE, style_figure
+from ..datasets.registry import load_dataset
 from ..inference.labels import label_degrees
 from ..stats.layout import align_map, pca_map, tsne_map
 from ..widgets.theme import FIGURE_WIDTH, TEXT_COLOR, neutral_theme
@@ -85,9 +86,11 @@ class _Spaces:
     def __init__(
         self,
         *libraries: Library | str | Path,  # the first one's tags are shown
+        dataset: str = "",  # whose labels and titles the songs have: a name, or a folder with tags.csv; empty: none
     ):
         self.libraries = [given if isinstance(given, Library) else Library(given) for given in libraries]
-        self.library = self.libraries[0]
+        self.library, self.dataset = self.libraries[0], dataset
+        self.table = load_dataset(dataset) if dataset else None
         self.indices = {}  # title of a space: its index
         for library, name in zip(self.libraries, _space_names(self.libraries), strict=True):
             self.indices |= {f"{name}block {block}": SongIndex(library, block) for block in library.blocks}
@@ -97,6 +100,10 @@ class _Spaces:
             self.songs = self.songs.join(index.songs, "content", how="semi", maintain_order="left")
         if self.songs.is_empty():
             raise ValueError(f"{', '.join(lib.folder.name for lib in self.libraries)}: they have no song in common")
+        if self.table is not None and "title" in self.table.columns:
+            titles = dict(self.table.select("path", "title").iter_rows())
+            missing = pl.col("path").replace_strict(titles, default=None, return_dtype=pl.String)
+            self.songs = self.songs.with_columns(pl.col("title").fill_null(missing))
         self.rows = {title: self._rows_of(index) for title, index in self.indices.items()}
 
     def _rows_of(self, index: SongIndex) -> np.ndarray:  # of `songs` in the index
@@ -226,11 +233,12 @@ def plot_song_map(
     dots.update(selected_marker_opacity=1, unselected_marker_opacity=0.25, marker_line_width=0)
     star = dict(symbol="star", size=18, color=PALETTE[3], line=dict(color="white", width=1))
     star = go.Scatter(mode="markers", marker=star, name="dropped file", hoverinfo="name", showlegend=False)
+    star.unselected.marker.opacity = 1
     figure = go.Figure([dots, star, *legend])
     limit = 1.08 * max(1e-3, np.abs(layout).max())
     figure.update_xaxes(showticklabels=False, range=[-limit, limit])
     figure.update_yaxes(showticklabels=False, range=[-limit, limit])
-    size = dict(height=520, width=FIGURE_WIDTH, margin=dict(l=10, r=10, t=40, b=10))
+    size = dict(height=480, width=FIGURE_WIDTH, margin=dict(l=10, r=10, t=40, b=10))
     style_figure(figure, title, dragmode="lasso", hovermode="closest", uirevision="map", **size)
     figure.update_layout(legend_title=html.escape(name))
     return neutral_theme(figure).update_layout(modebar=dict(remove=["zoomIn", "zoomOut", "autoScale"]))
@@ -262,7 +270,7 @@ def map_code(
     vectors = [f"spaces.vectors({title!r}), {method!r}" for title in (spaces.titles[0], *titles)]
     ends = ["base" if code == vectors[0] else f"song_layout({code}, base)" for code in vectors[1:]]
     lines = [
-        f"spaces = SongSpaces({folders})",
+        f"spaces = SongSpaces({folders}{f', dataset={spaces.dataset!r}' if spaces.dataset else ''})",
         "songs = spaces.songs",
         f"base = song_layout({vectors[0]})",
         f"layout = {f'{1 - glide:g} * {ends[0]} + {glide:g} * {ends[1]}' if glide else ends[0]}",
@@ -282,5 +290,4 @@ _CODE_NAMES = {  # what the code may use
     "collection.library_map": {"SongSpaces", "given_labels", "plot_song_map", "song_layout"},
     "collection.my_tags": {"MyTags", "fit_my_tag"},
     "collection.playlist": {"write_playlist"},
-    "datasets.registry": {"load_dataset"},
 }

@@ -18,7 +18,16 @@ from ..models.maest import MAESTConfig
 from ..probing.embeddings import Embeddings
 from ..probing.layers import block_vectors, plot_map, track_titles
 from ..stats.layout import align_map, tsne_map
-from .controls import LatestOnlyWorker, Message, Player, load_for_playback, make_control, panel, row
+from maestlib.widgets.controls import (
+    LatestOnlyWorker,
+    Message,
+    Player,
+    load_for_playback,
+    make_control,
+    panel,
+    row,
+    side_by_side,
+)
 from .figures import nearest_per_block, pca_maps, plot_neighbors
 from .live_figure import LiveFigure
 from .theme import TEXT_COLOR, neutral_theme
@@ -170,7 +179,7 @@ class NeighborView:
             self.figure.change_to(plot_neighbors(self.table, self.corpus.table, track, block))
             if is_first:
                 self.figure.data[0].on_click(self._square_clicked)
-        self.figure.layout.shapes[0].update(y0=block - 0.5, y1=block + 0.5)
+        self.figure.move_shapes(y0=block - 0.5, y1=block + 0.5)
         return self.table.filter(block=block)["track"].to_list()
 
     def _square_clicked(self, trace, points, _):
@@ -188,7 +197,7 @@ class LayerExplorer:
         self.map = TrackMap(corpus, embeddings, self.choose)
         self.neighbors = NeighborView(corpus, embeddings, self.choose)
         self.controls = controls = LayerControls(corpus, embeddings.blocks, track)
-        figures = row(self.map.figure, self.neighbors.figure)
+        figures = side_by_side(self.map.figure, self.neighbors.figure)
         self.box = panel("layers", controls.box, self.player, self.message, figures)
         for control in (controls.block, controls.tokens, controls.label, controls.method):
             control.observe(lambda _: self.draw(), "value")

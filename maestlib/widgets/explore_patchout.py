@@ -17,7 +17,7 @@ from ..core.extras import optional_import
 from ..models.cost import count_flops
 from ..models.maest import MAEST, MAESTConfig
 from ..models.patchout import Patchout, patch_grid, select_patches
-from .controls import ModelExplorer, make_control, panel, row
+from .controls import ModelExplorer, make_control, panel, side_by_side
 from .figures import ROW_DROP_ORDER, coverage_mask, plot_patches, plot_tag_comparison
 from .live_figure import LiveFigure
 
@@ -76,7 +76,7 @@ class PatchoutControls:
         self.frequency = make_control(w.IntSlider, "freq.: drop", tip, "frequency", max=8, value=0)
         self.seed = make_control(w.IntSlider, "seed", "Draws another random pattern", "seed", max=99, disabled=True)
         self.box = w.VBox([self.pattern, self.time, self.frequency, self.seed])
-        self.pattern.observe(lambda _: self.reset(self.columns), "value")
+        self.pattern.observe(lambda _: self.reset(self.columns, is_kept=False), "value")
         for slider in (self.time, self.frequency, self.seed):
             slider.observe(lambda _: self.updating or self.on_change(), "value")
 
@@ -86,13 +86,18 @@ class PatchoutControls:
             return Patchout.random(rows=self.frequency.value, columns=self.time.value)
         return Patchout(keep_every=self.time.value, drop_rows=ROW_DROP_ORDER[: self.frequency.value])
 
-    def reset(self, columns: int):  # of the patch grid
-        "Set range and default of the time slider for the chosen pattern, then call `on_change` once."
+    def reset(
+        self,
+        columns: int,  # of the patch grid
+        is_kept: bool = True,  # keep the value of the time slider, as far as it fits; else set the default
+    ):
+        "Set the range of the time slider for the chosen pattern, then call `on_change` once."
         self.columns, self.updating = columns, True
         low, high, default = time_range(self.pattern.value, columns)
+        value = min(max(self.time.value, low), high) if is_kept else default
         self.time.description, self.time.tooltip = TIME_SLIDER[self.pattern.value]
         self.time.min, self.time.max = min(low, self.time.min), max(high, self.time.max)  # hold old and new value
-        self.time.value = default
+        self.time.value = value
         self.time.min, self.time.max = low, high
         self.seed.disabled, self.updating = self.pattern.value != "training", False
         self.on_change()
@@ -121,7 +126,7 @@ class PatchoutExplorer(ModelExplorer):
         self.controls = PatchoutControls(self.draw)
         self.numbers = w.HTML().add_class("maestlib-numbers")
         self.figure, self.tags = (LiveFigure().add_class(f"maestlib-{name}") for name in ("mel", "tags"))
-        below = row(w.VBox([self.controls.box, self.numbers]), self.tags)
+        below = side_by_side(w.VBox([self.controls.box, self.numbers]), self.tags)
         self.box = panel("patchout", self.track.box, self.figure, below)
         self.track.menu.index = 0
 

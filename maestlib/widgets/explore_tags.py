@@ -68,8 +68,7 @@ class TagTimeline:
 
     def move_cursor(self, second: float):
         "Show a position."
-        for cursor in self.figure.layout.shapes:
-            cursor.update(x0=second, x1=second)
+        self.figure.move_shapes(x0=second, x1=second)
 
 # %% ../../nbs/widgets/explore_tags.ipynb #a607b68d
 class TagExplorer(ModelExplorer):
