@@ -25,8 +25,8 @@ from .core.files import log, rank_and_world_size, resolve_path
 from .datasets import registry
 from .datasets.batches import load_corpus
 from .models.checkpoint import load_model
-from .training.calibration import limit_steps
 from .training.config import FREE_ON_RESUME, TrainConfig
+from .training.evaluation import score_run
 from .training.loop import TrainingInterrupted, fit
 from .training.trainer import create_model
 
@@ -113,7 +113,7 @@ def _shared_config(params: dict) -> TrainConfig:
     gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # those that torchrun has started
 
     def resolve() -> TrainConfig:
-        config = TrainConfig.from_params(params | {"gpus": gpus, "nodes": world_size // gpus}, limit_steps)
+        config = TrainConfig.from_params(params | {"gpus": gpus, "nodes": world_size // gpus})
         registry.load_dataset(config.dataset, **{"audio": config.audio} if config.audio else {})
         return config
 
@@ -129,6 +129,7 @@ def _fit_and_report(config: TrainConfig):
         last = metrics.row(-1, named=True)
         scores = f"validation mAP {last['map']:.4f}, ROC-AUC {last['roc_auc']:.4f}"
         log.info(f"{config.out_dir}: {scores} after {last['clips']:,} clips")
+    score_run(config, corpus)
 
 # %% ../nbs/train.ipynb #5928c120
 def train_from_command_line(

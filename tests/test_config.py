@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from training_runs import run_notebook
 
 from maestlib.core.docs import parameter_comments
 from maestlib.core.files import resolve_path
-from maestlib.training.calibration import limit_steps
-from maestlib.training.config import TrainConfig
+from maestlib.training.config import SLOW_MINUTES, TrainConfig
 
 
 @pytest.mark.slow
@@ -48,6 +46,9 @@ def test_the_notebook_ends_with_the_message(tmp_path):
         ({"dataset": "nowhere"}, "nowhere"),
         ({"dataset": "mtt"}, "audio=: give the folder with the audio of mtt"),
         ({"audio": "music"}, "audio=music: dataset=tunes has its own"),
+        ({"slow_minutes": 0}, "slow_minutes=0"),
+        ({"out_dir": "runs/maest-30s-tunes"}, "out_dir=runs/maest-30s-tunes: the name of a model"),
+        ({"out_dir": "discogs-maest-30s-pw-129e/"}, "out_dir=.*: the name of a model"),
     ],
 )
 def test_errors_name_the_invalid_parameter(wrong, message):
@@ -93,27 +94,36 @@ def test_defaults_follow_the_paper_on_a_gpu(monkeypatch):
         assert (same.seconds, same.patchout_columns) == (seconds, columns)
 
 
-@pytest.mark.parametrize(("step_s", "steps"), [(0.001, 2900), (0.16, 2900), (0.96, 500), (60, 290)])
-def test_steps_follow_the_preset_unless_the_machine_is_slow(step_s, steps, monkeypatch, caplog):
+def test_steps_are_the_presets_unless_something_else_is_chosen(monkeypatch):
+    "No measurement beforehand shortens a run; a default one on a CPU may prove too slow."
     monkeypatch.delenv("MAESTLIB_MINUTES")
     monkeypatch.setattr("maestlib.training.config.default_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr("maestlib.training.calibration.measure_step_s", lambda *arguments: step_s)
-    monkeypatch.setattr(logging.getLogger("maestlib"), "propagate", True)
-    with caplog.at_level(logging.INFO, "maestlib"):
-        config = TrainConfig().resolve_auto(limit_steps)
-    assert (config.max_steps, config.max_minutes) == (steps, None)
-    assert TrainConfig().resolve_auto().max_steps == 2900, "without a measurement"
-    assert f"{steps:,} steps" in caplog.text and ("max_steps=2900" in caplog.text) == (steps < 2900)
-    for chosen in ({"max_steps": 7}, {"max_steps": 0}):
-        assert TrainConfig(**chosen).resolve_auto(limit_steps).max_steps == chosen["max_steps"]
-    for other_limit in ({"epochs": 2}, {"max_minutes": 3}):
-        assert TrainConfig(**other_limit).resolve_auto(limit_steps).max_steps == 0
+    for chosen, limits in (
+        ({}, (2900, None, SLOW_MINUTES)),
+        ({"slow_minutes": None}, (2900, None, None)),
+        ({"max_steps": 7}, (7, None, None)),
+        ({"max_steps": 0}, (0, None, None)),
+        ({"epochs": 2}, (0, None, None)),
+        ({"max_minutes": 3}, (0, 3, None)),
+        ({"preset": "bundled"}, (6600, None, None)),
+        ({"preset": "maest-30s"}, (0, None, None)),
+    ):
+        config = TrainConfig(**chosen).resolve_auto()
+        assert (config.max_steps, config.max_minutes, config.slow_minutes) == limits, chosen
+    monkeypatch.setenv("MAESTLIB_MINUTES", "0.5")
+    config = TrainConfig().resolve_auto()
+    assert (config.max_steps, config.max_minutes, config.slow_minutes) == (0, 0.5, None)
 
 
 def test_run_folders_do_not_overwrite(tmp_path, monkeypatch):
     monkeypatch.setattr("maestlib.core.files.project_root", lambda: tmp_path)
     monkeypatch.delenv("MAESTLIB_RUNS")
-    assert TrainConfig().resolve_auto().out_dir == "runs/maest-30s-tunes"
-    (tmp_path / "runs/maest-30s-tunes").mkdir(parents=True)
-    assert TrainConfig().resolve_auto().out_dir == "runs/maest-30s-tunes-2"
+    for names, settings in (
+        (("maest-30s-tunes-1", "maest-30s-tunes-2", "maest-30s-tunes-3"), {}),  # maest-30s-tunes is a model
+        (("maest-10s-scores-1", "maest-10s-scores-2"), {"preset": "bundled"}),
+        (("maest-5s-tunes", "maest-5s-tunes-2", "maest-5s-tunes-3"), {"seconds": 5}),
+    ):
+        for name in names:
+            assert TrainConfig(**settings).resolve_auto().out_dir == f"runs/{name}"
+            (tmp_path / "runs" / name).mkdir(parents=True)
     assert resolve_path("runs").is_absolute()

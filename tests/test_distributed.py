@@ -12,8 +12,10 @@ from helpers import one_thread, run_ranks  # noqa: F401
 from training_runs import FULL_RECIPE, assert_close_runs, folder, options, small  # noqa: F401
 
 from maestlib.datasets.batches import BatchDataset, load_corpus
+from maestlib.models.checkpoint import load_model
 from maestlib.train import train_from_command_line
 from maestlib.training import trainer as trainer_module
+from maestlib.training.evaluation import compare_runs
 
 
 def test_two_processes_give_the_losses_of_one(folder, tmp_path):
@@ -21,9 +23,15 @@ def test_two_processes_give_the_losses_of_one(folder, tmp_path):
     one, two = (settings | {"out_dir": tmp_path / name} for name in ("one", "two"))
     assert train_from_command_line(options(one)) == 0
     variables = {"MAESTLIB_CACHE": os.environ["MAESTLIB_CACHE"]}
-    assert run_ranks(train_from_command_line, options(two), **variables) == [0, 0]
+    (code, out, err), (other_code, other_out, other_err) = run_ranks(train_and_print, options(two), **variables)
+    assert (code, other_code) == (0, 0) and "strides" not in err + other_err and "Warning" not in err + other_err, err
+    assert "test tracks" in out and "test tracks" not in other_out, "one process logs"
     assert json.loads((tmp_path / "two/config.json").read_text())["gpus"] == 2
     assert_close_runs(tmp_path / "two", tmp_path / "one")
+    table = compare_runs(tmp_path / "one", tmp_path / "two", n_bootstrap=20)
+    assert table["map_difference"].abs().max() < 0.05
+    for run in ("one", "two"):
+        assert (tmp_path / run / "test.parquet").exists() and len(load_model(tmp_path / run).thresholds) == 4
 
 
 def train_until_a_disk_fails(arguments):

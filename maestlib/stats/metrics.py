@@ -59,7 +59,7 @@ def _rank_tracks(targets, scores):  # (tracks,) each → (order, bounds) of `emb
     negatives of equal score. The last segment is what remains below.
     """
     is_positive = targets > 0
-    order = np.lexsort((~is_positive, -scores))  # of equal scores, the positives first
+    order = np.lexsort((~is_positive, -scores.astype(np.float64)))  # of equal scores, the positives first
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)  # first track of each score
     stops = np.append(starts[1:], len(order))
     positives = np.add.reduceat(is_positive[order], starts, dtype=np.int64)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import polars as pl
@@ -26,8 +26,9 @@ from ..datasets.batches import Corpus
 from ..models.checkpoint import save_checkpoint
 from ..models.maest import MAEST
 from ..stats.metrics import evaluate
+from .calibration import TrainingClock, describe_clock, describe_plan
 from .config import TrainConfig
-from .evaluation import predict
+from .evaluation import predict, warn_of_few
 from .trainer import Trainer
 
 # %% ../../nbs/training/loop.ipynb #b407be5f
@@ -213,7 +214,8 @@ def _load_checkpoint(trainer: Trainer):
 
 # %% ../../nbs/training/loop.ipynb #d164a8f5
 def _save_final(trainer: Trainer):
-    "Write the final weights, and remove the state that only an unfinished run needs."
+    "Write the steps that were run and the final weights, and remove the state that only an unfinished run needs."
+    write_json(trainer.run_dir / "config.json", asdict(replace(trainer.config, max_steps=trainer.step)))
     notes = {"step": str(trainer.step), "validation_map": f"{trainer.history[-1]['map']:.4f}"}
     if trainer.swa_model is not None:
         save_checkpoint(trainer.swa_model.module, trainer.run_dir / "swa.safetensors", **notes)
@@ -279,7 +281,7 @@ CHECKPOINT_EVERY_S = 300.0  # at most so much work is lost in a crash
 
 
 def _progress_bar(trainer: Trainer) -> tqdm:
-    style = {"bar_format": "{desc}: {n:.0f}% |{bar}| {elapsed} {postfix}"}
+    style = {"bar_format": "{desc}: {n:.0f}% |{bar}| {elapsed}<{remaining} {postfix}"}
     style["mininterval"] = 0.5 if sys.stderr.isatty() else 5
     return tqdm(total=100, desc="training", disable=trainer.rank > 0, **style)
 
@@ -287,10 +289,26 @@ def _progress_bar(trainer: Trainer) -> tqdm:
 def _validation_is_due(trainer: Trainer) -> bool:
     return int(trainer.progress * trainer.config.num_validations + 1e-9) > len(trainer.history)
 
+
+def _show_validation(trainer: Trainer, bar: tqdm, on_validation: Callable | None):
+    bar.set_postfix_str("{clips_per_s:.0f} clips/s, mAP {map:.3f}".format_map(trainer.history[-1]))
+    if on_validation and trainer.rank == 0:
+        on_validation(_history_table(trainer))
+
+
+def _log_time(trainer: Trainer, clock: TrainingClock, should_validate: bool):
+    "Log the first forecast, its correction at each validation, that the run is shortened, and the truth at the end."
+    known, has_ended = (clock.first_forecast_s, clock.is_late), trainer.progress == 1
+    clock.measure(trainer.step, trainer.elapsed_s)
+    is_news = (clock.first_forecast_s, clock.is_late) != known or (should_validate and clock.first_forecast_s)
+    if trainer.rank == 0 and (has_ended or is_news):
+        log.info(describe_clock(clock, has_ended))
+
 # %% ../../nbs/training/loop.ipynb #dfc6d75e
 def _train(trainer: Trainer, stop_requested: threading.Event, bar: tqdm, on_validation=None):
     "Train until the run is done. Raises `TrainingInterrupted` or `OSError`, after saving."
     batches, writer = trainer.load_batches(), _summary_writer(trainer)
+    clock = TrainingClock(trainer.config, trainer.total_steps, trainer.step, trainer.elapsed_s)
     swa_updates = max(trainer.swa_updates_due, 0)
     last_save = last_time = time.perf_counter()
     while True:
@@ -308,6 +326,7 @@ def _train(trainer: Trainer, stop_requested: threading.Event, bar: tqdm, on_vali
         if ends or should_validate or trainer.step % LOG_EVERY_STEPS == 0:
             _flush_metrics(trainer, writer)
             bar.update(100 * trainer.progress - bar.n)
+            _log_time(trainer, clock, should_validate)
             if ends or should_validate or now - last_save > CHECKPOINT_EVERY_S:
                 _save_checkpoint(trainer)
                 last_save = now
@@ -316,10 +335,8 @@ def _train(trainer: Trainer, stop_requested: threading.Event, bar: tqdm, on_vali
             _end_run(trainer, failed, error)
         if should_validate:
             with _stop_validation(trainer, stop_requested) as check:
-                row = _validate(trainer, writer, check)
-            bar.set_postfix_str(f"{row['clips_per_s']:.0f} clips/s, mAP {row['map']:.3f}")
-            if on_validation and trainer.rank == 0:
-                on_validation(_history_table(trainer))
+                _validate(trainer, writer, check)
+            _show_validation(trainer, bar, on_validation)
             _save_checkpoint(trainer)
             last_save = last_time = time.perf_counter()  # validation is not training time
         if is_done:
@@ -344,9 +361,10 @@ def fit(
     """Train a model, or resume the run in `config.out_dir` from its last checkpoint.
 
     Writes `best.safetensors`, `last.safetensors`, `swa.safetensors` if weights are averaged, `metrics.parquet`,
-    `steps.parquet` and `config.json` to the run folder. Raises `TrainingInterrupted` if the run is asked to stop,
-    after saving; `FloatingPointError` if the loss is not finite; `MemoryError` if two clips do not fit the memory, or
-    one of several processes has too little; `OSError` if a mel cannot be read, after saving.
+    `steps.parquet` and `config.json`, whose `max_steps` in the end are those that were run, to the run folder. Raises
+    `TrainingInterrupted` if the run is asked to stop, after saving; `FloatingPointError` if the loss is not finite;
+    `MemoryError` if two clips do not fit the memory, or one of several processes has too little; `OSError` if a mel
+    cannot be read, after saving.
     """
     trainer = Trainer(config, corpus, model, teacher)
     finished = call_in_rank_0(lambda: _finished_metrics(trainer))
@@ -354,6 +372,8 @@ def fit(
         return finished
     if trainer.rank == 0:
         write_json(trainer.run_dir / "config.json", asdict(config))
+        plan = describe_plan(config, trainer.total_steps, trainer.batches.steps_per_epoch)
+        log.info("; ".join([plan, *warn_of_few(len(corpus.indices("test")))]))
     _load_checkpoint(trainer)
     model.train()
     with _stop_on_signal() as stop_requested, _progress_bar(trainer) as bar:

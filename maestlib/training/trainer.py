@@ -28,6 +28,7 @@ from ..models.effnet import EffNet, EffNetConfig
 from ..models.maest import MAEST, SIZES, MAESTConfig
 from ..models.patchout import STRIDE, Patchout, PatchSelection, draw_patches, patch_grid
 from . import recipe
+from .calibration import time_limit_s
 from .config import TrainConfig
 from .losses import TrainingLoss, check_columns
 from .presets import INIT_CHECKPOINTS
@@ -186,6 +187,9 @@ def distribute(model: torch.nn.Module, config: TrainConfig, world_size: int) -> 
         return model
     device = next(model.parameters()).device
     device_ids = [device.index] if device.type == "cuda" else None
+    for parameter in model.parameters():  # of a size of 1, such as a kernel's one channel: DDP expects plain strides
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(lambda gradient: gradient.clone(memory_format=torch.contiguous_format))
     ddp_model = torch.nn.parallel.DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
     if config.gradient_compression:
         ddp_model.register_comm_hook(None, bf16_compress_hook)
@@ -208,8 +212,8 @@ class RunState:
     @property
     def progress(self) -> float:  # 0 … 1
         "Fraction of the run that is done, by the clock or by the steps, whichever is further."
-        by_clock = self.elapsed_s / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
-        return min(1.0, max(self.step / self.total_steps, by_clock))
+        limit_s = time_limit_s(self.config, self.elapsed_s)
+        return min(1.0, max(self.step / self.total_steps, self.elapsed_s / limit_s if limit_s else 0.0))
 
     @property
     def swa_updates_due(self) -> int:  # 1 from epoch 50 of the recipe on, 2 from epoch 55, …; not positive before
