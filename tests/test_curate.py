@@ -196,6 +196,8 @@ def test_another_dump_and_a_missing_file_are_refused():
         (["track_id,master_id,duration_s", "a,1,30"], "no column path"),
         (["track_id,path,release_id,duration_s", "a,a.wav,1,30", "a,b.wav,2,30"], "'a' occurs more than once"),
         (["track_id,path,release_id,duration_s", "a,a.wav,r7,30"], "release_id is 'r7' for track a"),
+        (["track_id,path,release_id,duration_s", "a,a.wav,1,30", "b,./a.wav,2,30"], "file 'a.wav' is in two rows"),
+        (["track_id,path,release_id,duration_s", "a,a.wav,1,30,9"], "line 2 has 5 fields"),
     ],
 )
 def test_a_malformed_catalogue_is_refused_with_its_path(lines, message, tmp_path):
@@ -211,7 +213,7 @@ def test_catalogue_tracks_match_by_master_or_release(tmp_path):
     tracks = pl.DataFrame(
         {
             "track_id": ["a", "b", "c", "d", "e"],
-            "path": ["x.wav"] * 5,
+            "path": ["a.wav", "b.wav", "c.wav", "d.wav", "e.wav"],
             "master_id": [113, None, None, 10**9, None],
             "release_id": [None, 1, 10**9, None, None],
             "artist": [None, "A guest", None, None, None],

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -354,12 +355,57 @@ def test_load_folder_splits_by_artist(tmp_path):
     [
         (["path,tags", "a.wav,rock"], "no column labels"), (["path,labels", "gone.wav,rock"], "none of its files"),
         (["path,labels,split", "a.wav,rock,dev"], "split dev"),
-        (["path,labels", "a.wav,x", "a.wav,y"], "duplicate track_id a.wav"),
+        (["path,labels", "a.wav,x", "a.wav,y"], "'a.wav' and 'a.wav' are the same"), (["path,labels"], "has no rows"),
     ],
 )  # fmt: skip
 def test_load_folder_checks_tags(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         registry.load_dataset(make_folder(tmp_path, rows))
+
+
+ROWS = "path,labels\na.wav,rock;loud\nb.wav,pop\nsub/c.ogg,rock\n"
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_table_of_tags_is_read_as_it_is_saved(encoding, line_end, tmp_path):
+    folder = make_folder(tmp_path, [], ("a.wav", "été.wav", "sub/c.ogg"))
+    rows = "# by hand\n\n" + ROWS.replace("b.wav,pop", '"été.wav","pop;\ncalm" \n,,').replace('" \n', '",\n')
+    (folder / "tags.csv").write_bytes(rows.replace("\n", line_end).encode(encoding))
+    table = registry.load_dataset(folder)
+    assert table["labels"].to_list() == [["loud", "rock"], ["calm", "pop"], ["rock"]]
+    assert table["track_id"].to_list() == ["a.wav", "été.wav", "sub/c.ogg"]
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("b.wav,pop", "b.wav,pop, rock", "line 3 has 3 fields, not 2"), ("b.wav,pop", "b.wav", "line 3 has 1 fields"),
+        ("b.wav,pop", 'b.wav,"pop', "quotes in line 3"), ("b.wav,pop", 'b.wav,"pop"s', "quotes in line 3"),
+        ("b.wav,pop", 'b.wav,"pop\nx.wav,"', "line break"), ("path,labels", "path;labels", "not by ';'"),
+        ("path,labels", "path\tlabels", r"not by '\\t'"), ("path,labels", "path,labels,labels", "two columns .*labels"),
+        ("pop", "caf\xe9", "line 3 is not UTF-8"), ("pop", "p\0p", "line 3 is not UTF-8"),
+        (ROWS, "", "is empty"), (ROWS, "\n# made by hand\n\n", "is empty"), ("b.wav,pop", "b.wav;pop", "line 3 has 1"),
+    ],
+)  # fmt: skip
+def test_a_wrong_table_is_refused_with_its_line(old, new, message, tmp_path):
+    folder = make_folder(tmp_path, [])
+    (folder / "tags.csv").write_bytes(ROWS.replace(old, new, 1).encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"tags\.csv: .*{message}") as error:
+        registry.load_dataset(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_every_name_of_a_file_is_the_same_file(tmp_path, capsys):
+    composed, decomposed = (unicodedata.normalize(form, "é/é.wav") for form in ("NFC", "NFD"))
+    folder = make_folder(tmp_path, [], ("a.wav", composed, "b.wav"))
+    names = ["sub/../a.wav", decomposed, str(folder / "b.wav")]
+    (folder / "tags.csv").write_text("\n".join(["path,labels", *(f"{name},x" for name in names)]))
+    assert len(registry.load_dataset(folder)) == 3 and "no row" not in capsys.readouterr().out
+    for name in ("./a.wav", composed, str(folder / "sub" / ".." / "b.wav")):
+        (folder / "tags.csv").write_text("\n".join(["path,labels", *(f"{n},x" for n in [*names, name])]))
+        with pytest.raises(ValueError, match="are the same file; keep one of the rows"):
+            registry.load_dataset(folder)
 
 
 def test_load_dataset_checks_names_and_fractions(tmp_path):

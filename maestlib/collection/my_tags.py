@@ -14,13 +14,15 @@ import polars as pl
 
 from .library import Library
 from ..core.extras import optional_import
-from ..core.files import atomic_write, file_lock, named_rng
+from ..core.files import atomic_write, file_lock, named_rng, path_key
+from ..datasets.table import read_table
 
 with optional_import():
     from sklearn.linear_model import LogisticRegression
 
 # %% ../../nbs/collection/my_tags.ipynb #c2a0e004
 _MY_TAGS = {"tag": pl.String, "is_positive": pl.Boolean, "path": pl.String, "content": pl.String}
+_KEYS = {"content": pl.col("content"), "path": pl.col("path").map_elements(path_key, pl.String)}  # of a song
 
 # %% ../../nbs/collection/my_tags.ipynb #92a77bf2
 class MyTags:
@@ -34,10 +36,13 @@ class MyTags:
         "All labels. Raises `ValueError` where the file was edited and cannot be read."
         if not self.file.exists():
             return pl.DataFrame(schema=_MY_TAGS)
-        try:
-            return pl.read_csv(self.file, schema=_MY_TAGS)
-        except pl.exceptions.PolarsError as error:
-            raise ValueError(f"{self.file}: not a table of {', '.join(_MY_TAGS)}: {error}; edit it") from error
+        table = read_table(self.file, columns=tuple(_MY_TAGS))
+        if len(table.columns) > len(_MY_TAGS):
+            raise ValueError(f"{self.file}: only the columns {', '.join(_MY_TAGS)} are kept; remove the others")
+        is_positive = table["is_positive"].str.to_lowercase().replace({"true": "1", "false": "0"})
+        if len(wrong := table.filter(~is_positive.is_in(["0", "1"]).fill_null(False))):
+            raise ValueError(f"{self.file}: is_positive is {wrong['is_positive'][0]!r}; give true or false")
+        return table.select(*_MY_TAGS).with_columns(is_positive == "1")
 
     @property
     def names(self) -> list[str]:
@@ -50,8 +55,8 @@ class MyTags:
         if not tag:
             raise ValueError("give your tag a name")
         with file_lock(self.file):  # another notebook may have this library open
-            contents, paths = songs["content"].implode(), songs["path"].implode()
-            is_same = pl.col("content").is_in(contents) | pl.col("path").is_in(paths)
+            keys = songs.select(**_KEYS)
+            is_same = pl.any_horizontal(key.is_in(keys[name].implode()).fill_null(False) for name, key in _KEYS.items())
             table = self.table.filter(~((pl.col("tag") == tag) & is_same))
             if is_positive is not None:
                 new = songs.select(tag=pl.lit(tag), is_positive=pl.lit(is_positive), path="path", content="content")
@@ -69,9 +74,9 @@ def _labels_of(table: pl.DataFrame, tag: str, songs: pl.DataFrame) -> np.ndarray
     others = table.filter((pl.col("tag") != tag) & pl.col("is_positive")).with_columns(value=pl.lit(0.0))
     values = {}
     for part in (others, given):
-        for key in ("path", "content"):
-            values |= dict(part.select(pl.concat_str(pl.lit(f"{key}:"), key), "value").iter_rows())
-    keys = songs.select("content", "path").iter_rows()
+        for name, key in _KEYS.items():
+            values |= dict(part.select(pl.concat_str(pl.lit(f"{name}:"), key), "value").iter_rows())
+    keys = songs.select(**_KEYS).iter_rows()
     return np.array([values.get(f"content:{content}", values.get(f"path:{path}", np.nan)) for content, path in keys])
 
 # %% ../../nbs/collection/my_tags.ipynb #c2a0e007

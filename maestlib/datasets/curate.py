@@ -11,7 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ..core.files import asset_path, resolve_path
+from ..core.files import asset_path, path_key, resolve_path
 from ..core.text import split_label
 from .splits import artist_split, drop_placeholder_artists
 from .table import read_table
@@ -46,8 +46,8 @@ def read_catalogue(
 ) -> pl.DataFrame:  # the columns of `CATALOGUE_SCHEMA`, null where unknown, and any others unchanged
     """Read a catalogue of tracks.
 
-    Raises `ValueError`, with the column and the track, for a missing column, a value that is not a number, or a
-    track_id that is empty or occurs twice, and as `read_table`.
+    Raises `ValueError`, with the column and the track, for a missing column, a value that is not a number, a track_id
+    that is empty or occurs twice, or a file that occurs twice, and as `read_table`.
     """
     path = resolve_path(path)
     table = read_table(path, columns=("track_id", "path", "duration_s"))
@@ -57,6 +57,9 @@ def read_catalogue(
     duplicates = typed.filter(pl.col("track_id").is_duplicated() | pl.col("track_id").is_null())
     if not duplicates.is_empty():
         raise ValueError(f"{path}: track_id {duplicates['track_id'].first()!r} occurs more than once or is empty")
+    keys = typed["path"].map_elements(path_key, pl.String)
+    if len(repeated := typed["path"].filter(keys.is_duplicated() & keys.is_not_null())):
+        raise ValueError(f"{path}: the file {repeated[0]!r} is in two rows; keep one of them")
     return typed
 
 # %% ../../nbs/datasets/curate.ipynb #44143836

@@ -7,7 +7,9 @@ __all__ = ['RENDERED', 'DATASETS', 'ROLLS', 'load_folder', 'find_mels', 'load_da
 
 # %% ../../nbs/datasets/registry.ipynb #f0d0271e
 import importlib
+import os
 import pkgutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import polars as pl
 
 from ..audio.decode import AUDIO_SUFFIXES
 from ..audio.store import MelStore
-from ..core.files import log, named_rng, resolve_path
+from ..core.files import log, named_rng, path_key, resolve_path
 from .benchmarks import BENCHMARKS
 from .table import read_table, validate_table
 
@@ -23,15 +25,18 @@ from .table import read_table, validate_table
 def _read_tags(
     folder: Path,
     tags: str,  # file name, .csv or .parquet
-) -> pl.DataFrame:  # as in the file; labels are sorted lists, path absolute, and name is the path as it is in the file
-    "Read a table of tags; labels are stripped and deduplicated. Raises as `read_table`."
+) -> pl.DataFrame:  # as in the file; labels are sorted lists, and name is the path as it is in the file
+    "Read a table of tags; labels are stripped and deduplicated. Raises as `read_table`, and for a name of two lines."
     table = read_table(folder / tags, columns=("path", "labels"))
     if table["labels"].dtype == pl.String:
         table = table.with_columns(pl.col("labels").fill_null("").str.split(";"))
     labels = pl.col("labels").fill_null([]).list.eval(pl.element().str.strip_chars())
     labels = labels.list.eval(pl.element().filter(pl.element() != "")).list.unique().list.sort()
-    absolute = pl.col("path").map_elements(lambda path: str(folder / path), pl.String)
-    return table.with_columns(labels, name=pl.col("path"), path=absolute)
+    table = table.with_columns(labels).rename({"path": "name"})
+    for name in (*table["name"], *table["labels"].explode()):
+        if name and len(name.splitlines()) > 1:
+            raise ValueError(f"{folder / tags}: {name!r} contains a line break; is a quote missing?")
+    return table
 
 # %% ../../nbs/datasets/registry.ipynb #e670bb9a
 def _assign_splits(
@@ -68,17 +73,34 @@ def _log_names(what: str, names: list[str]):
         log.info(f"{len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
 
 # %% ../../nbs/datasets/registry.ipynb #02435c87
+def _file_key(path: Path) -> str:
+    return path_key(os.path.realpath(path))
+
+
+def _find_files(names: pl.Series, folder: Path, tags: str) -> tuple[list[str | None], list[str]]:
+    "Return the file of each row, None where it is missing, and the audio without a row. Raises `ValueError`."
+    audio = {_file_key(file): file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES}
+    files, row_of = [], {}
+    for row, name in enumerate(names):
+        forms = [folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD")] if name else []
+        paths = [audio.get(_file_key(folder / name)), folder / name, *forms] if name else []
+        files.append(next((str(path) for path in paths if path and path.is_file()), None))
+        if files[-1] and (first := row_of.setdefault(_file_key(files[-1]), row)) != row:
+            raise ValueError(f"{folder / tags}: {names[first]!r} and {name!r} are the same file; keep one of the rows")
+    return files, sorted(str(file.relative_to(folder)) for key, file in audio.items() if key not in row_of)
+
+
 def _drop_missing(table: pl.DataFrame, folder: Path, tags: str) -> pl.DataFrame:
     "Drop and log missing files; log audio without tags and tracks without labels. Raises `ValueError` for no file."
-    exists = table["path"].map_elements(lambda file: Path(file).is_file(), pl.Boolean).fill_null(False)
-    missing, table = table.filter(~exists), table.filter(exists)
-    audio = {str(file) for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES}
-    untagged = sorted(str(Path(file).relative_to(folder)) for file in audio - set(table["path"]))
+    files, untagged = _find_files(table["name"], folder, tags)
+    table = table.with_columns(path=pl.Series(files, dtype=pl.String))
+    missing, table = table.filter(pl.col("path").is_null()), table.drop_nulls("path")
     _log_names("missing files are left out", missing["name"].fill_null("(a row without a path)").to_list())
     _log_names(f"audio files have no row in {tags}", untagged)
     _log_names("tracks have no label", table.filter(pl.col("labels").list.len() == 0)["name"].to_list())
     if not len(table):
-        raise ValueError(f"{folder / tags}: none of its files exists; paths are relative to {folder}")
+        problem = "none of its files exists" if len(missing) else "has no rows"
+        raise ValueError(f"{folder / tags}: {problem}; paths are relative to {folder}")
     return table
 
 # %% ../../nbs/datasets/registry.ipynb #e9a8eced

@@ -6,6 +6,13 @@
 __all__ = ['COLUMNS', 'SPLITS', 'validate_table', 'read_table', 'label_vocabulary', 'multi_hot', 'split_summary', 'plot_labels']
 
 # %% ../../nbs/datasets/table.ipynb #d0102240
+import csv
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +55,54 @@ def validate_table(
         raise ValueError(f"{source}: duplicate track_id {duplicates[0]}; make the ids unique")
     return table
 
+# %% ../../nbs/datasets/table.ipynb #a8ad3020
+def _read_records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:  # line where it starts, fields
+    "Yield the records of a text file, without empty ones. Raises `ValueError` with the line that is not valid."
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        data = file.read()
+    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
+    if invalid := re.search("[\0\ufffd]", text):
+        line = sum(1 for _ in io.StringIO(text[: invalid.end()], newline=""))
+        raise ValueError(f"{path}: line {line} is not UTF-8; save the file with this encoding")
+    reader, start = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1
+    try:
+        for fields in reader:
+            if any(map(str.strip, fields)):
+                yield start, fields
+            start = reader.line_num + 1
+    except csv.Error as error:
+        remedy = "close each quote, and double one within quotes"
+        raise ValueError(f"{path}: the quotes in line {start} are not valid ({error}); {remedy}") from error
+
+# %% ../../nbs/datasets/table.ipynb #85e3fb75
+def _check_columns(path: Path, names: list[str], columns: tuple[str, ...], separator: str = ",") -> None:
+    "Raise `ValueError` for a missing or duplicate column."
+    if missing := [name for name in columns if name not in names]:
+        other = next((char for char in ",;\t|" if char != separator and char in "".join(names)), None)
+        hint = f"; columns are separated by {separator!r} here, not by {other!r}" if other else ""
+        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}{hint}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: two columns are named {max(names, key=names.count)!r}; rename one")
+
+
+def _read_text(path: Path, columns: tuple[str, ...], separator: str) -> pl.DataFrame:  # of strings; empty: null
+    records = _read_records(path, separator)
+    header = next((h for _, h in records if not h[0].startswith("#") or (columns and {*columns} <= {*h})), None)
+    if header is None:
+        raise ValueError(f"{path}: is empty; its first line must name its columns")
+    names = [name.strip() for name in header]
+    while names and not names[-1]:
+        names.pop()
+    _check_columns(path, names, columns, separator)
+    schema, tables = dict.fromkeys(names, pl.String), []
+    while chunk := list(islice(records, 50_000)):
+        for line, fields in chunk:
+            if len(fields) < len(names) or any(fields[len(names) :]):
+                found = f"line {line} has {len(fields)} fields, not {len(names)}"
+                raise ValueError(f"{path}: {found}; put a field that contains {separator!r} in quotes")
+        tables.append(pl.DataFrame([fields[: len(names)] for _, fields in chunk], schema, orient="row"))
+    return pl.concat([pl.DataFrame(schema=schema), *tables]).with_columns(pl.all().replace("", None))
+
 # %% ../../nbs/datasets/table.ipynb #4a44ad1c
 def read_table(
     path: str | Path,  # .csv or .tsv, also gzipped, of which all columns are read as strings, or .parquet
@@ -56,26 +111,22 @@ def read_table(
 ) -> pl.DataFrame:
     """Read a table from a file.
 
-    Raises `FileNotFoundError` for a missing file, and `ValueError` for another suffix, a file that cannot be read, or a
-    missing column.
+    Raises `FileNotFoundError` for a missing file, and `ValueError` for another suffix, a file that cannot be read, with
+    the line where it is text, or a missing column.
     """
     path = Path(path)
-    suffix = Path(path.name.removesuffix(".gz")).suffix
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if suffix not in (".csv", ".tsv", ".parquet"):
         raise ValueError(f"{path}: give a .csv, a .tsv or a .parquet file")
     try:
-        if suffix == ".parquet":
-            table = pl.read_parquet(path)
-        else:
-            separator = separator or ("\t" if suffix == ".tsv" else ",")
-            table = pl.read_csv(path, separator=separator, infer_schema=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
+        if suffix != ".parquet":
+            return _read_text(path, columns, separator or ("\t" if suffix == ".tsv" else ","))
+        table = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a table ({str(error).splitlines()[0]})") from error
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(table.columns)}")
+    _check_columns(path, table.columns, columns)
     return table
 
 # %% ../../nbs/datasets/table.ipynb #4f168bd1
