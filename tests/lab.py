@@ -164,6 +164,7 @@ class Lab:
     def _start_browser(self, window: tuple[int, int]) -> webdriver.Chrome:
         options = webdriver.ChromeOptions()
         options.binary_location, options.page_load_strategy = CHROME, self.load_strategy
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         arguments = ["headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"]
         arguments += ["disable-dev-shm-usage", f"window-size={window[0]},{window[1]}"]
         arguments += [f"user-data-dir={self.folder / 'chrome'}"]
@@ -236,6 +237,10 @@ class Lab:
             Path(path).write_bytes(element.screenshot_as_png)
         finally:
             self.driver.set_window_size(size["width"], size["height"])
+
+    def errors(self) -> list[str]:
+        "Read what was logged on the browser's console as an error since the last call."
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
     def picture(self, name: str):
         "Save the whole window under runs/screenshots."

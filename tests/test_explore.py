@@ -72,14 +72,24 @@ def test_attention_maps_refuse_a_pattern_that_they_cannot_know():
         attention.attention_maps(small_model(), torch.zeros(96, 187), Patchout.random(columns=3))
 
 
-def test_attention_distance_against_loops():
-    rows, columns = torch.tensor([0, 2, 5]), torch.tensor([1, 4])
-    weights = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    places = [(r, c) for r in rows.tolist() for c in columns.tolist()]
-    for head, distance in zip(weights, attention.attention_distance(weights, rows, columns), strict=True):
-        patches = head[2:, 2:] / head[2:, 2:].sum(-1, keepdim=True)
-        distances = [[(abs(c - e), abs(r - d)) for d, e in places] for r, c in places]
-        torch.testing.assert_close(distance, (patches[..., None] * torch.tensor(distances)).sum(1).mean(0))
+def test_attention_spread_counts_columns_and_rows():
+    weights = np.zeros((4, 9, 61))
+    weights[0, 3, 20] = 0.2  # one patch; the rest of the attention is to cls and dist
+    weights[1, 2] = 1 / 61  # a band all the time
+    weights[2, :, :30] = 1  # half of the time
+    weights[3, ::3, 7] = 0.5  # three rows of one column
+    expected = [[1 / 61, 1 / 9], [1, 1 / 9], [30 / 61, 1], [1 / 61, 3 / 9]]
+    np.testing.assert_allclose(attention.attention_spread(weights), expected, rtol=1e-6)
+
+
+def test_a_click_on_a_head_shows_its_attention(tracks):
+    explorer = AttentionExplorer(small_model(), tracks)
+    explorer.worker.wait()
+    points = {"trace_indexes": [0], "point_indexes": [7], "xs": [1.0], "ys": [1.0]}  # four blocks of three heads
+    explorer.spread._js2py_pointsCallback = {"event_type": "plotly_click", "points": points}
+    assert (explorer.controls.block.value, explorer.controls.head.value) == (2, 1)
+    assert "block 2, head 1" in explorer.figure.layout.title.text
+    assert np.flatnonzero(explorer.spread.data[0].marker.line.width).tolist() == [7]
 
 
 def test_coverage_mask_is_where_no_kept_patch_is():

@@ -67,4 +67,4 @@ def mel_figure(
     figure.update_yaxes(tickvals=ticks.tickvals[1:], ticktext=ticks.ticktext[1:])  # 100 and 250 Hz would overlap
     figure.update_xaxes(range=[0, seconds], showgrid=False)
     figure.update_yaxes(range=[-0.5, bands - 0.5], showgrid=False)
-    return figure.update_layout(height=300, width=FIGURE_WIDTH, margin=dict(l=60, r=20, t=40, b=45))
+    return figure.update_layout(height=240, width=FIGURE_WIDTH, margin=dict(l=60, r=20, t=40, b=45))
