@@ -78,7 +78,7 @@ def select_patches(
     `Patchout`.
     """
     patchout = patchout or Patchout()
-    if not isinstance(patchout, Patchout):
+    if not hasattr(patchout, "keep_every"):
         raise TypeError(f"patchout: a {type(patchout).__name__}; give a Patchout, or None for all patches")
     for row in patchout.drop_rows:
         if not 0 <= row < shape[0]:
