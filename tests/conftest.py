@@ -81,12 +81,12 @@ def crash_on(tmp_path, monkeypatch):
     def crash_on(part):
         (tmp_path / "sitecustomize.py").write_text(
             "import os, soundfile\n"
-            "original = soundfile.SoundFile\n"
-            "def open_file(file, *args, **options):\n"
-            f"    return os.abort() if {part!r} in str(file) else original(file, *args, **options)\n"
-            "soundfile.SoundFile = open_file\n"
+            "class SoundFile(soundfile.SoundFile):\n"
+            "    def __init__(self, file, *args, **options):\n"
+            f"        os.abort() if {part!r} in str(file) else super().__init__(file, *args, **options)\n"
+            "soundfile.SoundFile = SoundFile\n"
         )
-        for module in ("inference.embedding", "collection.scan"):
+        for module in ("inference.windows", "collection.scan", "collection.plan"):
             monkeypatch.setattr(f"maestlib.{module}.decoder_processes", lambda: decoders)
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{RUNS.parents[1]}")
 
