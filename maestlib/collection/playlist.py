@@ -19,6 +19,7 @@ from .files import real_path
 from .library import Library
 from .search import Selection, SongIndex
 from .vectors import unit_vectors
+from ..core.checks import check_number
 from ..core.files import atomic_write, log, resolve_path
 
 # %% ../../nbs/collection/playlist.ipynb #b6a0e005
@@ -70,8 +71,8 @@ def song_path(
     per_artist: int | None = None,  # songs of one artist at most, the two aside
 ) -> pl.DataFrame:  # rank, cosine (to the point on the way), degree (null), path, artist, album, title, duration_s
     "Find songs that lead from one song to another. Raises `ValueError` for `k` below 2 and for unknown songs."
-    if k < 2:
-        raise ValueError(f"k={k}: give 2 or more")
+    k = check_number("k", k, 2, integer=True)
+    per_artist = check_number("per_artist", per_artist, 1, integer=True, optional=True)
     ends = [index.find(start), index.find(end)]
     vectors = [index.vector(song if row is None else row) for song, row in zip((start, end), ends, strict=True)]
     selection = Selection(index.songs, index.vectors.__getitem__, per_artist)
@@ -99,7 +100,7 @@ def playlist(
 
     Raises `ValueError` for unknown songs and labels, and `OSError` where `out` cannot be written.
     """
-    index = library if isinstance(library, SongIndex) else SongIndex(library)
+    k, index = check_number("k", k, 1, integer=True), library if isinstance(library, SongIndex) else SongIndex(library)
     songs = [songs] if isinstance(songs, str | Path) else list(songs)
     if to is not None:
         if len(songs) != 1 or tags is not None or without:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .files import read_identity, real_path
 from .library import Library
+from ..core.checks import check_number
 from ..core.extras import optional_import
 from ..core.files import atomic_write, log, resolve_path
 from ..core.text import split_label
@@ -160,6 +161,8 @@ def plan_tags(
     replace: bool = False,  # also fields that have values
 ) -> tuple[pl.DataFrame, dict[str, str]]:  # path, field, before, after; {path: error}
     "Compare the tags of all files with what should be there. Raises `ValueError` for an uncalibrated model."
+    threshold = check_number("threshold", threshold, 0, 1, optional=True)
+    top = check_number("top", top, 1, integer=True)
     lowest = library.thresholds if threshold is None else [threshold] * len(library.labels)
     if lowest is None:
         raise ValueError("threshold: the model is uncalibrated, it has no thresholds of its own; give one")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from ..core.checks import check_number
 from ..core.files import named_rng
 from ..core.text import split_label
 
@@ -141,10 +142,13 @@ def bootstrap_weights(
     """Draw bootstrap resamples, with replacement, as weights (Efron and Tibshirani 1993).
 
     The unit of resampling is the track, or the cluster: tracks of one artist resemble each other, so that they are
-    drawn together. Raises `ValueError` without tracks.
+    drawn together. Raises `ValueError` without tracks, and for clusters of other tracks.
     """
     if not n_tracks:
         raise ValueError("n_tracks=0: there is nothing to resample; give at least one track")
+    n_bootstrap = check_number("n_bootstrap", n_bootstrap, 0, integer=True)
+    if clusters is not None and len(clusters) != n_tracks:
+        raise ValueError(f"clusters: {len(clusters)} for {n_tracks} tracks; give one for each")
     unit = np.unique(clusters if clusters is not None else np.arange(n_tracks), return_inverse=True)[1]
     n_units = unit.max() + 1
     rng = named_rng(seed, "bootstrap", n_units)
@@ -177,7 +181,9 @@ def _score_run(targets, scores, labels, weights):  # scores (tracks, labels) →
             f"targets {targets.shape}, scores {scores.shape}, {len(labels)} labels: targets and scores must both be "
             "(tracks, labels), with at least one track"
         )
-    if not np.isfinite(scores).all():
+    if targets.dtype.kind not in "biuf" or not np.isfinite(targets).all():
+        raise ValueError(f"targets of {targets.dtype}: give 0 or 1 for each track and label")
+    if scores.dtype.kind not in "biuf" or not np.isfinite(scores).all():
         raise ValueError("scores: NaN or infinite; the model has diverged")
     return _score_ranked([_rank_tracks(*columns) for columns in zip(targets.T, scores.T, strict=True)], weights)
 
