@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 import soundfile
 
-from .lengths import FileSection, find_sections, mp3_length_is_known
+from .lengths import FileSection, check_mp3_count, find_sections
 
 # %% ../../nbs/audio/decode.ipynb #c3ab5132
 AUDIO_SUFFIXES = {
@@ -216,12 +216,12 @@ def _count_packets(container, stream, first, packet, packets: Iterator) -> tuple
 
 
 def _length_s(container, stream, *packets) -> tuple[Fraction, int | None]:  # as of `_count_packets`
-    alone = len(container.streams) == 1 and not container.format.flags & _GENERIC_INDEX
-    if (alone or _counts_samples(container)) and stream.duration:
+    if _counts_samples(container) and stream.duration:
         return stream.duration * stream.time_base, None
-    if alone and container.duration:
-        return Fraction(container.duration, 1_000_000), None
-    return _count_packets(container, stream, *packets)
+    counted, change = _count_packets(container, stream, *packets)
+    if len(container.streams) == 1 and not container.format.flags & _GENERIC_INDEX and container.duration:
+        counted = max(counted, Fraction(container.duration, 1_000_000))  # some may be missing
+    return counted, change
 
 # %% ../../nbs/audio/decode.ipynb #ad38d21f
 def _check_header(path: Path, rate: int, channels: int) -> None:
@@ -245,12 +245,17 @@ def _open_part(path: Path, start: int, stop: int) -> tuple[_Part | None, int | N
                 return None, None
             rate, channels = first.sample_rate, first.layout.nb_channels
             _check_header(path, rate, channels)
+            is_mp3, before = container.format.name == "mp3", packet.pos or 0
             length_s, change = _length_s(container, stream, first, packet, packets)
             origin = first.pts * stream.time_base if _counts_samples(container) else None
     except av.FFmpegError as error:
         raise ValueError(f"{path}: damaged ({error.strerror}); convert it again") from error
     if change:
         return _open_part(path, start, start + change)[0], start + change
+    if is_mp3 and before:
+        with FileSection(path, start, stop) as file:
+            if check_mp3_count(file) is False:  # by a wrong one FFmpeg would cut something out
+                return _open_part(path, start + before, stop)
     return _Part(source, rate, round(length_s * rate), channels, origin), None
 
 # %% ../../nbs/audio/decode.ipynb #ad545bb6
@@ -280,7 +285,8 @@ def _open_libsndfile(path: Path) -> Iterator[soundfile.SoundFile | None]:
         return
     with file:
         is_known = file.seekable() and 0 < file.frames < 1 << 40
-        is_known &= mp3_length_is_known(path) if file.format == "MP3" else len(find_sections(path)) == 1
+        with open(path, "rb") as source:
+            is_known &= check_mp3_count(source) is True if file.format == "MP3" else len(find_sections(path)) == 1
         yield file if is_known else None
 
 

@@ -7,7 +7,7 @@ __all__ = ['stream_mel', 'iter_windows', 'make_forward', 'iter_results']
 
 # %% ../../nbs/inference/windows.ipynb #3a81a03c
 import contextlib
-import math
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..audio.decode import open_audio
 from ..audio.isolated import decoder_processes
-from ..audio.mel import MelConfig, logmel, normalize, read_span
+from ..audio.mel import MelConfig, logmel, normalize, read_span, watch_channels
 from ..audio.windows import window_starts
 from ..core.device import autocast, resolve_dtype, worker_count
 from ..core.files import rank_and_world_size, resolve_path
@@ -48,10 +48,9 @@ def stream_mel(
         yield wave if is_mel else logmel(wave, config)[:, : len(wave) // hop]
         return
     path = resolve_path(source)
-    with opener(path) as opened:
-        frames = math.ceil(opened[1] / opened[0] * rate - 1e-6) // hop
+    with watch_channels(path, opener) as opened:
         step = int(part_s * rate) // hop
-        for first in range(0, max(1, frames), step):
+        for first in itertools.count(0, step):  # to the end of the sound: the length in the header is a forecast
             before = min(first, context)
             offset_s = (first - before) * hop / rate
             duration_s = (before + step + context) * hop / rate
@@ -59,6 +58,8 @@ def stream_mel(
             if len(wave) < config.n_fft:
                 raise ValueError(f"{source}: {len(wave)} samples long; a mel needs at least {config.n_fft}")
             yield logmel(wave, config)[:, before : min(before + step, len(wave) // hop)]
+            if len(wave) < (before + step + context) * hop:
+                return
 
 # %% ../../nbs/inference/windows.ipynb #11e411dc
 def iter_windows(
@@ -77,7 +78,7 @@ def iter_windows(
     frame_s, offset_s = config.hop_length / config.sample_rate, 0.0
     if excerpt_s is not None:
         path = resolve_path(source)
-        with opener(path) as opened:
+        with watch_channels(path, opener) as opened:
             offset_s = max(0.0, opened[1] / opened[0] - excerpt_s) / 2 if center else 0.0
             rate = config.sample_rate
             source = read_span(path, opened, duration_s=excerpt_s, center=center, sample_rate=rate)
