@@ -118,7 +118,9 @@ def build(out: Path, with_page: bool):
         from maestlib.collection.page import export_page  # needs torch, unlike all other pages
 
         navigation.insert(1, {PAGE: "hear/index.html"})
-        export_page(docs / "hear")
+        page = export_page(docs / "hear")
+        home = '<p><a href="../index.html">← maestlib</a></p>'  # a page that is served alone has no site around it
+        write(page, page.read_text(encoding="utf8").replace("<header>", f"<header>\n  {home}", 1))
     mkdocs.commands.build.build(make_config(docs, out, navigation))
 
 

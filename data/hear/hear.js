@@ -51,7 +51,7 @@ function say(text) {
 function fail(error) {
   $("error").textContent = error.message;
   $("error").hidden = false;
-  $("progress").hidden = true;
+  $("progress").hidden = $("stop").hidden = true;
 }
 
 async function open(blob, name) {
@@ -81,19 +81,31 @@ async function tag(mine) {
   const start = performance.now();
   const progress = Object.assign($("progress"), { hidden: false, max: mine.windows.length, value: 0 });
   say(`Tagging ${clock(seconds)} of “${mine.name}” …`);
+  $("stop").hidden = mine.windows.length === 1;
+  $("stop").onclick = () => (mine.isStopped = true);
   for (const window of mine.windows) {
-    window.full = await compute(run, mine.wave, window, selectPatches(gridOf(window.frames), 1, []));
+    const kept = selectPatches(gridOf(window.frames), 1, []);
+    window.full = await compute(run, mine.wave, window, kept);
+    if (window === mine.windows[0]) window.full = faster(window.full, await compute(run, mine.wave, window, kept));
     if (mine !== latest) return;
     progress.value += 1;
     if (window === mine.windows[0]) present(mine);
     drawTime();
+    if (mine.isStopped) break;
   }
-  progress.hidden = true;
+  progress.hidden = $("stop").hidden = true;
   const took = ((performance.now() - start) / 1000).toFixed(1);
   const by = backend === "webgpu" ? "WebGPU" : "WebAssembly";
-  say(`Tagged ${clock(seconds)} of “${mine.name}” in ${took} s by ${by}, on this machine.`);
+  const tagged = mine.windows.filter(({ full }) => full);
+  const end = mine.windows.length === tagged.length ? "" : `Stopped after ${clock(endOf(tagged.at(-1)))}. `;
+  mine.windows = tagged;
+  drawCost();
+  say(`${end}Tagged ${clock(end ? endOf(tagged.at(-1)) : seconds)} of “${mine.name}” in ${took} s by ${by}, on this machine.`);
   offerTable();
 }
+
+// The faster of two runs of the same window: memory is allocated in the first.
+const faster = (first, second) => ({ ...first, ms: Math.min(first.ms, second.ms) });
 
 async function compute(run, wave, window, kept) {
   return { kept, ...(await run(cutWindow(wave, window), kept)) };
@@ -136,8 +148,7 @@ async function leaveOut() {
       let now = window.full;
       if (!isAll(wanted)) {
         const { run } = await model;
-        now = await compute(run, mine.wave, window, kept);
-        now.ms = Math.min(now.ms, (await compute(run, mine.wave, window, kept)).ms); // memory is allocated in the first
+        now = faster(await compute(run, mine.wave, window, kept), await compute(run, mine.wave, window, kept));
       }
       if (mine === song && window === song.windows[song.chosen] && !again) {
         window.now = now;

@@ -35,13 +35,14 @@ export function cutWindow(wave, { first, frames }) {
   return cut;
 }
 
-// As `window_starts` of the package places them: half overlapping, and the last one ends with the recording.
+// As `window_starts` of the package places them: half overlapping; the last one ends with the recording, or nearly.
 export function listWindows(samples) {
   const total = Math.floor(samples / config.hop_length);
   const frames = Math.min(total, config.frames);
   const starts = [];
-  for (let first = 0; first < total - frames; first += config.hop_frames) starts.push(first);
-  return [...starts, total - frames].map((first) => ({ first, frames }));
+  for (let first = 0; first <= total - frames; first += config.hop_frames) starts.push(first);
+  if (total - frames - starts.at(-1) >= config.min_rest * frames) starts.push(total - frames);
+  return starts.map((first) => ({ first, frames }));
 }
 
 class Thread {

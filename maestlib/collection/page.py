@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..audio.windows import MIN_REST
 from ..core.extras import optional_import
 from ..core.files import asset_path, atomic_write, cache_path, file_lock, write_json
 from ..models.checkpoint import BUNDLED_MODEL, load_model
@@ -175,8 +176,9 @@ def page_config(
         "name": name, "runtime": f"{RUNTIME} {RUNTIME_VERSION}",
         "labels": list(config.labels), "thresholds": thresholds,
         "sample_rate": mel.sample_rate, "hop_length": mel.hop_length, "context": mel.hop_length, "n_mels": mel.n_mels,
-        "frames": config.num_frames, "hop_frames": config.num_frames // 2, "patch": PATCH, "stride": STRIDE,
-        "embed_dim": config.embed_dim, "depth": config.depth, "probe": [round(float(value), 4) for value in probe],
+        "frames": config.num_frames, "hop_frames": config.num_frames // 2, "min_rest": MIN_REST,
+        "patch": PATCH, "stride": STRIDE, "embed_dim": config.embed_dim, "depth": config.depth,
+        "probe": [round(float(value), 4) for value in probe],
     }  # fmt: skip
 
 
