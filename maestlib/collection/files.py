@@ -60,7 +60,8 @@ _FIELDS = ("artist", "album", "title")
 def _identity_by_samples(path: Path) -> Identity:
     "Hash what libsndfile decodes of an Ogg file, as it reads some that FFmpeg refuses; of others the whole file."
     digest = hashlib.blake2b(digest_size=16, person=b"samples")
-    with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(path) as file:
+    name = os.fsencode(path) if os.name == "posix" else path  # may be no UTF-8
+    with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(name) as file:
         if file.format == "OGG" and file.frames:
             for block in file.blocks(1 << 16, dtype="int16"):
                 digest.update(block)

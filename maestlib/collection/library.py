@@ -20,7 +20,7 @@ from ..core.files import explain_read_only, read_json, resolve_path, write_json,
 from ..models.patchout import Patchout
 
 # %% ../../nbs/collection/library.ipynb #b3a0e005
-_FORMAT = 1  # of the folder
+_FORMAT, _LARGEST = 1, 6e4  # of the folder; of the values of a vector
 _SONGS = {
     "path": pl.String,
     "size": pl.Int64,  # bytes
@@ -195,8 +195,10 @@ class Library(LockedLibrary):
         read_s: Sequence[float],  # (n,) seconds that were read of each
         values: np.ndarray,  # (n, labels + blocks * dim): activations, then the vectors of all blocks
     ) -> None:
-        "Write a chunk of vectors, rounded to float16. Raises `OSError`."
-        activations, vectors = np.split(values.astype(np.float16).astype(np.float32), [len(self.labels)], 1)
+        "Write a chunk of vectors, rounded to float16; longer ones than it can hold are shortened. Raises `OSError`."
+        activations, vectors = np.split(values.astype(np.float32), [len(self.labels)], 1)
+        vectors = vectors / np.maximum(1, np.abs(vectors).max(1, keepdims=True) / _LARGEST)
+        activations, vectors = (part.astype(np.float16).astype(np.float32) for part in (activations, vectors))
         columns = {"content": contents, "read_s": read_s, "activations": activations}
         parts = zip(self.blocks, np.split(vectors, len(self.blocks), 1), strict=True)
         columns |= {f"block_{block}": part for block, part in parts}

@@ -329,7 +329,7 @@ def scan(
         if report.planned:
             loaded = loaded or load_library_model(library, model, device)
             _scan_files(library, plan.todo, loaded, report, dry_run, batch_size, num_workers, flush_s, progress)
-        report.failed += tuple(listing.problems)
+        report.failed += tuple(dict.fromkeys(listing.problems))
         _count_gone(library, plan.gone, report, prune, force, dry_run)
     report.elapsed_s = time.monotonic() - start
     if not dry_run:

@@ -17,8 +17,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from ..audio.decode import AUDIO_SUFFIXES, walk_audio
-from ..audio.isolated import decoder_processes
+from ..audio.decode import AUDIO_SUFFIXES, printable_path, walk_audio
 from ..audio.mel import resample
 from ..core.checks import as_wave, check_number
 from ..core.device import default_device
@@ -152,7 +151,7 @@ def _collect(sources: list, run: Callable, to_table: Callable[[str | None, list]
     "The rows of all sources; those that fail are logged. Raises the first error if all of them fail."
     tables, errors = [], []
     for i, result in run([sources]):
-        path = sources[i] if isinstance(sources[i], str) else None
+        path = printable_path(sources[i]) if isinstance(sources[i], str) else None
         if isinstance(result, Exception):
             errors.append(result)
         else:
@@ -160,7 +159,8 @@ def _collect(sources: list, run: Callable, to_table: Callable[[str | None, list]
     if not tables:
         raise errors[0]
     if errors:
-        log.info("\n  ".join([f"{len(errors)} of {len(sources)} files left out:", *map(str, errors)]))
+        reasons = [printable_path(str(error)) for error in errors]
+        log.info("\n  ".join([f"{len(errors)} of {len(sources)} files left out:", *reasons]))
     return pl.concat(tables)
 
 # %% ../../nbs/inference/embedding.ipynb #3d0c5e02
@@ -228,7 +228,6 @@ def embed(
     if not isinstance(sources[0], str):
         raise ValueError("out: only files are streamed to parquet; embed a waveform without it")
     settings = json.dumps(choices | {"model": model_fingerprint(model)})
-    run = partial(run, opener=decoder_processes().open_audio)  # a crash of a decoder costs one file of many
     return stream_to_parquet(ParquetJob(resolve_path(out), sources, to_table, schema, settings), run)
 
 # %% ../../nbs/inference/embedding.ipynb #03240285

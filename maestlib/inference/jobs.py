@@ -20,6 +20,7 @@ from pathlib import Path
 import polars as pl
 import torch
 
+from ..audio.decode import printable_path
 from ..core.chunks import ChunkClaims, discard_folder
 from ..core.files import atomic_write, explain_read_only, log, write_parquet
 from ..models.maest import MAEST
@@ -62,7 +63,9 @@ def _paths_in(files: list[Path]) -> pl.Series:
 # %% ../../nbs/inference/jobs.ipynb #39cafda3
 def _without(paths: list[str], held: pl.Series) -> list[str]:
     "The paths that are not held, in order."
-    return paths if held.is_empty() else list(compress(paths, ~pl.Series(paths, dtype=pl.String).is_in(held.implode())))
+    if held.is_empty():
+        return paths
+    return list(compress(paths, ~pl.Series(map(printable_path, paths), dtype=pl.String).is_in(held.implode())))
 
 # %% ../../nbs/inference/jobs.ipynb #ce35a628
 def _hash(settings: str, paths: list[str]) -> str:
@@ -90,9 +93,9 @@ def write_chunk(
 ) -> int:  # how many failed
     "Write the rows of a chunk, and its errors into the metadata. Raises `OSError` if it cannot be written."
     tables, failed = [pl.DataFrame(schema=schema)], []
-    for path, result in zip(paths, results, strict=True):
+    for path, result in zip(map(printable_path, paths), results, strict=True):
         if isinstance(result, Exception):
-            failed.append([path, str(result).partition("\n")[0] or type(result).__name__])
+            failed.append([path, printable_path(str(result).partition("\n")[0]) or type(result).__name__])
         else:
             tables.append(to_table(path, result))
     metadata = {METADATA_KEY: settings, FAILED_KEY: json.dumps(failed)}

@@ -8,6 +8,7 @@ __all__ = ['LEVELS', 'read_level', 'label_degrees', 'rank_by_tags']
 # %% ../../nbs/inference/labels.ipynb #b1a0e003
 import difflib
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -81,7 +82,8 @@ def _columns(name: str, labels: Sequence[str]) -> list[int]:
             known.setdefault(spelling.casefold(), []).append(i)
     if name.casefold() not in known:
         similar = difflib.get_close_matches(name.casefold(), known, 3, 0.5)
-        hint = f"did you mean {' or '.join(similar)}?" if similar else "see the labels of the model"
+        genres = ", ".join(dict.fromkeys(split_label(label)[0] or label for label in labels))
+        hint = f"did you mean {' or '.join(similar)}?" if similar else f"labels are of {textwrap.shorten(genres, 200)}"
         raise ValueError(f"no label {name!r}; {hint}")
     return known[name.casefold()]
 
