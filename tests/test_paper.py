@@ -9,20 +9,23 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import soundfile
+from helpers import tiny_model
+from training_runs import folder, small  # noqa: F401
 
 from maestlib.audio.mel import load_audio
 from maestlib.datasets.batches import load_corpus
 from maestlib.datasets.registry import load_dataset
 from maestlib.models.checkpoint import save_checkpoint
 from maestlib.models.maest import MAEST, MAESTConfig
-from maestlib.paper.experiments import PaperReport, results_path
-from maestlib.paper.probes import model_title
+from maestlib.paper.experiments import RUNNERS, PaperReport, results_path, run_experiment
+from maestlib.paper.probes import embed_all, model_title
 from maestlib.paper.published import EXPERIMENTS
 from maestlib.paper.results import Report, append_results, make_manifest, make_results, plot_results, to_latex
 from maestlib.paper.scales import PUBLIC_DATASETS, PaperConfig
@@ -315,6 +318,54 @@ def test_latex_names_the_dataset_of_the_papers_values():
     assert "(paper: MTT)" not in to_latex(make_results(same, make_manifest()))
     alone = make_results(rows[1:], make_manifest())
     assert "(paper" not in to_latex(alone), "no published value, nothing to name"
+
+
+def test_counts_have_no_decimals():
+    rows = [score("a", "discogs20", "map", 0.4, None), score("a", "discogs20", "count", 93.0, None)]
+    rows[1] |= {"low": None, "high": None}
+    table = Report(make_results(rows, make_manifest())).table()
+    assert table.select("mAP", "count").row(0) == ("40.0 (35.0 to 45.0)", "93")
+
+
+def test_nothing_is_downloaded_that_was_not_asked_for(small, tmp_path, monkeypatch):
+    "A rival that is not in the cache is skipped, in the report too, with what to give."
+    _, corpus, _ = small()
+    calls = []
+    monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
+    monkeypatch.setattr("maestlib.probing.musicnn.subprocess.run", lambda command, **_: calls.append(command))
+    config = PaperConfig.from_params({"rivals": "musicnn,mel"})
+    embeddings, skipped = embed_all(config, corpus, {TINY: tiny_model(embed_dim=12, depth=1)})
+    assert list(embeddings) == [TINY, "mel statistics"] and not calls
+    assert len(skipped) == 1 and "musicnn is skipped" in skipped[0] and "give download=true" in skipped[0]
+    with pytest.raises(AttributeError):  # the stand-in of pip returns nothing
+        embed_all(replace(config, download=True, rivals="musicnn"), corpus, {TINY: tiny_model(embed_dim=12, depth=1)})
+    assert "musicnn==0.1.0" in calls[0] and replace(config, download=True).settings == config.settings
+
+
+def test_every_experiment_writes_a_report_of_its_own(tmp_path, monkeypatch):
+    reports = {
+        name: Report(make_results([score(name, "mtt", "map", 0.4)], make_manifest()), [], [f"{name} | found"], ["few"])
+        for name in ("fig2", "curation")
+    }
+    for name, report in reports.items():
+        monkeypatch.setitem(RUNNERS, name, lambda config, report=report: report)
+        run_experiment(name, PaperConfig.from_params({"experiment": name, "out_dir": str(tmp_path)}))
+    for name in reports:
+        text = (tmp_path / f"{name}.md").read_text(encoding="utf8")
+        assert text.startswith(f"# {EXPERIMENTS[name]}\n") and f"- {name} | found" in text and "| 40.0 (35.0" in text
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [
+        "curation.md", "fig2.md", "results.parquet",
+    ]  # fmt: skip
+
+
+def test_papermill_can_read_every_parameter():
+    "It takes a second equals sign in a line, as in a comment, for something else."
+    lines = []
+    for path in ROOT.glob("nbs/**/*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf8"))["cells"]:
+            if "parameters" in cell["metadata"].get("tags", []):
+                lines += [(path.name, line) for line in "".join(cell["source"]).splitlines()]
+    assert len(lines) > 50 and [line for line in lines if line[1].count("=") > 1] == []
 
 
 def test_only_released_models_have_the_papers_names():

@@ -60,7 +60,8 @@ def _fig3_of(config: PaperConfig, dataset: str, models: dict, settings: list, ti
     corpus = load_probe_corpus(config, dataset)
     out = resolve_path(config.out_dir) / f"probes-fig3-{Path(dataset).stem}.parquet"
     quality = evaluate_quality(corpus, settings, models, probe_configs(config), out)
-    table = times.join(quality, "setting", maintain_order="left")
+    hours = times["realtime_factor"][0] * pl.col("ratio")  # both columns from the same pairs of measurements
+    table = times.with_columns(realtime_factor=hours).join(quality, "setting", maintain_order="left")
     common = {"experiment": "fig3", "scale": config.scale, "dataset": dataset, "runs": config.probe_seeds}
     rows = [
         common | {"setting": row["setting"], "unit": "artist"} | values

@@ -39,7 +39,7 @@ from maestlib.probing.layers import (
     plot_layers,
     summarize,
 )
-from ..probing.musicnn import musicnn_features
+from ..probing.musicnn import find_musicnn, load_musicnn, musicnn_features
 from ..probing.probe import ProbeConfig
 from ..probing.study import ResampledStudy, probe_settings, resample_study, run_study
 from ..stats.metrics import METRICS
@@ -88,7 +88,7 @@ def _embed_rival(config: PaperConfig, corpus: Corpus, name: str, model: MAEST) -
     if name == "mel":
         return "mel statistics", extract_embeddings(corpus, "mel")
     if name == "musicnn":
-        return "MTT_musicnn", musicnn_features(corpus)
+        return "MTT_musicnn", musicnn_features(corpus, load_musicnn(find_musicnn(download=config.download)))
     patchout = Patchout(keep_every=config.keep_every)
     if name == "random":
         untrained = MAEST(model.config).init_weights(1).eval().to(default_device())

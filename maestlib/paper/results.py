@@ -221,7 +221,8 @@ def _format(metric: str, value: float | None, low: float | None = None, high: fl
     if value is None:
         return None
     factor = 100 if metric.startswith(METRICS) else 1
-    text = f"{factor * value:,.{1 if factor * value < 1000 else 0}f}"
+    is_count = factor == 1 and float(value).is_integer()
+    text = f"{factor * value:,.{0 if is_count or factor * value >= 1000 else 1}f}"
     return text if low is None else f"{text} ({factor * low:.1f} to {factor * high:.1f})"
 
 

@@ -52,6 +52,7 @@ class PaperParameters:
     datasets: str = "auto"  # to probe on, separated by commas: registered names, folders or tables
     audio: str = ""  # folder of the audio of public datasets, or name=folder for each, separated by commas
     rivals: str = "auto"  # beside the models: mel, random, musicnn, run folders, ONNX files, tables of features
+    download: bool = False  # let a rival be downloaded that is not in the cache (musicnn, 29 MB)
     keep_every: int | Auto = "auto"  # the models read one patch column of so many
     tracks: int | Auto = "auto"  # of each dataset that is probed; 0: all
     block: int | Auto = "auto"  # of the tables' embedding, counted from 0; auto: the middle one (6 of 12)
@@ -101,7 +102,7 @@ class PaperConfig(PaperParameters):
     @property
     def settings(self) -> dict:
         "The parameters by name that a result depends on: all but where things are."
-        left_out = ("experiment", "audio", "out_dir")
+        left_out = ("experiment", "audio", "download", "out_dir")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     @classmethod

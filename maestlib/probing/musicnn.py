@@ -192,6 +192,7 @@ def _download(folder: Path):
 # %% ../../nbs/probing/musicnn.ipynb #90580d02
 def find_musicnn(
     folder: str | Path | None = None,  # the folder `musicnn` of the unpacked wheel, or the .whl; None: cache, or pip
+    download: bool = True,  # with pip, where they are not in the cache
 ) -> Path:  # a folder with configuration.py and MTT_musicnn/
     """Find the weights of MusiCNN in a folder, a wheel or the cache, or download them with pip.
 
@@ -207,6 +208,8 @@ def find_musicnn(
     cached = cache_path("weights", f"musicnn-{MUSICNN_VERSION}")
     with file_lock(cached):
         if not cached.is_dir():
+            if folder is None and not download:
+                raise FileNotFoundError(f"{cached}: not in the cache; give download=true, and pip downloads 29 MB once")
             log.info(f"musicnn: {'downloading 29 MB' if folder is None else 'unpacking'} into {cached}, once")
             _download(cached) if folder is None else _unpack(resolve_path(folder), cached)
     return cached
