@@ -64,7 +64,7 @@ def _gather_interleaved(values, total, world_size):  # process r holds the rows 
 def _predict_windows(model, batches, patchout, dtype, on_batch) -> np.ndarray:  # (windows, labels), and padding
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    probabilities = []  # of each batch, on the device: fetching them would wait for it
+    probabilities = [torch.empty(0, len(model.config.labels), device=device)]  # fetched last: that waits for the device
     for mel in batches:
         if on_batch:
             on_batch()
@@ -96,7 +96,7 @@ def predict(
     store_rows, frames = corpus.store_rows[indices[rank::world_size]], model.config.num_frames
     lengths = corpus.store.index["frames"].to_numpy()[store_rows]
     windows = [(i, start) for i, length in enumerate(lengths) for start in window_starts(length, frames, frames)]
-    track, starts = np.array(windows).T
+    track, starts = np.array(windows, int).reshape(-1, 2).T  # none where there are fewer tracks than processes
     on_gpu = next(model.parameters()).device.type == "cuda"  # there batches of one size: compiled once
     shape = frames, batch_size or auto_batch_size(model, patchout), on_gpu
     reader = _WindowReader(corpus.store, store_rows[track], starts, *shape)
