@@ -22,7 +22,7 @@ import torch
 import torchaudio
 
 from .decode import SampleReader, open_audio
-from ..core.checks import as_wave, check_fields, check_number, check_sample_rate, check_wave
+from ..core.checks import check_fields, check_number, check_sample_rate, check_wave
 from ..core.extras import optional_import
 from ..core.files import log, resolve_path
 from ..core.plotting import style_figure
@@ -120,14 +120,13 @@ def resampler(
 
 
 def resample(
-    wave: torch.Tensor | np.ndarray,  # (..., samples) floating point
+    wave: torch.Tensor,  # (..., samples) floating point
     sample_rate: int,  # Hz, of `wave`
     new_rate: int,  # Hz
 ) -> torch.Tensor:  # (..., samples) on the CPU
-    "Resample a waveform as `load_audio` does a file. Raises `ValueError` as `check_sample_rate` and `as_wave`."
+    "Resample a waveform as `load_audio` does a file. Raises `ValueError` as `check_sample_rate`."
     ratio = Fraction(new_rate, check_sample_rate(sample_rate)).limit_denominator(1000)
-    wave = as_wave(wave, batch=True).cpu()
-    return wave if ratio == 1 else resampler(ratio.denominator, ratio.numerator)(wave.float())
+    return wave.cpu() if ratio == 1 else resampler(ratio.denominator, ratio.numerator)(wave.cpu().float())
 
 # %% ../../nbs/audio/mel.ipynb #1927dfac
 def _input_span(first: int, count: int, up: int, down: int) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ import torch
 
 from ..audio.decode import AUDIO_SUFFIXES, printable_path, walk_audio
 from ..audio.mel import resample
-from ..core.checks import as_wave, check_number
+from ..core.checks import check_number, check_wave
 from ..core.device import default_device
 from ..core.files import log, resolve_path
 from .jobs import ParquetJob, model_fingerprint, stream_to_parquet
@@ -50,11 +50,12 @@ def list_sources(
 ) -> list[str] | list[torch.Tensor]:  # paths, or one waveform
     """List what is to be read: the files of folders in sorted order, and what was given, without duplicates.
 
-    Raises `FileNotFoundError` for a folder without audio, `ValueError` for an empty list, for a waveform as `as_wave`
-    and for the sample rate of files, and `TypeError` for anything else.
+    Raises `FileNotFoundError` for a folder without audio, `ValueError` for an empty list and for the sample rate of
+    files, `TypeError` for anything else, and as `check_wave` for a waveform.
     """
     if isinstance(source, torch.Tensor | np.ndarray):
-        return [resample(as_wave(source), new_rate if sample_rate is None else sample_rate, new_rate)]
+        wave = check_wave(source, samples=False)
+        return [resample(wave, new_rate if sample_rate is None else sample_rate, new_rate)]
     if sample_rate is not None:
         raise ValueError(f"sample_rate={sample_rate}: files have their own; give it with a waveform")
     sources = list(source) if isinstance(source, Iterable) and not isinstance(source, str) else [source]
@@ -257,8 +258,6 @@ def tag(
     if not model.config.labels:
         raise ValueError("model: it has no labels; load one that was trained to tag")
     top = check_number("top", top, 1, integer=True, optional=True)
-    hop_s = check_number("hop_s", hop_s, high=model.config.seconds, above=0, optional=True)
-    batch_size = check_number("batch_size", batch_size, 1, integer=True, optional=True)
     lowest = _lowest_activations(model, threshold)
     sources = list_sources(source, sample_rate, model.config.mel.sample_rate)
     if len(sources) != 1:

@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 
 from ..audio.decode import open_audio
 from ..audio.isolated import decoder_processes
-from ..audio.mel import MelConfig, logmel, normalize, read_span, watch_channels
+from ..audio.mel import MelConfig, logmel, normalize, read_span, resample, watch_channels
 from ..audio.windows import window_starts
+from ..core.checks import check_number, check_wave
 from ..core.device import autocast, resolve_dtype, worker_count
 from ..core.files import rank_and_world_size, resolve_path
 from ..models.maest import MAEST, MAESTConfig
@@ -34,19 +35,24 @@ def stream_mel(
     config: MelConfig,
     part_s: float = 120.0,  # seconds decoded at a time
     opener: Callable = open_audio,  # or that of `DecoderProcesses`
+    sample_rate: int | None = None,  # Hz, of a waveform, which is resampled; None: `config.sample_rate`
 ) -> Iterator[torch.Tensor]:  # (n_mels, frames) float32, not normalized; concatenated, `logmel` of the whole
     """Compute the mel of a recording in parts, in memory that does not depend on its length.
 
-    Raises what `load_audio` and `logmel` raise, and `ValueError` for a waveform that is not (samples,).
+    Raises what `load_audio` and `logmel` raise, and `ValueError` for a waveform that is not (samples,), for the sample
+    rate of a file, and for a `part_s` that is no positive number.
     """
     rate, hop, context = config.sample_rate, config.hop_length, 4
-    if not isinstance(source, str | Path):
-        wave = torch.as_tensor(source)
-        is_mel = wave.ndim == 2 and len(wave) == config.n_mels
-        if wave.ndim != 1 and not is_mel:
-            raise ValueError(f"waveform of shape {tuple(wave.shape)}: give (samples,), mono, at {rate} Hz")
-        yield wave if is_mel else logmel(wave, config)[:, : len(wave) // hop]
+    if isinstance(source, torch.Tensor | np.ndarray) and source.ndim == 2 and len(source) == config.n_mels:
+        yield torch.as_tensor(source)
         return
+    if not isinstance(source, str | Path):
+        wave = resample(check_wave(source, samples=False), rate if sample_rate is None else sample_rate, rate)
+        yield logmel(wave, config)[:, : len(wave) // hop]
+        return
+    if sample_rate is not None:
+        raise ValueError(f"sample_rate={sample_rate}: {source} has its own; give it with a waveform")
+    check_number("part_s", part_s, above=hop / rate)
     path = resolve_path(source)
     with watch_channels(path, opener) as opened:
         step = int(part_s * rate) // hop
@@ -159,13 +165,11 @@ def _run_in_batches(windows: list[tuple], forward: Callable, batch_size: int) ->
 
 # %% ../../nbs/inference/windows.ipynb #dc0ccddc
 def _hop_frames(hop_s: float | None, config: MAESTConfig) -> int:
-    "Frames from window to window; None: half a window. Raises `ValueError` above a window."
+    "Frames from window to window; None: half a window. Raises `ValueError` below a frame and above a window."
     if hop_s is None:
         return config.num_frames // 2
-    hop_frames = round(hop_s * config.mel.sample_rate / config.mel.hop_length)
-    if not 1 <= hop_frames <= config.num_frames:
-        raise ValueError(f"hop_s={hop_s}: give seconds above 0 and up to {config.seconds:g}, the model's window")
-    return hop_frames
+    frame_s = config.mel.hop_length / config.mel.sample_rate
+    return min(round(check_number("hop_s", hop_s, frame_s, config.seconds) / frame_s), config.num_frames)
 
 # %% ../../nbs/inference/windows.ipynb #ff92e61a
 def _flatten(groups: Iterable[list], ends: set[int]) -> Iterator:
@@ -196,8 +200,8 @@ def iter_results(
     **reading,  # excerpt_s, center, opener: as for `iter_windows`; without opener, other processes decode
 ) -> Iterator[tuple[int, list | Exception]]:  # source number; (start s, end s, result) per window, or its error
     "Run a model over every window of many recordings, and yield each recording, or [] if skipped, once it is complete."
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: give 1 or more")
+    batch_size = check_number("batch_size", batch_size, 1, integer=True)
+    num_workers = check_number("num_workers", num_workers, 1, integer=True, optional=True)
     reading = dict(opener=decoder_processes().open_audio) | reading
     reading |= dict(frames=model.config.num_frames, hop_frames=_hop_frames(hop_s, model.config))
     read = partial(_read_windows, skip, config=model.config.mel, **reading)

@@ -36,19 +36,6 @@ def _find_models(checkpoint: dict, place: str = "") -> Iterator[tuple[str, str, 
             prefix = name.removesuffix("cls_token").removesuffix("embeddings.").removesuffix(AST_PREFIX)
             yield place + prefix, prefix, checkpoint
 
-
-def _choose_model(places: list[str]) -> str:
-    "The only one, or the averaged one of several. Raises `ValueError` where that is not one."
-    averaged = [place for place in places if re.search(r"(^|[._])(swa|ema|averaged)[._]", place)]
-    if len(places) == 1:
-        return places[0]
-    if len(averaged) != 1:
-        raise ValueError(
-            f"contains several models ({', '.join(map(repr, places))}); save the one to be loaded by itself"
-        )
-    log.info(f"{averaged[0]}… is loaded, not {', '.join(place for place in places if place != averaged[0])}")
-    return averaged[0]
-
 # %% ../../nbs/models/layouts.ipynb #cb1238d8
 def extract_state_dict(checkpoint) -> dict[str, torch.Tensor]:  # by name, without wrapping and prefix
     """Extract the weights of the model in a checkpoint; of several, the averaged ones.
@@ -57,15 +44,21 @@ def extract_state_dict(checkpoint) -> dict[str, torch.Tensor]:  # by name, witho
     """
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise ValueError("contains no named tensors; is it a checkpoint?")
-    models = {place: rest for place, *rest in _find_models(checkpoint)}
-    prefix, state = models[_choose_model([*models])] if models else ("", checkpoint)
+    models = {place: rest for place, *rest in _find_models(checkpoint)} or {"": ("", checkpoint)}
+    averaged = [place for place in models if re.search(r"(^|[._])(swa|ema|averaged)[._]", place)]
+    place, *others = averaged if len(models) > 1 and averaged else models
+    if others:
+        raise ValueError(f"contains several models ({', '.join(map(repr, models))}); save the wanted one by itself")
+    if len(models) > 1:
+        log.info(f"{place}… is loaded, not {', '.join(name for name in models if name != place)}")
+    prefix, state = models[place]
     tensors = {str(k).removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
     invalid = [k for k, v in tensors.items() if not (torch.is_tensor(v) and v.is_floating_point() and v.numel())]
     if invalid:
         raise ValueError(f"not the weights of a MAEST; not floating-point tensors: {', '.join(invalid)}")
-    prefixes = tuple(other for other, where in models.values() if where is state)
-    others = [str(k) for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point()]  # counters do no harm
-    if models and (unknown := [k for k in others if not k.startswith(prefixes)]):
+    known = tuple(prefix for prefix, where in models.values() if where is state)
+    weights = [str(k) for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point()]  # counters do no harm
+    if unknown := [k for k in weights if not k.startswith(known)]:
         raise ValueError(f"unexpected beside {prefix}…: {', '.join(unknown)}")
     return tensors
 
@@ -201,15 +194,6 @@ def convert_ast(
     out |= {f"head_dist.{k}": torch.zeros_like(out[f"head.1.{k}"]) for k in ("weight", "bias")}
     return out | split_positions(out.pop("position_embeddings"), rows)
 
-# %% ../../nbs/models/layouts.ipynb #b07d536c
-def _read_hf_config(config: dict) -> tuple[dict, int]:  # known fields of MAESTConfig; mel bands
-    known, id2label = {}, config.get("id2label", {})
-    if id2label and "LABEL_0" not in id2label.values():  # LABEL_0: named by number only
-        known["labels"] = tuple(id2label[k] for k in sorted(id2label, key=int))
-    if "num_attention_heads" in config:
-        known["num_heads"] = check_number("num_attention_heads", config["num_attention_heads"], 1, integer=True)
-    return known, check_number("num_mel_bins", config.get("num_mel_bins", MEL.n_mels), 16, integer=True)
-
 # %% ../../nbs/models/layouts.ipynb #cdeb1a2f
 def to_released_layout(
     tensors: dict[str, torch.Tensor],  # by their names in the file
@@ -224,10 +208,13 @@ def to_released_layout(
     if layout == "released":
         return tensors, {}
     file = path.with_name("config.json")
-    try:
-        known, bands = _read_hf_config(json.loads(file.read_text(encoding="utf8")) if file.exists() else {})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file.name} beside it: {error}") from error
+    hf_config = json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
+    known, id2label = {}, hf_config.get("id2label", {})
+    if id2label and "LABEL_0" not in id2label.values():  # LABEL_0: named by number only
+        known["labels"] = tuple(id2label[k] for k in sorted(id2label, key=int))
+    if "num_attention_heads" in hf_config:
+        known["num_heads"] = hf_config["num_attention_heads"]
+    bands = check_number("num_mel_bins", hf_config.get("num_mel_bins", MEL.n_mels), 16, integer=True)
     return convert_ast(tensors, patch_grid(16, bands)[0]), known
 
 # %% ../../nbs/models/layouts.ipynb #b4d5f43a
