@@ -20,37 +20,35 @@ import numpy as np
 import polars as pl
 import soundfile
 
-from .lengths import FileSection, check_mp3_count, find_sections
+from .lengths import check_mp3_count, find_sections
 
 # %% ../../nbs/audio/decode.ipynb #c3ab5132
-AUDIO_SUFFIXES = {
-    *(".wav", ".w64", ".au", ".aif", ".aiff", ".aifc", ".flac", ".wv", ".mp3", ".ogg", ".oga", ".opus"),
-    *(".m4a", ".m4b", ".mp4", ".mka", ".aac", ".wma"),
-}  # of the files that are read in folders
+AUDIO_SUFFIXES = set(  # of the files that are read in folders
+    ".wav .w64 .au .aif .aiff .aifc .flac .wv .mp3 .ogg .oga .opus .m4a .m4b .mp4 .mka .aac .wma".split()
+)
 SampleReader = Callable[[int, int], np.ndarray]  # (start, count) -> (samples, channels) float32
 
 _PREROLL_S = 1.0  # decoded before an excerpt: codecs with overlapping windows need some packets to settle
-_MP3_PREROLL = 8 * 1152  # samples, as libsndfile reads mp3: a frame may refer to some before it
+_MP3_PREROLL = 8 * 1152  # samples, of libsndfile: a frame refers to some before it
 _GENERIC_INDEX = 0x100  # FFmpeg's flag of containers without a table of contents
-_BARE = ("mp3", "aac")  # frames and nothing else: files are joined by `cat`, and decoders go on after damage
+_BARE = ("mp3", "aac")  # frames and nothing else: a damaged one is left out, and `cat` joins files
 
 
 @contextlib.contextmanager
 def open_stream(
-    source: Path | tuple[Path, int, int],  # a file, or the start and the stop (bytes) of one inside of it
-) -> Iterator[tuple]:  # container and stream
-    "Open the first audio stream with FFmpeg. Raises `ValueError`."
+    path: str | Path,  # or `subfile,,start,…,end,…,,:path`, a part of a file
+) -> Iterator[tuple]:
+    "Open the first audio stream with FFmpeg: container and stream. Raises `ValueError`."
     import av  # here, because importing it is slow, and most files are read by libsndfile
 
-    with contextlib.ExitStack() as closing:
-        path, is_section = (source[0], True) if isinstance(source, tuple) else (source, False)
-        try:
-            options = {"protocol_whitelist": "file"}  # a playlist must not use the network
-            file = closing.enter_context(FileSection(*source)) if is_section else str(path)
-            container = closing.enter_context(av.open(file, options=options, metadata_errors="replace"))
-        except av.FFmpegError as error:
-            hint = "is it audio, and complete?"
-            raise ValueError(f"{path}: neither libsndfile nor FFmpeg can read it ({error.strerror}); {hint}") from error
+    path, url = str(path).rpartition(",,:")[2], str(path)
+    try:
+        options = {"protocol_whitelist": "file,subfile"}  # a playlist must not use the network
+        container = av.open(url, options=options, metadata_errors="replace")
+    except av.FFmpegError as error:
+        hint = "is it audio, and complete?"
+        raise ValueError(f"{path}: neither libsndfile nor FFmpeg can read it ({error.strerror}); {hint}") from error
+    with container:
         if not container.streams.audio:
             raise ValueError(f"{path}: has no audio stream")
         if container.streams.audio[0].codec_context is None:
@@ -59,9 +57,9 @@ def open_stream(
             raise ValueError(f"{path}: is copy-protected (DRM); only a copy without it can be read")
         yield container, container.streams.audio[0]
 
-# %% ../../nbs/audio/decode.ipynb #28b8d541
+# %% ../../nbs/audio/decode.ipynb #b5932737
 class _Part(NamedTuple):
-    source: Path | tuple[Path, int, int]  # as for `open_stream`
+    url: str | Path  # as for `open_stream`
     rate: int  # Hz
     length: int  # samples
     channels: int
@@ -73,15 +71,13 @@ def _decode_packets(container, packets: Iterable) -> Iterator[tuple]:  # packet,
 
     for packet in packets:
         try:
-            frames = packet.decode()
+            yield from ((packet, frame) for frame in packet.decode())
         except av.InvalidDataError:
             if container.format.name not in _BARE:
                 raise
-        else:
-            yield from ((packet, frame) for frame in frames)
 
 # %% ../../nbs/audio/decode.ipynb #20545979
-def _decode_frames(
+def _decode_part(
     part: _Part, rate: int, start: int
 ) -> Iterator[tuple[int, np.ndarray]]:  # position; (samples, channels), both at `rate`
     "Decode the frames of a part from the one with sample `start` on, seeking if the time of its first sample is known."
@@ -89,7 +85,7 @@ def _decode_frames(
 
     to_float, position, preroll = av.AudioResampler(format="fltp", rate=rate), 0, round(_PREROLL_S * rate)
     is_same = rate == part.rate
-    with open_stream(part.source) as (container, stream):
+    with open_stream(part.url) as (container, stream):
         if part.origin is not None and is_same and start > preroll:
             container.seek(int((part.origin + Fraction(start - preroll, rate)) / stream.time_base), stream=stream)
             position = None
@@ -107,21 +103,41 @@ def _decode_frames(
                     yield position, converted.to_ndarray().T
                 position += converted.samples
 
+# %% ../../nbs/audio/decode.ipynb #45c67b31
+def _decode_parts(parts: list[_Part], rate: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
+    "As `_decode_part`, for one part after the other."
+    channels, first = max(part.channels for part in parts), 0
+    for part in parts:
+        length = end = math.ceil(part.length * rate / part.rate)
+        if start < first + length:
+            for position, samples in _decode_part(part, rate, max(0, start - first)):
+                if samples.shape[1] != channels:
+                    samples = samples.mean(1, keepdims=True).repeat(channels, 1)
+                end = position + len(samples)
+                kept = len(samples) if part is parts[-1] else max(0, length - position)
+                yield first + position, samples[:kept]
+            if part is not parts[-1] and end < length:
+                if length - end >= rate:
+                    raise RuntimeError(f"{(length - end) / rate:.1f} s are missing")
+                yield first + end, np.zeros((length - end, channels), np.float32)
+        first += length
+
 # %% ../../nbs/audio/decode.ipynb #1a50eea7
 class _FrameReader:
     "Reads ranges of samples; one that starts where the last ended, or up to a second before, goes on decoding."
 
-    def __init__(self, part: _Part, rate: int):  # rate (Hz): of the result
-        self.part, self.rate = part, rate
-        self.preroll = round(_PREROLL_S * rate)
+    def __init__(self, parts: list[_Part]):
+        self.parts, self.rate = parts, max(part.rate for part in parts)
+        self.length = sum(math.ceil(part.length * self.rate / part.rate) for part in parts)
+        self.preroll, self.can_seek = round(_PREROLL_S * self.rate), len(parts) == 1 and parts[0].origin is not None
         self.frames, self.buffer, self.first = None, np.zeros((0, 1), np.float32), 0  # first: sample of the buffer
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         end, parts = self.first + len(self.buffer), [self.buffer]
-        can_jump = self.part.origin is not None and start > end + self.preroll
+        can_jump = self.can_seek and start > end + self.preroll
         if self.frames is None or start < self.first or can_jump:
             self.close()
-            self.frames, parts, end = _decode_frames(self.part, self.rate, start), [], start
+            self.frames, parts, end = _decode_parts(self.parts, self.rate, start), [], start
         while end < stop and (frame := next(self.frames, None)):
             position, samples = frame
             if not parts or end <= start:
@@ -146,48 +162,7 @@ class _FrameReader:
         if self.frames is not None:
             self.frames.close()
 
-# %% ../../nbs/audio/decode.ipynb #95702b9f
-class _JoinedReader:
-    "Reads ranges of samples across the parts of a file. A part with fewer channels repeats their mean."
-
-    def __init__(self, parts: list[_Part], rate: int):
-        self.parts, self.rate, self.reader = parts, rate, None
-        self.channels = max(part.channels for part in parts)
-        lengths = [math.ceil(part.length * rate / part.rate) for part in parts]
-        self.stops = list(itertools.accumulate(lengths))
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        blocks, first = [np.zeros((0, self.channels), np.float32)], 0
-        for part, stop in zip(self.parts, self.stops, strict=True):
-            wanted = min(start + count, stop) - max(start, first)
-            if wanted > 0:
-                blocks.append(self._read_part(part, max(start, first) - first, wanted))
-                missing = wanted - len(blocks[-1])
-                if missing >= self.rate:
-                    raise RuntimeError(f"{missing / self.rate:.1f} s are missing")
-                blocks.append(np.zeros((missing if stop < self.stops[-1] else 0, self.channels), np.float32))
-            first = stop
-        return np.concatenate(blocks)
-
-    def _read_part(self, part: _Part, start: int, count: int) -> np.ndarray:
-        if self.reader is None or self.reader.part is not part:
-            self.close()
-            self.reader = _FrameReader(part, self.rate)
-        samples = self.reader.read(start, count)
-        if len(samples) and samples.shape[1] != self.channels:
-            samples = samples.mean(1, keepdims=True)
-        return np.broadcast_to(samples, (len(samples), self.channels))
-
-    def close(self) -> None:
-        if self.reader is not None:
-            self.reader.close()
-
 # %% ../../nbs/audio/decode.ipynb #b8f04017
-def _counts_samples(container) -> bool:
-    "Whether time stamps are exact to the sample and can be sought: mp4, m4a, mov."
-    return container.format.name.startswith("mov")
-
-
 def _frame_kind(packet) -> tuple[tuple, bool]:
     "What the header of an mp3 or aac frame tells of rate and channels, and whether the frame counts those of a file."
     data = bytes(packet)
@@ -195,7 +170,7 @@ def _frame_kind(packet) -> tuple[tuple, bool]:
     values = (data[2] & 0x0C, data[3] >> 6 == 3) if is_mp3 else (data[2] & 0x3D, data[3] >> 6)
     return (data[1] & 0x1E, *values), any(bytes(9) + tag in data for tag in (b"Xing", b"Info"))  # behind zeros
 
-# %% ../../nbs/audio/decode.ipynb #476615b8
+
 def _count_packets(container, stream, first, packet, packets: Iterator) -> tuple[Fraction, int | None]:
     "Seconds of a part, and the byte where another one begins; `packets` follow the one of the `first` frame."
     length_s, trimmed, origin = Fraction(first.samples, first.sample_rate), 0, first.pts or 0
@@ -214,114 +189,90 @@ def _count_packets(container, stream, first, packet, packets: Iterator) -> tuple
             trimmed += int.from_bytes(bytes(packet.get_sidedata("skip_samples"))[4:8], "little")
     return length_s - Fraction(trimmed, first.sample_rate), None
 
-
-def _length_s(container, stream, *packets) -> tuple[Fraction, int | None]:  # as of `_count_packets`
-    if _counts_samples(container) and stream.duration:
-        return stream.duration * stream.time_base, None
-    counted, change = _count_packets(container, stream, *packets)
-    if len(container.streams) == 1 and not container.format.flags & _GENERIC_INDEX and container.duration:
-        counted = max(counted, Fraction(container.duration, 1_000_000))  # some may be missing
-    return counted, change
-
-# %% ../../nbs/audio/decode.ipynb #ad38d21f
-def _check_header(path: Path, rate: int, channels: int) -> None:
-    "Raise `ValueError` for a rate or a number of channels that no recording has: a broken header."
-    if not 1000 <= rate <= 768_000:
-        raise ValueError(f"{path}: a sample rate of {rate:,} Hz (1,000 to 768,000 are read); mend its header")
-    if channels > 64:
-        raise ValueError(f"{path}: {channels:,} channels (up to 64 are read); mend its header")
-
-
-def _open_part(path: Path, start: int, stop: int) -> tuple[_Part | None, int | None]:
-    "The part that begins at a byte, None if it has no sound; and the byte where another one begins, if one does."
-    import av
-
-    source = (path, start, stop) if (start, stop) != (0, os.path.getsize(path)) else path
-    try:
-        with open_stream(source) as (container, stream):
-            packets = container.demux(stream)
-            packet, first = next(_decode_packets(container, packets), (None, None))
-            if first is None:
-                return None, None
-            rate, channels = first.sample_rate, first.layout.nb_channels
-            _check_header(path, rate, channels)
-            is_mp3, before = container.format.name == "mp3", packet.pos or 0
-            length_s, change = _length_s(container, stream, first, packet, packets)
-            origin = first.pts * stream.time_base if _counts_samples(container) else None
-    except av.FFmpegError as error:
-        raise ValueError(f"{path}: damaged ({error.strerror}); convert it again") from error
+# %% ../../nbs/audio/decode.ipynb #476615b8
+def _open_part(path: Path, start: int, stop: int) -> tuple[list[_Part], int | None]:
+    "The part that begins at a byte, [] if it has no sound; and the byte where another one begins, if one does."
+    url = f"subfile,,start,{start},end,{stop},,:{path}" if (start, stop) != (0, os.path.getsize(path)) else path
+    with open_stream(url) as (container, stream):
+        packets = container.demux(stream)
+        packet, first = next(_decode_packets(container, packets), (None, None))
+        if first is None:
+            return [], None
+        name, origin, change, header_s = container.format.name, None, None, Fraction(container.duration or 0, 1_000_000)
+        if name.startswith("mov") and stream.duration:  # its time stamps are exact to the sample, and can be sought
+            length_s, origin = stream.duration * stream.time_base, first.pts * stream.time_base
+        else:
+            length_s, change = _count_packets(container, stream, first, packet, packets)
+            if len(container.streams) == 1 and not container.format.flags & _GENERIC_INDEX:
+                length_s = max(length_s, header_s)  # some may be missing
     if change:
         return _open_part(path, start, start + change)[0], start + change
-    if is_mp3 and before:
-        with FileSection(path, start, stop) as file:
-            if check_mp3_count(file) is False:  # by a wrong one FFmpeg would cut something out
-                return _open_part(path, start + before, stop)
-    return _Part(source, rate, round(length_s * rate), channels, origin), None
+    if name == "mp3" and packet.pos and check_mp3_count(path, start, stop) is False:
+        return _open_part(path, start + packet.pos, stop)  # without its number, by which FFmpeg cuts something out
+    rate = first.sample_rate
+    return [_Part(url, rate, round(length_s * rate), first.layout.nb_channels, origin)], None
 
 # %% ../../nbs/audio/decode.ipynb #ad545bb6
-def _open_ffmpeg(path: Path) -> tuple[int, int, _FrameReader | _JoinedReader]:
-    "Rate (Hz), length (samples) and reader of the first audio stream of a file, as `open_audio` yields them."
+def _open_ffmpeg(path: Path) -> _FrameReader:
+    "The first audio stream of a file, with its rate (Hz), length (samples) and parts."
+    import av
+
     parts = []
-    for start, stop in find_sections(path):
-        while start is not None:
-            part, start = _open_part(path, start, stop)
-            parts += [part] if part else []
+    try:
+        for start, stop in find_sections(path):
+            while start is not None:
+                found, start = _open_part(path, start, stop)
+                parts += found
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: damaged ({error.strerror}); convert it again") from error
     if not parts:
         raise ValueError(f"{path}: its audio stream is empty; convert it again")
-    if len(parts) == 1:
-        return parts[0].rate, parts[0].length, _FrameReader(parts[0], parts[0].rate)
-    rate = max(part.rate for part in parts)
-    joined = _JoinedReader(parts, rate)
-    return rate, joined.stops[-1], joined
+    return _FrameReader(parts)
 
 # %% ../../nbs/audio/decode.ipynb #529a0c7b
-@contextlib.contextmanager
-def _open_libsndfile(path: Path) -> Iterator[soundfile.SoundFile | None]:
-    "Open a file that libsndfile can read and whose length it knows, else yield None."
+def _open_libsndfile(path: Path) -> soundfile.SoundFile | None:
+    "Open a file that libsndfile can read and seek, and whose length it knows."
     try:
         file = soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path)  # a name may be no UTF-8
     except soundfile.LibsndfileError:
-        yield None
-        return
-    with file:
-        is_known = file.seekable() and 0 < file.frames < 1 << 40
-        with open(path, "rb") as source:
-            is_known &= check_mp3_count(source) is True if file.format == "MP3" else len(find_sections(path)) == 1
-        yield file if is_known else None
+        return None
+    is_known = check_mp3_count(path) if file.format == "MP3" else len(find_sections(path)) == 1
+    if is_known and file.seekable() and 0 < file.frames < 1 << 40:
+        return file
+    file.close()
+    return None
 
-
+# %% ../../nbs/audio/decode.ipynb #a79593e1
 @contextlib.contextmanager
 def open_audio(
     path: Path,  # of any format that libsndfile or FFmpeg reads; of a film, its first audio stream
 ) -> Iterator[tuple[int, int, SampleReader]]:  # sample rate (Hz), length (samples), reader
     """Open an audio file for reading ranges of samples.
 
-    Raises `FileNotFoundError`, or `ValueError` for a file that is empty, not audio, without an audio stream or with an
-    impossible sample rate. The reader raises `RuntimeError` where the data are damaged, and returns fewer samples where
-    they end early.
+    Raises `FileNotFoundError`, or `ValueError` for a file that is empty, not audio, without an audio stream or with a
+    header that is no recording's. The reader raises `RuntimeError` where the data are damaged, and returns fewer
+    samples where they end early.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file() or path.stat().st_size == 0:
         raise ValueError(f"{path}: empty, or not a file; give an audio file")
-    with _open_libsndfile(path) as file:
-        if file is None:
-            rate, length, reader = _open_ffmpeg(path)
-            with contextlib.closing(reader):
-                yield rate, length, reader.read
-            return
-        _check_header(path, file.samplerate, file.channels)
-
-        preroll = _MP3_PREROLL if file.format == "MP3" else 0
+    with contextlib.closing(_open_libsndfile(path) or _open_ffmpeg(path)) as file:
+        is_ours = isinstance(file, _FrameReader)
+        rate, length = (file.rate, file.length) if is_ours else (file.samplerate, file.frames)
+        for part in file.parts if is_ours else [_Part(path, rate, length, file.channels, None)]:
+            if not 1000 <= part.rate <= 768_000 or part.channels > 64:
+                limits = "1,000 to 768,000 Hz and up to 64 channels are read; mend its header"
+                raise ValueError(f"{path}: a sample rate of {part.rate:,} Hz, {part.channels:,} channels; {limits}")
 
         def read(start, count):
             early = 0
             if file.tell() != start:
-                early = min(start, preroll)
+                early = min(start, _MP3_PREROLL if file.format == "MP3" else 0)
                 file.seek(start - early)
             return file.read(early + count, dtype="float32", always_2d=True)[early:]
 
-        yield file.samplerate, file.frames, read
+        yield rate, length, file.read if is_ours else read
 
 # %% ../../nbs/audio/decode.ipynb #888abe40
 def printable_path(
