@@ -202,10 +202,7 @@ def run_search(
     else:
         table = playlist(index, songs, *_songs_from_shell([args.to] if args.to else []), **options)
     if args.tags and not index.library.thresholds:
-        print(
-            "uncalibrated: tags only rank the songs of this library; they have no thresholds",
-            file=sys.stderr,
-        )
+        print("uncalibrated: tags only rank the songs of this library; they have no thresholds", file=sys.stderr)
     if table.is_empty():
         _print_labels(args.tags, index.library.labels)
     if args.out and len(table):

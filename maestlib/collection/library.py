@@ -175,12 +175,6 @@ class Library(LockedLibrary):
     Raises `FileNotFoundError` where there is none, and `ValueError` for one of another version.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,  # of the library
-    ):
-        super().__init__(folder)
-
     def save_songs(
         self,
         songs: pl.DataFrame,  # all of them; each path once

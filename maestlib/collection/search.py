@@ -120,6 +120,10 @@ class SongLookup(LibraryVectors):
         song: str | Path,  # a path, or a part of path, artist and title
     ) -> int | None:  # row of `songs`; None: a file that is not in the library
         "Find a song. Raises `ValueError` where there is none, or more than one."
+        if not isinstance(song, str | Path):
+            raise TypeError(
+                f"query: {type(song).__name__}; of a library, give paths, or parts of path, artist and title"
+            )
         path = str(resolve_path(song))
         if printable_path(path) in self.rows or Path(path).is_file():
             return self.rows.get(printable_path(path))
@@ -151,14 +155,6 @@ class SongLookup(LibraryVectors):
         degrees = rank_by_tags(tags, self.activations, self.library.labels, thresholds)
         return np.where(degrees >= 0.5, degrees, 0) if thresholds else degrees
 
-# %% ../../nbs/collection/search.ipynb #54bf705d
-def _as_list(songs) -> list:
-    "One song, several, rows of a table with paths, or None, as a list."
-    if isinstance(songs, pl.DataFrame) and "path" in songs.columns:
-        return songs["path"].to_list()
-    is_one = isinstance(songs, str | Path) or not isinstance(songs, Iterable)
-    return [] if songs is None else [songs] if is_one else [*songs]
-
 # %% ../../nbs/collection/search.ipynb #a0076ec2
 class SongIndex(SongLookup):
     """The songs of a library, ready for search by songs and tags.
@@ -177,9 +173,8 @@ class SongIndex(SongLookup):
         "Find the songs nearest to others, or those that tags fit best, without duplicates. Raises `ValueError`."
         k = check_number("k", k, 1, integer=True)
         per_artist = check_number("per_artist", per_artist, 1, integer=True, optional=True)
-        songs, without = _as_list(songs), _as_list(without)
-        if not all(isinstance(song, str | Path) for song in (*songs, *without)):
-            raise TypeError("query: of a library, give paths, parts of names, or rows of a table that has paths")
+        lists = [s if isinstance(s, Iterable) and not isinstance(s, str) else [s] for s in (songs, without)]
+        songs, without = ([song for song in songs if song is not None] for songs in lists)
         if not songs and (without or tags is None):
             raise ValueError("give songs, tags or both; without: only with songs")
         degrees = None if tags is None else self.degrees(tags)
@@ -232,17 +227,6 @@ def _nearest_songs(index: SongIndex, songs: list, without: list, k: int, degrees
             return index.table(chosen, index.vectors[chosen] @ query, degrees)
         count *= 8
 
-# %% ../../nbs/collection/search.ipynb #9f3e2ce2
-def _open_table(embeddings: pl.DataFrame | pl.LazyFrame | str | Path) -> pl.LazyFrame:
-    "A table of embeddings. Raises `ValueError` for anything else, and `FileNotFoundError`."
-    is_path = isinstance(embeddings, str | Path)
-    table = pl.scan_parquet(resolve_path(embeddings)) if is_path else embeddings
-    with contextlib.suppress(AttributeError, KeyError, pl.exceptions.PolarsError):  # no table, no column, no parquet
-        if isinstance(table.lazy().collect_schema()["embedding"], pl.Array):
-            return table.lazy()
-    name = embeddings if is_path else type(embeddings).__name__
-    raise ValueError(f"{name}: no table with vectors in a column `embedding`; give what `embed` or `scan` made")
-
 # %% ../../nbs/collection/search.ipynb #9826ffcf
 def _table_parts(table: pl.LazyFrame, dim: int, chunk_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "The row numbers and the vectors, of unit length, of each chunk of a table. Raises `ValueError`."
@@ -254,23 +238,25 @@ def _table_parts(table: pl.LazyFrame, dim: int, chunk_size: int) -> Iterator[tup
         yield np.arange(start, start + len(chunk)), unit_vectors(vectors)
         start += len(chunk)
 
-# %% ../../nbs/collection/search.ipynb #d7b34a4a
+# %% ../../nbs/collection/search.ipynb #09c2c19f
+def _has_vectors(table) -> bool:  # whether it is a table with a column of them
+    try:
+        return isinstance(table.lazy().collect_schema().get("embedding"), pl.Array)
+    except (AttributeError, pl.exceptions.PolarsError):  # no table, no parquet
+        return False
+
+
 def _query_vectors(query, table: pl.LazyFrame) -> np.ndarray:  # (queries, dim) float32
-    "The vectors of a query; of paths, those that the table has. Raises `ValueError`."
-    if isinstance(query, str | Path | list | tuple) and all(isinstance(path, str | Path) for path in _as_list(query)):
-        names = [{str(path), str(resolve_path(path))} for path in _as_list(query)]
-        has_paths = "path" in table.collect_schema()
-        parts = [table.filter(pl.col("path").is_in(name)).collect() for name in names if has_paths]
-        if not parts or any(part.is_empty() for part in parts):
-            raise ValueError(f"query={query}: not among the paths of the table; give one of them, rows, or vectors")
-        query = pl.concat(parts)
-    if isinstance(query, pl.DataFrame | pl.LazyFrame):
-        query = _open_table(query).collect()["embedding"]
+    "The vectors of a query; of a path, those in the table. Raises `ValueError`."
+    if isinstance(query, str | Path):
+        query = table.filter(pl.col("path").is_in([str(query), str(resolve_path(query))]))
+    if _has_vectors(query):
+        query = query.lazy().collect()["embedding"]
     with contextlib.suppress(TypeError, ValueError):
         vectors = np.atleast_2d(np.asarray(query, np.float32))
-        if vectors.ndim == 2 and np.isfinite(vectors).all():
+        if vectors.ndim == 2 and vectors.size and np.isfinite(vectors).all():
             return vectors
-    raise ValueError("query: give finite vectors, (dim,) or (queries, dim), rows of a table, or paths that it has")
+    raise ValueError("query: give finite vectors, (dim,) or (queries, dim), rows of a table, or a path that it has")
 
 # %% ../../nbs/collection/search.ipynb #3694701c
 def nearest(
@@ -282,7 +268,7 @@ def nearest(
 ) -> pl.DataFrame:  # query, rank (from 0), cosine, and the columns of `embeddings` without the vectors
     """Find the nearest rows of a table, or the nearest songs of a library, by cosine, nearest first.
 
-    Of a table, takes one query (dim,), several (queries, dim), rows of an embedding table, or paths of this one, whose
+    Of a table, takes one query (dim,), several (queries, dim), rows of an embedding table, or a path of this one, whose
     rows are among the nearest. Of a `Library`, takes a song, several, or none with `tags="piano & minor & !fast"`, and
     returns `rank`, `cosine`, `degree` (to which the tags fit), `path`, `artist`, `album`, `title`.
 
@@ -297,8 +283,12 @@ def nearest(
     if options:
         raise ValueError(f"{', '.join(options)}: only for a library, which `maestlib.scan` makes")
     k, chunk_size = check_number("k", k, 1, integer=True), check_number("chunk_size", chunk_size, 1, integer=True)
-    table = _open_table(embeddings)
-    queries = _query_vectors(query, table)
+    table = pl.scan_parquet(resolve_path(embeddings)) if isinstance(embeddings, str | Path) else embeddings
+    if not _has_vectors(table):
+        raise ValueError(
+            "embeddings: give a library, or a table with vectors in a column `embedding`, as `embed` makes"
+        )
+    queries = _query_vectors(query, table := table.lazy())
     rows, cosines = top_k(unit_vectors(queries), _table_parts(table, queries.shape[1], chunk_size), k)
     return _neighbor_table(table, rows, cosines)
 
