@@ -14,7 +14,7 @@ loader.exec_module(outputs)
 
 
 OLDER = """
-    nbs/inference/embedding.ipynb nbs/probing/layers.ipynb
+    nbs/inference/embedding.ipynb
 """.split()  # outputs that are older than the code and still to be executed; the list may only get shorter
 
 
