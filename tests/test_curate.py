@@ -160,6 +160,33 @@ def test_plain_or_gzipped_lazy_or_eager_the_table_is_the_same(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["releases.parquet", "releases.xml"]
 
 
+RECORD = """<?xml version="1.0"?><!-- a dump --><?page 1?><releases><count>1</count><!-- 1 --><release id="7">{noise}
+<artists>{noise}<artist>{noise}<name>A &amp; {noise}B</name><join>,</join><id>3</id></artist>{noise}</artists>{noise}
+<title>T{noise}itle</title><styles>{noise}<style><![CDATA[R&B]]></style></styles><genres><genre>Rock</genre></genres>
+<related><release id="9"/></related><tracklist>{noise}<track>{noise}<duration>1:00</duration><position>1</position>
+<artists><artist><anv/><name>C</name></artist></artists></track></tracklist></release>{noise}
+<release id="8"/></releases>"""
+
+
+@pytest.mark.parametrize("noise", ["", "<!-- kept -->", "<?page break?>"])
+def test_children_are_found_by_name(noise, tmp_path):
+    path = tmp_path / "releases.xml"
+    path.write_text(RECORD.format(noise=noise))
+    row, empty = discogs.read_releases(path).rows()
+    assert row == (7, None, "Title", None, [3], ["A & B"], ["Rock"], ["R&B"], [60], [["C"]])
+    assert empty == (8, None, None, None, [], [], [], [], [], [])
+
+
+def test_a_record_that_never_ends_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path / "cache"))
+    path, styles = tmp_path / "releases.xml.gz", b"<style>x</style>" * 10_000
+    with gzip.open(path, "wb", 1) as file:
+        file.write(b'<releases><release id="1"/><release id="7"><styles>')
+        file.writelines(styles for _ in range(240))  # 2.4 million children, 37 MiB
+    with pytest.raises(ValueError, match=r"after record 1 \(release 1\): the next release is longer than 32 MiB"):
+        discogs.read_releases(path)
+
+
 @pytest.mark.parametrize(
     "doctype",
     [

@@ -29,12 +29,10 @@ with optional_import():
 _ITEM, _PART = "\x1f", "\x1e"  # ASCII's unit and record separators: not allowed in XML text
 
 
-def _join_texts(parent, index: int | None = None) -> str:
-    "Join the texts of an element's children, or of child number `index` of each of them."
-    if parent is None:
-        return ""
-    elements = parent if index is None else [child[index] for child in parent]
-    return _ITEM.join([e.text or "?" for e in elements])
+def _join_texts(parent, tag: str, field: str | None = None, separator: str = _ITEM) -> str:
+    "Join the texts of the children with this tag, or of the child `field` of each of them; `?`: no text."
+    children = () if parent is None else parent.iterchildren(tag)
+    return separator.join([(child.text if field is None else child.findtext(field)) or "?" for child in children])
 
 # %% ../../nbs/datasets/discogs.ipynb #76de42cf
 def _common_fields(record, year_tag: str) -> tuple[tuple, dict, dict]:  # row, texts by tag, elements by tag
@@ -45,10 +43,10 @@ def _common_fields(record, year_tag: str) -> tuple[tuple, dict, dict]:  # row, t
     row = (
         text.get("title"),
         text.get(year_tag),
-        _join_texts(artists, 0),  # the ids
-        _join_texts(artists, 1),  # the names
-        _join_texts(genres),
-        _join_texts(styles),
+        _join_texts(artists, "artist", "id"),
+        _join_texts(artists, "artist", "name"),
+        _join_texts(genres, "genre"),
+        _join_texts(styles, "style"),
     )
     return row, text, child
 
@@ -68,7 +66,7 @@ def _parse_duration(text: str | None) -> str:  # "1:02:33" -> "3753" seconds; "?
 # %% ../../nbs/datasets/discogs.ipynb #db8c289f
 def _parse_tracklist(tracklist) -> Iterator[tuple[str, str]]:  # (seconds, artists) of each track
     "Yield the tracks of a tracklist: movements instead of index tracks, no headings."
-    for track in tracklist:
+    for track in tracklist.iterchildren("track"):
         position = duration = sub_tracks = None
         artists = _ITEM
         for e in track:
@@ -77,7 +75,7 @@ def _parse_tracklist(tracklist) -> Iterator[tuple[str, str]]:  # (seconds, artis
             elif e.tag == "duration":
                 duration = e.text
             elif e.tag == "artists":
-                artists += _PART.join([a[1].text or "?" for a in e])
+                artists += _join_texts(e, "artist", "name", _PART)
             elif e.tag == "sub_tracks":
                 sub_tracks = e
         if sub_tracks is not None:
@@ -88,7 +86,7 @@ def _parse_tracklist(tracklist) -> Iterator[tuple[str, str]]:  # (seconds, artis
 # %% ../../nbs/datasets/discogs.ipynb #5b7368e7
 def _release_row(record) -> tuple:
     row, text, child = _common_fields(record, "released")
-    tracks = list(_parse_tracklist(child.get("tracklist", ())))
+    tracks = list(_parse_tracklist(child["tracklist"])) if "tracklist" in child else []
     seconds = _ITEM.join([t[0] for t in tracks])
     artists = "".join([t[1] for t in tracks])
     return str(int(record.get("id"))), text.get("master_id"), *row, seconds, artists
@@ -135,7 +133,7 @@ class InvalidDump(ValueError):
     "A file that is not a Discogs dump of the expected kind, or that declares a document type."
 
 # %% ../../nbs/datasets/discogs.ipynb #96306567
-_SAFE_XML = dict(resolve_entities=False, no_network=True)
+_SAFE_XML = dict(resolve_entities=False, no_network=True, remove_comments=True, remove_pis=True)
 
 
 def _check_root(head: bytes, tag: str):
@@ -151,24 +149,29 @@ def _check_root(head: bytes, tag: str):
         raise InvalidDump("it declares a DOCTYPE, which a Discogs dump does not")
 
 # %% ../../nbs/datasets/discogs.ipynb #5d1d1004
-_CHUNK_BYTES = 1 << 18
+_CHUNK_BYTES, _MAX_RECORD_BYTES = 1 << 18, 1 << 25
 
 
 def _iter_records(stream, tag: str) -> Iterator:
     "Yield each `<tag>` element of a byte stream, and remove it from the tree after use."
     parser = etree.XMLPullParser(events=("end",), tag=tag, **_SAFE_XML)
-    error = None
+    error, size = None, 0
     chunk = stream.read1(_CHUNK_BYTES)
     if chunk:
         _check_root(chunk, tag)
     while chunk:
+        size += len(chunk)
         try:
             parser.feed(chunk)
         except etree.XMLSyntaxError as e:
             error = e
         for _, element in parser.read_events():
-            yield element
-            element.getparent().remove(element)
+            root, size = element.getparent(), 0
+            if root.getparent() is None:  # else a part of a record has its name
+                yield element
+                del root[: root.index(element) + 1]  # with what is no record
+        if size > _MAX_RECORD_BYTES:
+            error = error or ValueError(f"the next {tag} is longer than {_MAX_RECORD_BYTES >> 20} MiB")
         if error:
             raise error
         chunk = stream.read1(_CHUNK_BYTES)
