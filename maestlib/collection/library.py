@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from ..core.checks import check_number, check_numbers
 from ..core.chunks import ChunkClaims
 from ..core.files import explain_read_only, read_json, resolve_path, write_json, write_parquet
 from ..models.patchout import Patchout
@@ -52,9 +53,9 @@ class LibrarySettings:
         for name in ("block", "drop_rows"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, tuple(np.atleast_1d(value).astype(int).tolist()))
-        if self.excerpt_s is not None and not self.excerpt_s > 0:
-            raise ValueError(f"excerpt_s={self.excerpt_s}: give seconds above 0, or None for whole files")
+                object.__setattr__(self, name, check_numbers(name, value, 0, integer=True))
+        check_number("excerpt_s", self.excerpt_s, above=0, optional=True)
+        check_number("hop_s", self.hop_s, above=0, optional=True)
 
     @property
     def patchout(self) -> Patchout:

@@ -43,10 +43,10 @@ def stream_mel(
     rate of a file, and for a `part_s` that is no positive number.
     """
     rate, hop, context = config.sample_rate, config.hop_length, 4
-    if isinstance(source, torch.Tensor | np.ndarray) and source.ndim == 2 and len(source) == config.n_mels:
-        yield torch.as_tensor(source)
-        return
     if not isinstance(source, str | Path):
+        if getattr(source, "ndim", 0) == 2 and len(source) == config.n_mels:
+            yield torch.as_tensor(source)
+            return
         wave = resample(check_wave(source, samples=False), rate if sample_rate is None else sample_rate, rate)
         yield logmel(wave, config)[:, : len(wave) // hop]
         return

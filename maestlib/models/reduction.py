@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.checks import check_number
 from ..core.device import default_dtype
 from .maest import MAEST
 from .patchout import Patchout
@@ -85,14 +86,11 @@ def _count_patches(x, num_rows):  # (batch, 2 + patches, embed_dim) → (batch, 
 
 # %% ../../nbs/models/reduction.ipynb #c8c8ded7
 def _check_reduction(merge, keep_rate, drop_after_block, depth):
-    if not (0 <= merge <= 0.5):
-        raise ValueError(f"merge={merge}: give a fraction from 0 to 0.5")
-    if not (0 < keep_rate <= 1):
-        raise ValueError(f"keep_rate={keep_rate}: give a fraction above 0 and up to 1")
+    check_number("merge", merge, 0, 0.5)
+    check_number("keep_rate", keep_rate, high=1, above=0)
+    check_number("drop_after_block", drop_after_block, 0, depth - 1, integer=True)
     if merge != 0 and keep_rate != 1:
         raise ValueError("merge, keep_rate: give one of them, not both")
-    if not (0 <= drop_after_block < depth):
-        raise ValueError(f"drop_after_block={drop_after_block}: give a block from 0 to {depth - 1}")
 
 # %% ../../nbs/models/reduction.ipynb #71283fc5
 class ReducedMAEST(MAEST):

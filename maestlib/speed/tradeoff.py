@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 from tqdm.auto import tqdm
 
+from ..core.checks import check_number
 from ..core.extras import optional_import
 from ..core.files import atomic_write, cache_path, resolve_path
 from ..core.plotting import PALETTE, interval_bars, style_figure
@@ -195,8 +196,9 @@ def recommend(
     """
     if (deadline is None) == (min_map is None):
         raise ValueError("deadline, min_map: give one of them")
-    if not hours_of_audio > 0:
-        raise ValueError(f"hours_of_audio={hours_of_audio}: give a number above 0")
+    check_number("hours_of_audio", hours_of_audio, above=0)
+    check_number("deadline", deadline, above=0, optional=True)
+    check_number("min_map", min_map, 0, 1, optional=True)
     if not isinstance(table, pl.DataFrame):
         table = _measured_table(table)
     supported = table.drop_nulls("embed_kwargs").with_columns(hours=hours_of_audio / pl.col("realtime_factor"))
