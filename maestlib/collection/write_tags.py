@@ -9,7 +9,9 @@ __all__ = ['FIELDS', 'set_fields', 'read_fields', 'write_fields', 'default_mappi
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e003
 import json
 import os
+import re
 import shutil
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,101 +20,172 @@ import numpy as np
 import polars as pl
 from tqdm.auto import tqdm
 
+from ..audio.decode import open_stream
 from .files import read_identity, real_path
 from .library import Library
 from ..core.checks import check_number
 from ..core.extras import optional_import
 from ..core.files import atomic_write, log, resolve_path
 from ..core.text import split_label
+from ..datasets.table import read_table
 
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e005
 FIELDS = ("genre", "mood")
-_MP4 = {"genre": "\xa9gen", "mood": "----:com.apple.iTunes:MOOD"}
+_ID3 = ("mp3", "trueaudio", "wave", "aiff", "dsf", "dsdiff")  # modules of mutagen
+_OTHERS = ("flac", "oggopus", "oggvorbis", "oggflac", "oggspeex", "mp4")
 
 
-def _open_tags(path: Path, kind: type | None = None):
+def _open_tags(path: Path):
     "A file as mutagen sees it. Raises `ValueError` for a format whose tags are not written."
     with optional_import("tags"):
         import mutagen
     try:
-        file = kind(path) if kind else mutagen.File(path)
+        file = mutagen.File(path)
+        family = type(file).__module__.split(".")[-1]
+        if family not in _ID3 + _OTHERS:
+            raise ValueError(f"{path}: tags of this format are not written; only ID3, Vorbis comments and MP4")
+        if family in _ID3:
+            file = type(file)(path, translate=False, load_v1=False)
+        if family == "mp3" and all(key.startswith("APIC") for key in file.tags or ()):  # players then read ID3v1
+            file = type(file)(path, translate=False)
+            comments = file.tags.getall("COMM") if file.tags else []
+            for comment in comments:
+                comment.desc = ""  # the name under which FFmpeg finds both
+                file.tags.setall("COMM", comments)
     except mutagen.MutagenError as error:
         raise ValueError(f"{path}: its tags cannot be read ({error})") from error
-    if file is None or type(file).__module__.split(".")[-1] in ("asf", "monkeysaudio", "musepack", "wavpack"):
-        raise ValueError(f"{path}: tags of this format are not written; only ID3, Vorbis comments and MP4")
+    if file.tags is None:
+        file.add_tags()
     return file
 
 # %% ../../nbs/collection/write_tags.ipynb #db0631c3
-def _is_id3(file) -> bool:
-    return hasattr(file.tags, "getall")
+_KEYS = {
+    "ID3": {"genre": ["TCON"], "mood": ["TXXX:MOOD", "TMOO"]},
+    "MP4": {"genre": ["\xa9gen"], "mood": ["----:com.apple.iTunes:MOOD"]},
+    "Vorbis": {"genre": ["GENRE"], "mood": ["MOOD"]},
+}
 
 
-def _id3_frame(file, field: str) -> str:
-    return "TCON" if field == "genre" else "TMOO" if file.tags.version[1] == 4 else "TXXX:MOOD"
+def _family(file) -> tuple[str, str]:  # key of `_KEYS`, separator of several values in one text
+    if hasattr(file.tags, "getall"):
+        return "ID3", "/" if file.tags.version[1] in (2, 3) else "; "
+    return ("MP4", "; ") if type(file).__name__ == "MP4" else ("Vorbis", "\0")
+
+
+def _tag_keys(file, field: str) -> list[str]:
+    "The keys under which a file has a field, in whatever case, or should have it."
+    family, separator = _family(file)
+    keys = dict.fromkeys(key if isinstance(key, str) else key[0] for key in file.tags)
+    new = _KEYS[family][field]
+    return [key for key in keys if key.upper() in map(str.upper, new)] or new[: 1 if separator == "/" else 2]
 
 # %% ../../nbs/collection/write_tags.ipynb #b6f874ac
 def _get_fields(file) -> dict[str, list[str]]:
     "The values of both fields; none: an empty list."
-    if not file.tags:
-        return {field: [] for field in FIELDS}
-    if _is_id3(file):
-        frames = {field: file.tags.getall(_id3_frame(file, field)) for field in FIELDS}
-        split = "; " if file.tags.version[1] == 3 else "\0"
-        return {f: [v for frame in frames[f] for text in frame.text for v in str(text).split(split)] for f in FIELDS}
-    keys = _MP4 if type(file).__name__ == "MP4" else {field: field for field in FIELDS}
-    values = {field: file.tags.get(key) or [] for field, key in keys.items()}
-    return {f: [v.decode("utf8", "replace") if isinstance(v, bytes) else str(v) for v in values[f]] for f in FIELDS}
+    fields = {}
+    for field in FIELDS:
+        values = []
+        for key in _tag_keys(file, field):
+            tag = file.tags.get(key, [])
+            texts = getattr(tag, "genres", None) or getattr(tag, "text", tag)  # numbers of genres as names
+            texts = [text.decode("utf8", "replace") if isinstance(text, bytes) else str(text) for text in texts]
+            values += [value for text in texts for value in text.split(_family(file)[1]) if value]
+        fields[field] = values if _family(file)[0] == "Vorbis" else list(dict.fromkeys(values))
+    return fields
 
 # %% ../../nbs/collection/write_tags.ipynb #77ab35fa
-def set_fields(file, fields: dict[str, list[str]]) -> None:
-    "Replace the values of fields and save the file."
+def _set_tag(file, key: str, values: list[str]) -> None:
     from mutagen import id3
     from mutagen.mp4 import MP4FreeForm
 
-    if file.tags is None:
-        file.add_tags()
-    if not _is_id3(file):
-        is_mp4 = type(file).__name__ == "MP4"
-        for field, values in fields.items():
-            key = _MP4[field] if is_mp4 else field
-            if not values and key in file.tags:
-                del file.tags[key]
-            elif values:
-                encoded = [MP4FreeForm(value.encode()) for value in values]
-                file.tags[key] = encoded if is_mp4 and field == "mood" else values
-        file.save()
-        return
-    version = 3 if file.tags.version[1] == 3 else 4
-    for field, values in fields.items():
-        name = _id3_frame(file, field)
-        text = ["; ".join(values)] if version == 3 else values
-        frame = id3.TXXX(3, desc="MOOD", text=text) if ":" in name else getattr(id3, name)(3, text=text)
-        file.tags.setall(name, [frame] if values else [])
-    if version == 3:
-        file.tags.update_to_v23()
-    file.save(v2_version=version, v23_sep=None)
+    (family, separator), old = _family(file), file.tags.get(key, [])
+    if family != "Vorbis":
+        is_list = len(getattr(old, "text", old)) > 1
+        values = [*values, ""][: max(2, len(values))] if is_list else [separator.join(values)]
+    if family == "ID3":
+        frame = id3.TXXX(3, desc=key[5:], text=values) if ":" in key else getattr(id3, key)(3, text=values)
+        file.tags.setall(key, [frame])
+    else:
+        file.tags[key] = [MP4FreeForm(value.encode()) for value in values] if ":" in key else values
+
+
+def set_fields(file, fields: dict[str, list[str]]) -> None:
+    "Replace the values of fields and save the file, with its ID3v1 tag as it is."
+    for key, values in [(key, values) for field, values in fields.items() for key in _tag_keys(file, field)]:
+        if values:
+            _set_tag(file, key, values)
+        elif key in file.tags:
+            del file.tags[key]
+    family, separator = _family(file)
+    with open(file.filename, "r+b") as stream:
+        stream.seek(-128, os.SEEK_END)
+        id3v1 = stream.read()
+        file.save(**(dict(v2_version=3 if separator == "/" else 4, v23_sep=None) if family == "ID3" else {}))
+        if id3v1[:3] == b"TAG" and type(file).__name__ == "MP3":
+            stream.seek(-128, os.SEEK_END)
+            stream.write(id3v1)
 
 # %% ../../nbs/collection/write_tags.ipynb #b77c66a1
+def _shown_tags(path: Path) -> dict[str, str]:
+    "The tags that FFmpeg reads, by their names in lower case."
+    with open_stream(path) as (container, stream):
+        tags = {key.lower(): value for key, value in {**container.metadata, **stream.metadata}.items()}
+    return {"mood": tags.pop("tmoo"), **tags} if "tmoo" in tags else tags
+
+
 def read_fields(
     path: str | Path,  # an audio file
 ) -> dict[str, list[str]]:  # genre and mood: their values
     "Read genre and mood of a file. Raises `ValueError` for formats whose tags are not written."
-    return _get_fields(_open_tags(Path(real_path(str(path)))))
+    path = Path(real_path(str(path)))
+    file = _open_tags(path)
+    fields = _get_fields(file)
+    if type(file).__name__ == "WAVE" and not fields["genre"]:  # it may be in another chunk
+        fields["genre"] = [text for key, text in _shown_tags(path).items() if key == "genre"]
+    return fields
+
+# %% ../../nbs/collection/write_tags.ipynb #90d85fc4
+def _check_shown(path: Path, fields: dict[str, list[str]], before: dict[str, str], after: dict[str, str]) -> None:
+    "Raise `ValueError` where a player does not read the fields that were written, or not the other tags as before."
+    for field, values in fields.items():
+        expected = [*(by.join(values) for by in ("/", "; ", ";")), *values[:1]] if values else [None]
+        if after.get(field) not in expected:
+            found = f"a player would read its {field} as {after.get(field)!r}, not as {expected[0]!r}"
+            raise ValueError(f"{path}: unchanged, because {found}")
+    if lost := {key for key, _ in before.items() ^ after.items()} - {*FIELDS}:
+        raise ValueError(f"{path}: unchanged, because a player would read another {min(lost)}")
 
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e007
 def write_fields(
     path: str | Path,  # an audio file
     fields: dict[str, list[str]],  # genre, mood: the new values; an empty list removes the field
 ) -> None:
-    "Write genre and mood of a file, atomically. Raises `ValueError` where its sound would change, and `OSError`."
+    """Write genre and mood of a file, atomically.
+
+    Raises `OSError`, and `ValueError` where the sound would change, a player would not find the values, or the present
+    ones could not be restored.
+    """
+    with optional_import("tags"):
+        import mutagen
+
     path = Path(real_path(str(path)))
-    kind, content = type(_open_tags(path)), read_identity(path).content
-    with atomic_write(path) as temporary:
-        shutil.copy2(path, temporary)
-        set_fields(_open_tags(temporary, kind), fields)
-        if read_identity(temporary).content != content:
-            raise ValueError(f"{path}: unchanged, because writing its tags would have changed its sound")
-        os.utime(temporary)
+    now, shown, content = read_fields(path), _shown_tags(path), read_identity(path).content
+    present = {field: now[field] for field, values in fields.items() if values}
+    try:
+        with atomic_write(path) as temporary:
+            shutil.copy2(path, temporary)
+            for values in (fields, present):
+                set_fields(_open_tags(temporary), values)
+            restored = _shown_tags(temporary)
+            set_fields(_open_tags(temporary), fields)
+            _check_shown(path, fields, shown, _shown_tags(temporary))
+            if any(restored.get(key) != shown.get(key) for key in present):
+                raise ValueError(f"{path}: unchanged, because its {' and '.join(present)} could not be restored later")
+            if read_identity(temporary).content != content:
+                raise ValueError(f"{path}: unchanged, because writing its tags would have changed its sound")
+            os.utime(temporary)
+    except (mutagen.MutagenError, struct.error) as error:
+        raise ValueError(f"{path}: unchanged, because its tags cannot be written ({error})") from error
 
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e010
 _OTHER = {  # no genres
@@ -143,16 +216,18 @@ def load_mapping(
         with atomic_write(path) as temporary:
             default_mapping(library.labels).write_csv(temporary)
         log.info(f"{path}: maps labels to fields and values; it can be edited")
-    table = pl.read_csv(path, infer_schema=False).fill_null("")
-    if table.columns != ["label", "field", "value"]:
-        raise ValueError(f"{path}: has the columns {', '.join(table.columns)}; give label, field, value")
+    table = read_table(path, columns=("label", "field", "value")).fill_null("")
     wrong = sorted(set(table["field"]) - {*FIELDS, ""}), sorted(set(table["label"]) - set(library.labels))
     for name, values in zip(("field", "label"), wrong, strict=True):
         if values:
             raise ValueError(f"{path}: unknown {name} {values[0]!r}")
-    return table.filter(pl.col("field") != "", pl.col("value") != "")
+    return table.filter(pl.col("field") != "", pl.col("value") != "").select("label", "field", "value")
 
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e013
+def _split(values: Sequence[str]) -> list[str]:  # as a file may hold them
+    return re.split("/|; ", "/".join(values))
+
+
 def plan_tags(
     library: Library,
     mapping: pl.DataFrame,  # label, field, value
@@ -186,7 +261,7 @@ def plan_tags(
         order = [i for i in np.argsort(-values[columns], kind="stable") if values[columns[i]] >= lowest[columns[i]]]
         for field in FIELDS:
             after = list(dict.fromkeys(names[i][1] for i in order if names[i][0] == field))[:top]
-            if after and after != before[field] and (replace or not before[field]):
+            if after and _split(after) != _split(before[field]) and (replace or not before[field]):
                 rows.append((path, field, before[field], after))
     schema = {"path": pl.String, "field": pl.String, "before": pl.List(pl.String), "after": pl.List(pl.String)}
     return pl.DataFrame(rows, schema, orient="row"), errors
@@ -263,13 +338,13 @@ def _to_undo(entries: list[dict]) -> tuple[list[tuple[str, dict]], dict[str, str
     for entry in reversed(entries):
         path, after = entry["path"], entry["after"]
         try:
-            now = {field: values for field, values in read_fields(path).items() if field in after}
+            now = {field: _split(values) for field, values in read_fields(path).items() if field in after}
         except (ValueError, OSError) as error:
             errors[path] = str(error)
             continue
-        if now == after:
+        if now == {field: _split(values) for field, values in after.items()}:
             changes.append((path, entry["before"]))
-        elif now != entry["before"]:
+        elif now != {field: _split(values) for field, values in entry["before"].items()}:
             errors[path] = f"{path}: was changed since, and is not restored"
     return changes, errors
 
