@@ -6,12 +6,16 @@ with Lab(folder) as lab:
         lab.screenshot(element, f"cell-{index}.png")
 """
 
+import contextlib
+import functools
+import http.server
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -83,6 +87,32 @@ def until(condition: Callable, what: str, timeout_s: float = TIMEOUT_S):
             return result
         time.sleep(0.2)
     raise AssertionError(f"{what}: not within {timeout_s:g} s")
+
+
+@contextlib.contextmanager
+def serve(
+    folder: Path,
+    missing: Path | None = None,  # the page that is sent where there is no file
+):
+    "A server of static files. Yields its address and the list of paths that it was asked for."
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, _, *arguments):
+            asked.append(str(arguments[0]))
+
+        def send_error(self, code, *details):
+            if code != 404 or missing is None:
+                return super().send_error(code, *details)
+            self.send_response(404)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(missing.read_bytes() if self.command == "GET" else b"")
+
+    asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
 
 
 class Lab:

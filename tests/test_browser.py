@@ -123,36 +123,69 @@ def draw_lasso(lab, figure, left, right):
     pen.release().perform()
 
 
+MAP, LIBRARY = ".maestlib-library .maestlib-library-map", ".maestlib-library"
+TEXTS = """return [...document.querySelectorAll('.maestlib-library %s')].map(o => o.text).join('|')
+.replaceAll('\\xa0', ' ')"""
+SONGS, COLOR = TEXTS % ".maestlib-songs option", TEXTS % ".maestlib-color option:checked"
+BRIGHT = GRAPH + "return [...(gd.data[0].selectedpoints ?? [])]"  # songs that are highlighted
+
+
+def select_by_lasso(lab, left, right):
+    "Draw a lasso until songs are selected; one is lost where the map is drawn again meanwhile. Returns the songs."
+    lab.bring(MAP)
+    before = lab.js(SONGS)
+    for attempt in range(5):
+        draw_lasso(lab, MAP, left, right)
+        with contextlib.suppress(AssertionError) if attempt < 4 else contextlib.nullcontext():
+            until(lambda: lab.js(SONGS) not in ("", before), "songs are selected", 20 * (1 + attempt))
+            break
+    return lab.js(SONGS).split("|")[1:]
+
+
+def test_a_selection_stays(explore):
+    songs = select_by_lasso(explore, 0.3, 0.8)
+    bright = until(lambda: explore.js(BRIGHT, MAP), "songs are highlighted")
+    assert len(bright) == len(songs) > 1
+    explore.changes(".maestlib-library .maestlib-glide", MAP, RIGHT)
+    explore.changes(".maestlib-library .maestlib-glide", MAP, LEFT)  # a round trip to Python and back, twice
+    assert explore.js(BRIGHT, MAP) == bright, "they stay highlighted"
+    assert not explore.js(GRAPH + "return gd.layout.selections?.length", MAP), "the lasso is removed"
+    explore.picture("selection")
+
+
+def test_a_click_selects_one_song_and_a_button_its_nearest(explore):
+    explore.bring(MAP)
+    click_until(explore, f"{MAP} .points path.point", 7, lambda: len(explore.js(BRIGHT, MAP)) == 1, "one is selected")
+    assert explore.js(SONGS).split("|")[0] == "1 song selected"
+    played = "const a = document.querySelector('.maestlib-library audio'); return a.currentTime > 0"
+    until(lambda: explore.js(played), "it plays")
+    explore.bring(f"{LIBRARY} .maestlib-nearest").click()
+    until(lambda: len(explore.js(BRIGHT, MAP)) == 11, "its nearest are selected, too")
+
+
 def test_songs_are_selected_labeled_and_saved(explore):
-    figure, panel = ".maestlib-library .maestlib-library-map", ".maestlib-library"
-    explore.bring(figure)
-    texts = (
-        "return [...document.querySelectorAll('.maestlib-library %s')].map(o => o.text).join().replaceAll('\\xa0', ' ')"
-    )
-    songs, color = texts % ".maestlib-songs option", texts % ".maestlib-color option:checked"
-    tag = explore.driver.find_element("css selector", f"{panel} .maestlib-tag input")
-    tag.send_keys("left", "\ue007")
+    explore.bring(MAP)
+    explore.driver.find_element("css selector", f"{LIBRARY} .maestlib-tag input").send_keys("left", "\ue007")
+    message = explore.driver.find_element("css selector", f"{LIBRARY} .maestlib-message")
     for left, right, button in ((0, 0.4, "yes"), (0.6, 1, "no")):
-        explore.bring(figure)
-        before = explore.js(songs)
-        for attempt in range(5):  # a lasso is lost where the map is drawn again meanwhile
-            draw_lasso(explore, figure, left, right)
-            with contextlib.suppress(AssertionError) if attempt < 4 else contextlib.nullcontext():
-                until(lambda: explore.js(songs) not in ("", before), "songs are selected", 20 * (1 + attempt))  # noqa: B023
-                break
-        explore.bring(f"{panel} .maestlib-{button}").click()
-        until(lambda: f"{button}; saved" in explore.bring(f"{panel} .maestlib-message").text, "they are labeled")  # noqa: B023
-    until(lambda: "chance 50 %" in explore.driver.find_element("css selector", panel).text, "my tag is fitted")
-    until(lambda: explore.js(color) == "my tag: left", "the songs are colored by it")
-    explore.bring(f"{panel} .maestlib-most").click()
-    message = explore.bring(f"{panel} .maestlib-message")
+        count = len(select_by_lasso(explore, left, right))
+        explore.bring(f"{LIBRARY} .maestlib-{button}").click()
+        until(lambda: f"{count} songs: {button}; saved" in message.text, "they are labeled")  # noqa: B023
+    until(lambda: "chance 50 %" in explore.driver.find_element("css selector", LIBRARY).text, "my tag is fitted")
+    until(lambda: explore.js(COLOR) == "my tag: left", "the songs are colored by it")
+    explore.choose(f"{LIBRARY} .maestlib-songs", 2)
+    until(lambda: len(explore.js(BRIGHT, MAP)) == 1, "one song of the list is highlighted")
+    explore.bring(f"{LIBRARY} .maestlib-no").click()
+    until(lambda: "1 song: no; saved" in message.text, "it is labeled alone")
+    explore.bring(f"{LIBRARY} .maestlib-most").click()
     until(lambda: "left fits best" in message.text, "the likeliest are selected")
+    names = explore.js(SONGS).split("|")[1:]
+    until(lambda: len(explore.js(BRIGHT, MAP)) == len(names), "they are highlighted")
     explore.picture("my-tags")
-    explore.bring(f"{panel} .maestlib-playlist").click()
+    explore.bring(f"{LIBRARY} .maestlib-playlist").click()
     until(lambda: ".m3u8" in message.text, "a playlist is saved")
     playlist = Path(message.text.split(" as ")[1])
-    names = explore.js(songs).split(",")
-    assert playlist.read_text(encoding="utf8").splitlines()[1:3][0].split(",")[1] == names[0]
+    assert playlist.read_text(encoding="utf8").splitlines()[1:3][0].split(",", 1)[1] == names[0]
 
 
 def test_a_file_is_dropped_on_a_panel(explore, tmp_path):
@@ -170,15 +203,35 @@ def test_a_file_is_dropped_on_a_panel(explore, tmp_path):
     until(lambda: explore.js(star, ".maestlib-library .maestlib-library-map") == 1, "the star is shown")
 
 
+FITS = "return [...document.querySelectorAll('.js-plotly-plot')].every(g => g._fullLayout?.width == g.clientWidth)"
+CUT_OFF = """return [...document.querySelectorAll('.maestlib')].flatMap(panel => {
+const right = panel.getBoundingClientRect().right + 1;
+const parts = [...panel.querySelectorAll('.main-svg, button, select, input, audio, table')];
+return parts.filter(part => part.getBoundingClientRect().right > right).map(part => part.outerHTML.slice(0, 80)) })"""
+
+
 @pytest.mark.slow
-def test_both_themes(explore):
-    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+@pytest.mark.parametrize("theme", ("JupyterLab Light", "JupyterLab Dark"))
+@pytest.mark.parametrize("width", (1280, 1920))
+def test_nothing_is_cut_off(explore, width, theme):
+    size = explore.driver.get_window_size()
+    explore.driver.set_window_size(width, 1100)
+    try:
         explore.js("window.jupyterapp.commands.execute('apputils:change-theme', {theme: arguments[0]})", theme)
-        until(lambda: explore.js("return document.body.dataset.jpThemeName") == theme, theme)  # noqa: B023
+        until(lambda: explore.js("return document.body.dataset.jpThemeName") == theme, theme)
+        until(lambda: explore.js(FITS), "figures are as wide as their cells")
+        assert explore.js(CUT_OFF) == []
         for name in PANELS:
-            explore.bring(f".maestlib-{name}")
+            panel = explore.bring(f".maestlib-{name}")
+            explore.js("arguments[0].scrollIntoView()", panel)
             time.sleep(0.4)
-            explore.picture(name if theme == "JupyterLab Light" else f"{name}-dark")
+            explore.picture(f"{name}-{width}{'-dark' if 'Dark' in theme else ''}")
+    finally:
+        explore.driver.set_window_size(size["width"], size["height"])
+
+
+def test_the_console_has_no_errors(explore):
+    assert explore.errors() == []
 
 
 def test_uploads(explore, tmp_path):
@@ -195,7 +248,7 @@ def test_uploads(explore, tmp_path):
     assert explore.state(figure) == before
     upload.send_keys(str(tmp_path / "tone.wav"))
     until(lambda: explore.state(figure) != before, "another file, another spectrogram")
-    until(lambda: message.text == "", "the error is cleared")
+    until(lambda: message.text == "tone.wav.", "the file is named, and the error is cleared")
     seconds = GRAPH + "return gd.layout.xaxis.range[1]"
     until(lambda: abs(explore.js(seconds, figure) - 4) < 0.1, "four seconds are shown")
     menu = "return document.querySelector('.maestlib-patchout .maestlib-track select').value"

@@ -3,14 +3,10 @@
 Needs the extra `onnx`, Chromium, and onnxruntime-web in the cache or npm to fetch it.
 """
 
-import contextlib
 import csv
-import functools
-import http.server
 import io
 import re
 import shutil
-import threading
 import urllib.request
 
 import numpy as np
@@ -20,7 +16,7 @@ import soundfile
 for package, extra in (("onnxscript", "onnx"), ("onnxruntime", "onnx"), ("selenium.webdriver", "dev")):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[{extra}]'")
 
-from lab import CHROME, DRIVER, ROOT, until  # noqa: E402
+from lab import CHROME, DRIVER, ROOT, serve, until  # noqa: E402
 from selenium import webdriver  # noqa: E402
 from selenium.webdriver import Keys  # noqa: E402
 from selenium.webdriver.support.select import Select  # noqa: E402
@@ -52,21 +48,6 @@ READ_TABLE = """const done = arguments[0];
 fetch(document.getElementById("save").href).then(answer => answer.text()).then(done)"""
 PRETEND_WEBGPU = "navigator.gpu.requestAdapter = async () => ({info: {}})"  # the worker, where it matters, has none
 REQUESTED = "return performance.getEntriesByType('resource').map(entry => entry.name)"
-
-
-@contextlib.contextmanager
-def serve(folder):
-    "A server of static files. Yields its address and the list of paths that it was asked for."
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, _, *arguments):
-            asked.append(str(arguments[0]))
-
-    asked = []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
-        server.shutdown()
 
 
 class Page:

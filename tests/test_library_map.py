@@ -126,15 +126,14 @@ LASSO = {"type": "lasso", "selector_state": {"xs": [0, 1, 1], "ys": [0, 0, 1]}}
 def test_a_selection_stays_until_there_is_another(tmp_path):
     explorer = LibraryExplorer(vectors_library(tmp_path, 40))
     figure = explorer.maps[0].figure
+    sent = []
+    figure.observe(lambda change: change.new and sent.append(change.new["relayout_data"]), "_py2js_relayout")
     report(figure, "plotly_selected", [3, 7, 9], LASSO)
-    figure._js2py_relayout = {
-        "relayout_data": {"selections": [dict(type="path", path="M0,0L1,0Z")]},
-        "source_view_id": "",
-    }
-    report(figure, "plotly_selected", [])  # the echo of the lasso's removal
-    assert (
-        figure.data[0].selectedpoints == (3, 7, 9) and explorer.selected == [3, 7, 9] and not figure.layout.selections
-    )
+    outline = {"selections": [dict(type="path", path="M0,0L1,0Z")]}
+    figure._js2py_relayout = {"relayout_data": outline, "source_view_id": ""}
+    assert sent[-1] == {"selections": []}, "the lasso is removed in the browser"
+    report(figure, "plotly_selected", [])  # the echo of that
+    assert figure.data[0].selectedpoints == (3, 7, 9) and explorer.selected == [3, 7, 9]
     assert [value for _, value in explorer.controls.songs.options] == [-1, 3, 7, 9]
     explorer.controls.glide.value = 40
     explorer.controls.color.value = "artist"

@@ -128,12 +128,14 @@ def site(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_link_leads_somewhere_and_nothing_is_loaded_from_elsewhere(site):
-    pages = {path: Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
+    pages = {path: Page(path) for path in site.rglob("*.html")}
     assert len(pages) > 110
     problems = []
     for path, page in pages.items():
         for tag, target in page.links:
             address = urllib.parse.urlsplit(target)
+            if address.path.startswith("/"):
+                problems.append(f"{path.relative_to(site)}: {target} breaks below the top of a server")
             if address.scheme or target.startswith("//"):
                 if tag != "a" and address.scheme != "data":
                     problems.append(f"{path.relative_to(site)} loads {target}")
@@ -186,13 +188,24 @@ def test_no_page_has_an_error_in_the_console_or_asks_the_network(site, browser):
     names = sorted(str(p.relative_to(site).with_suffix("").as_posix()) for p in site.rglob("*.html"))
     problems = []
     for name in names:
-        if name == "404":  # its addresses start at the root of a server
-            continue
         show(browser, site, name)
         problems += [f"{name}: {entry['message']}" for entry in browser.get_log("browser")]
         own = ("file:", "chrome:")  # the browser's first tab is a page of its own
         problems += [f"{name}: asks {url}" for url in requested(browser) if not url.startswith(own)]
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.slow
+def test_a_missing_page_leads_home_from_any_folder(site, browser, tmp_path):
+    from lab import serve, until
+
+    (tmp_path / "project").symlink_to(site)
+    with serve(tmp_path, missing=site / "404.html") as (url, _):
+        for address in ("nothing.html", "notebooks/audio/nothing/at/all.html"):
+            browser.get(f"{url}/project/{address}")
+            home = browser.find_element("css selector", "#home")
+            until(lambda: home.get_attribute("href") == f"{url}/project/index.html", address)  # noqa: B023
+    browser.get_log("browser")  # where nothing is found is logged
 
 
 @pytest.mark.slow

@@ -44,9 +44,10 @@ class LiveFigure(go.FigureWidget):
 
     @traitlets.observe("_js2py_relayout")
     def _handler_js2py_relayout(self, change):
+        has_lasso = bool((change["new"] or {}).get("relayout_data", {}).get("selections"))
         super()._handler_js2py_relayout(change)
-        if self.layout.selections:
-            self.layout.selections = ()
+        if has_lasso:  # plotly keeps none in Python, so that setting the layout would send nothing
+            self._send_relayout_msg({"selections": []})
 
     @traitlets.observe("_js2py_pointsCallback")
     def _handler_js2py_pointsCallback(self, change):
