@@ -586,6 +586,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'maestlib/collection/scan.py'),
                                           'maestlib.collection.scan._Writer.is_known': ( 'collection/scan.html#_writer.is_known',
                                                                                          'maestlib/collection/scan.py'),
+                                          'maestlib.collection.scan._Writer.open': ( 'collection/scan.html#_writer.open',
+                                                                                     'maestlib/collection/scan.py'),
                                           'maestlib.collection.scan._Writer.write': ( 'collection/scan.html#_writer.write',
                                                                                       'maestlib/collection/scan.py'),
                                           'maestlib.collection.scan._add_result': ( 'collection/scan.html#_add_result',

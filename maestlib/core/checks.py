@@ -48,10 +48,8 @@ def check_numbers(
     **options,  # above, integer, as for `check_number`
 ) -> tuple:
     "Convert one or several numbers to a tuple. Raises `ValueError` as `check_number` does."
-    is_several = (
-        isinstance(values, Iterable) and not isinstance(values, str | bytes | dict) and getattr(values, "ndim", 1)
-    )
-    return tuple(check_number(name, value, *limits, **options) for value in (values if is_several else [values]))
+    several = values if isinstance(values, list | tuple | range) or getattr(values, "ndim", 0) else [values]
+    return tuple(check_number(name, value, *limits, **options) for value in several)
 
 # %% ../../nbs/core/checks.ipynb #3a837a64
 def check_names(

@@ -8,7 +8,6 @@ __all__ = ['list_sources', 'resolve_model', 'count_vectors', 'resolve_blocks', '
 
 # %% ../../nbs/inference/embedding.ipynb #1134c40c
 import json
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -60,7 +59,7 @@ def list_sources(
         raise ValueError(f"sample_rate={sample_rate}: files have their own; give it with a waveform")
     sources = list(source) if isinstance(source, Iterable) and not isinstance(source, str) else [source]
     for path in sources:
-        if not isinstance(path, str | os.PathLike):
+        if not isinstance(path, str | Path):
             raise TypeError(f"paths: a {type(path).__name__} is no path; give files, a folder or one waveform")
     if not sources:
         raise ValueError("paths: the list is empty; give files, a folder or a waveform")
@@ -179,9 +178,6 @@ def prepare_embedding(
     "Prepare the parts of an embedding job. Raises `ValueError` for parameters out of range."
     blocks = resolve_blocks(model.config.middle_block if block is None else block, model.config.depth)
     forward = make_embedder(model, blocks, tokens, patchout, dtype)
-    hop_s = check_number("hop_s", hop_s, high=model.config.seconds, above=0, optional=True)
-    batch_size = check_number("batch_size", batch_size, 1, integer=True, optional=True)
-    num_workers = check_number("num_workers", num_workers, 1, integer=True, optional=True)
     if batch_size is None:
         batch_size = auto_batch_size(model, patchout)
     options = dict(model=model, forward=forward, hop_s=hop_s, batch_size=batch_size, num_workers=num_workers)
