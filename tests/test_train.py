@@ -226,6 +226,9 @@ def write_run(path, seed=0, tracks=40, labels=("Dance---Jig", "Dance---Reel"), a
 
 
 def test_two_runs_are_compared_on_the_command_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "Compare the test scores of two training runs" in capsys.readouterr().out
     better, worse = write_run(tmp_path / "better", noise=0.1), write_run(tmp_path / "worse", noise=3)
     shuffled = pl.read_parquet(worse / "predictions.parquet").sample(fraction=1, shuffle=True, seed=0)
     shuffled.write_parquet(worse / "predictions.parquet")
@@ -251,8 +254,14 @@ def test_runs_that_were_tested_on_something_else_are_refused(tmp_path, capsys):
     pl.DataFrame({"a": [1]}).write_parquet(foreign / "predictions.parquet")
     for other, message in (
         (write_run(tmp_path / "tracks", tracks=42), r"tested on other tracks \(2 differ, such as 40\)"),
-        (write_run(tmp_path / "labels", labels=("Dance---Jig", "Dance---Waltz")), "tested on other labels .*Dance---Reel"),
-        (write_run(tmp_path / "artists", artist=lambda i: f"family {i}"), "tested on other artists or labels of tracks"),
+        (
+            write_run(tmp_path / "labels", labels=("Dance---Jig", "Dance---Waltz")),
+            "tested on other labels .*Dance---Reel",
+        ),
+        (
+            write_run(tmp_path / "artists", artist=lambda i: f"family {i}"),
+            "tested on other artists or labels of tracks",
+        ),
         (tmp_path / "untested", "no predictions of test tracks; test it by python -m maestlib.train --resume"),
         (tmp_path / "nowhere", "no predictions of test tracks; give a run folder"),
         (damaged, "not the predictions of a run, or damaged"),
