@@ -3,6 +3,7 @@
 import struct
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -83,11 +84,31 @@ def test_a_file_of_windows_is_averaged(corpus, table, tmp_path):
         ({"track_id": ["a", "b"], "embedding": [[1.0], [1.0, 2.0]]}, "embeddings of 1 to 2 values"),
         ({"path": ["a"] * 2, "block": [1, 2], "embedding": [[1.0]] * 2}, "several blocks; keep one"),
         ({"path": ["elsewhere.flac"], "embedding": [[1.0]]}, "tracks have no features"),
+        ({"track_id": ["a"], "embedding": ["[1.0]"]}, "an embedding is String; give lists of numbers"),
     ],
 )
 def test_other_files_are_refused(columns, message, corpus, tmp_path):
     pl.DataFrame(columns).write_parquet(tmp_path / "rival.parquet")
     with pytest.raises(ValueError, match=message):
+        read_features(tmp_path / "rival.parquet", corpus)
+
+
+def test_a_track_is_found_by_any_spelling_of_its_name(corpus, table, tmp_path):
+    paths, matrix = [Path(path) for path in corpus.table["path"]], table[1][:-1]
+    named = replace(corpus, table=corpus.table.with_columns(track_id=pl.format("{}\xe9", "track_id")))
+    expected = from_features(named.table["track_id"].to_list(), matrix, "m", named).values
+    names = {
+        "path": [f"{path.parent}/../{path.parent.name}/./{path.name}" for path in paths],
+        "track_id": [f"{track}e\u0301" for track in corpus.table["track_id"]],
+    }
+    for key, spelled in names.items():
+        pl.DataFrame({key: spelled, "embedding": [*matrix]}).write_parquet(tmp_path / "rival.parquet")
+        assert np.array_equal(read_features(tmp_path / "rival.parquet", named).values, expected)
+
+
+def test_a_file_that_is_no_table_of_features(corpus, tmp_path):
+    (tmp_path / "rival.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="rival.parquet: not a table"):
         read_features(tmp_path / "rival.parquet", corpus)
 
 

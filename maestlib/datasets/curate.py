@@ -17,14 +17,8 @@ from .splits import artist_split, drop_placeholder_artists
 from .table import read_table
 
 # %% ../../nbs/datasets/curate.ipynb #db9aefd2
-CATALOGUE_SCHEMA = {
-    "track_id": pl.String,
-    "path": pl.String,
-    "artist": pl.String,
-    "duration_s": pl.Float64,
-    "master_id": pl.Int64,
-    "release_id": pl.Int64,
-}
+_NUMBERS = {"duration_s": pl.Float64, "master_id": pl.Int64, "release_id": pl.Int64}
+CATALOGUE_SCHEMA = dict.fromkeys(("track_id", "path", "artist"), pl.String) | _NUMBERS
 
 
 def _cast_catalogue(table: pl.DataFrame, source: Path) -> pl.DataFrame:

@@ -40,15 +40,9 @@ def _common_fields(record, year_tag: str) -> tuple[tuple, dict, dict]:  # row, t
     child = {e.tag: e for e in record}
     text = {tag: child[tag].text for tag in ("title", year_tag, "master_id", "main_release") if tag in child}
     artists, genres, styles = (child.get(tag) for tag in ("artists", "genres", "styles"))
-    row = (
-        text.get("title"),
-        text.get(year_tag),
-        _join_texts(artists, "artist", "id"),
-        _join_texts(artists, "artist", "name"),
-        _join_texts(genres, "genre"),
-        _join_texts(styles, "style"),
-    )
-    return row, text, child
+    of_artists = _join_texts(artists, "artist", "id"), _join_texts(artists, "artist", "name")
+    lists = *of_artists, _join_texts(genres, "genre"), _join_texts(styles, "style")
+    return (text.get("title"), text.get(year_tag), *lists), text, child
 
 # %% ../../nbs/datasets/discogs.ipynb #131574b2
 def _master_row(record) -> tuple:
@@ -93,20 +87,10 @@ def _release_row(record) -> tuple:
 
 # %% ../../nbs/datasets/discogs.ipynb #5b5e7bbd
 _INT, _LIST = pl.Int64, pl.List(pl.String)
-_COMMON_SCHEMA = {
-    "title": pl.String,
-    "year": pl.Int32,
-    "artist_ids": pl.List(_INT),
-    "artists": _LIST,
-    "genres": _LIST,
-    "styles": _LIST,
-}
-MASTER_SCHEMA = {"master_id": _INT, "main_release": _INT} | _COMMON_SCHEMA
-RELEASE_SCHEMA = (
-    {"release_id": _INT, "master_id": _INT}
-    | _COMMON_SCHEMA
-    | {"seconds": pl.List(pl.Int32), "track_artists": pl.List(_LIST)}  # one item per track
-)
+_LISTS = {"artist_ids": pl.List(_INT)} | dict.fromkeys(("artists", "genres", "styles"), _LIST)
+_TRACKS = {"seconds": pl.List(pl.Int32), "track_artists": pl.List(_LIST)}  # one item per track
+MASTER_SCHEMA = {"master_id": _INT, "main_release": _INT, "title": pl.String, "year": pl.Int32} | _LISTS
+RELEASE_SCHEMA = {"release_id": _INT, "master_id": _INT, "title": pl.String, "year": pl.Int32} | _LISTS | _TRACKS
 
 # %% ../../nbs/datasets/discogs.ipynb #5d1d1003
 def _cast_column(name: str, dtype: pl.DataType) -> pl.Expr:
@@ -186,18 +170,12 @@ class _DumpReader:
     "One pass over a dump, as tables of 5,000 rows; afterwards `count`, `last_id` and `error` describe how it went."
 
     def __init__(self, path: Path, tag: str, to_row: Callable, schema: dict):
-        self.path = path
-        self.tag = tag
-        self.to_row = to_row
-        self.schema = schema
-        self.count = 0
-        self.last_id = "none"
-        self.error = None
+        self.path, self.tag, self.to_row, self.schema = path, tag, to_row, schema
+        self.count, self.last_id, self.error = 0, "none", None
 
     def rows(self) -> Iterator[tuple]:
-        bar = tqdm(
-            total=self.path.stat().st_size, unit="B", unit_scale=True, desc=self.path.name, delay=2, disable=None
-        )
+        size = self.path.stat().st_size
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=self.path.name, delay=2, disable=None)
         try:
             with open(self.path, "rb") as raw, bar:
                 is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"

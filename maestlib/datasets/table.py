@@ -22,13 +22,8 @@ from ..core.extras import optional_import
 from ..core.plotting import SPLIT_COLORS, style_figure
 
 # %% ../../nbs/datasets/table.ipynb #d49d05d6
-COLUMNS = {
-    "track_id": pl.String,
-    "artist": pl.String,
-    "path": pl.String,
-    "labels": pl.List(pl.String),
-    "split": pl.String,
-}
+_STRINGS = dict.fromkeys(("track_id", "artist", "path"), pl.String)
+COLUMNS = _STRINGS | {"labels": pl.List(pl.String), "split": pl.String}
 SPLITS = ("train", "validation", "test")
 
 
@@ -74,12 +69,12 @@ def _read_records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]
         remedy = "close each quote, and double one within quotes"
         raise ValueError(f"{path}: the quotes in line {start} are not valid ({error}); {remedy}") from error
 
-# %% ../../nbs/datasets/table.ipynb #85e3fb75
+# %% ../../nbs/datasets/table.ipynb #bc46f6e4
 def _check_columns(path: Path, names: list[str], columns: tuple[str, ...], separator: str = ",") -> None:
     "Raise `ValueError` for a missing or duplicate column."
     if missing := [name for name in columns if name not in names]:
-        other = next((char for char in ",;\t|" if char != separator and char in "".join(names)), None)
-        hint = f"; columns are separated by {separator!r} here, not by {other!r}" if other else ""
+        other = next((repr(char) for char in ",;\t|" if char != separator and char in "".join(names)), None)
+        hint = f"; columns are separated by {separator!r} here, not by {other}" if other else ""
         raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(names)}{hint}")
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two columns are named {max(names, key=names.count)!r}; rename one")
@@ -87,19 +82,18 @@ def _check_columns(path: Path, names: list[str], columns: tuple[str, ...], separ
 
 def _read_text(path: Path, columns: tuple[str, ...], separator: str) -> pl.DataFrame:  # of strings; empty: null
     records = _read_records(path, separator)
-    header = next((h for _, h in records if not h[0].startswith("#") or (columns and {*columns} <= {*h})), None)
+    header = next((h for _, h in records if h[0][:1] != "#" or (columns and {*columns} <= {*h})), None)
     if header is None:
         raise ValueError(f"{path}: is empty; its first line must name its columns")
     names = [name.strip() for name in header]
-    while names and not names[-1]:
-        names.pop()
+    names = names[: max(i + 1 for i, name in enumerate(names) if name)]
     _check_columns(path, names, columns, separator)
     schema, tables = dict.fromkeys(names, pl.String), []
     while chunk := list(islice(records, 50_000)):
-        for line, fields in chunk:
-            if len(fields) < len(names) or any(fields[len(names) :]):
-                found = f"line {line} has {len(fields)} fields, not {len(names)}"
-                raise ValueError(f"{path}: {found}; put a field that contains {separator!r} in quotes")
+        wrong = next((r for r in chunk if len(r[1]) < len(names) or any(r[1][len(names) :])), None)
+        if wrong:
+            found = f"line {wrong[0]} has {len(wrong[1])} fields, not {len(names)}"
+            raise ValueError(f"{path}: {found}; put a field that contains {separator!r} in quotes")
         tables.append(pl.DataFrame([fields[: len(names)] for _, fields in chunk], schema, orient="row"))
     return pl.concat([pl.DataFrame(schema=schema), *tables]).with_columns(pl.all().replace("", None))
 

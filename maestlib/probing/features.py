@@ -6,9 +6,11 @@
 __all__ = ['from_features', 'read_features', 'features_from_onnx']
 
 # %% ../../nbs/probing/features.ipynb #d092c208
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,9 @@ import torch
 from ..audio.mel import MelConfig, load_audio
 from ..audio.windows import window_starts
 from ..core.extras import optional_import
-from ..core.files import resolve_path
+from ..core.files import path_key, resolve_path
 from ..datasets.batches import Corpus
+from ..datasets.table import read_table
 from .embeddings import Embeddings, check_whole_tracks, embed_in_parts, embed_tracks
 
 # %% ../../nbs/probing/features.ipynb #f7940079
@@ -64,6 +67,8 @@ def _embedding_matrix(table: pl.DataFrame, source: Path) -> np.ndarray:  # (rows
     if "block" in table.columns and table["block"].n_unique() > 1:
         raise ValueError(f"{source}: embeddings of several blocks; keep one, with .filter(block=…)")
     embedding = table["embedding"]
+    if not isinstance(embedding.dtype, pl.List | pl.Array):
+        raise ValueError(f"{source}: an embedding is {embedding.dtype}; give lists of numbers, in a parquet file")
     if isinstance(embedding.dtype, pl.List):
         lengths = embedding.list.len().unique()
         if len(lengths) != 1:
@@ -73,20 +78,20 @@ def _embedding_matrix(table: pl.DataFrame, source: Path) -> np.ndarray:  # (rows
 
 # %% ../../nbs/probing/features.ipynb #0992a6c1
 def read_features(
-    path: str | Path,  # a parquet file: track_id or path, embedding; the rows of a track are averaged
+    path: str | Path,  # a parquet file: track_id or path, embedding (lists); the rows of a track are averaged
     corpus: Corpus,  # whose tracks to take, in its order
     name: str = "",  # of the model; "": the name of the file
 ) -> Embeddings:
     "Read features from a file, for `run_study`. Raises `ValueError` for other columns and as `from_features`."
     source = resolve_path(path)
-    table = pl.read_parquet(source)
+    table = read_table(source)
     key = next((column for column in ("track_id", "path") if column in table.columns), None)
     if key is None or "embedding" not in table.columns:
         raise ValueError(f"{source}: columns {', '.join(table.columns)}; needs embedding and track_id or path")
     keys, matrix = table[key].to_list(), _embedding_matrix(table, source)
-    if key == "path":
-        of_path = {resolve_path(p): t for p, t in corpus.table.select("path", "track_id").iter_rows()}
-        keys = [of_path.get(resolve_path(p), p) for p in keys]
+    spell = path_key if key == "path" else partial(unicodedata.normalize, "NFC")
+    id_of = {spell(name): track for name, track in zip(corpus.table[key], corpus.table["track_id"], strict=True)}
+    keys = [id_of.get(spell(str(name)), name) for name in keys]
     track_ids, rows = np.unique(np.array(keys, dtype=str), return_inverse=True)
     has_times = {"start_s", "end_s"} <= set(table.columns)
     weights = (table["end_s"] - table["start_s"]).to_numpy() if has_times else np.ones(len(table))
