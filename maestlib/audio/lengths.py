@@ -34,7 +34,7 @@ def _file_starts(file: BinaryIO, first: bytes) -> Iterator[int]:  # of RIFF (wav
 def _link_starts(file: BinaryIO) -> Iterator[int]:  # of Ogg
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
         at, end, last = 0, None, pages.rfind(b"OggS")
-        is_one = len(pages) > 1 << 24 and pages[last + 14 : last + 18] == pages[14:18]
+        is_one = len(pages) > 1 << 23 and pages[last + 14 : last + 18] == pages[14:18]
         while at >= 0:
             if at != end:
                 yield at

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..audio.decode import list_audio, printable_path
 from ..audio.isolated import DecoderCrash, decoder_processes
+from ..audio.mel import watch_channels
 from .files import Identity, hash_file, read_identity, real_path
 from .library import Library, LibrarySettings, remove_songs, song_table
 from .plan import estimate_seconds, log_costs, plan_scan
@@ -133,6 +134,7 @@ class ScanReport:
     audio_s: float = 0.0
     elapsed_s: float = 0.0
     failed: tuple[tuple[str, str], ...] = ()  # path, error
+    doubtful: tuple[tuple[str, str], ...] = ()  # path, what is wrong with the sound; it was read all the same
 
 # %% ../../nbs/collection/scan.ipynb #3b04a92c
 class _Writer:
@@ -144,7 +146,7 @@ class _Writer:
         failed = library.songs.filter(pl.col("error").is_not_null())
         self.errors = dict(failed.select("content", "error").iter_rows())
         self.known = library.contents() | self.errors.keys()
-        self.identities, self.rows, self.vectors, self.failed = {}, [], {}, {}
+        self.identities, self.rows, self.vectors, self.failed, self.doubtful = {}, [], {}, {}, {}
         self.written_at = time.monotonic()
 
     def is_known(self, path: str) -> bool:  # in a decoding thread
@@ -155,6 +157,12 @@ class _Writer:
             identity = Identity(decoders.call(hash_file, path))
         self.identities[path] = identity
         return identity.content in self.known
+
+    def open(self, path: Path):  # in a decoding thread
+        def note(warning):
+            self.doubtful[printable_path(path)] = warning.removeprefix(f"{path}: ")
+
+        return watch_channels(path, decoder_processes().open_audio, note)
 
     def write(self) -> None:
         "Write what was collected: vectors first."
@@ -204,7 +212,7 @@ def _read_files(
     paths, settings = [*writer.stamps], writer.library.settings
     bar = tqdm(total=round(expected.sum()), unit="s", unit_scale=True, desc="audio", disable=not progress)
     options |= settings.reading
-    options |= dict(skip=writer.is_known, progress=False)
+    options |= dict(skip=writer.is_known, opener=writer.open, progress=False)
     hop_s, shown = settings.hop_s or model.config.seconds / 2, Counter()  # seconds shown before a file is complete
 
     def on_window(i):
@@ -224,6 +232,7 @@ def _read_files(
         bar.close()
         writer.write()
         writer.report.failed = tuple(writer.failed.items())
+        writer.report.doubtful = tuple(writer.doubtful.items())
 
 # %% ../../nbs/collection/scan.ipynb #b4a0e016
 _MIN_COST_S = 600  # of audio; less is not worth a prediction
@@ -272,6 +281,7 @@ def _summary(library: Library, report: ScanReport) -> str:
         "recognized without reading": report.recognized,
         "unchanged": report.unchanged,
         "failed": len(report.failed),
+        "doubtful": len(report.doubtful),
         "failed before": report.failed_before,
         "pruned": report.pruned,
         "gone (prune removes them)": report.gone,
