@@ -50,7 +50,7 @@ class TaggerConfig:
 # %% ../../nbs/models/maest.ipynb #de06dad4
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # embed_dim, num_heads; base is the paper's
 
-
+# %% ../../nbs/models/maest.ipynb #c101fe2d
 @dataclass(frozen=True)
 class MAESTConfig(TaggerConfig):
     "Architecture, labels and front end of a MAEST. Raises `ValueError` for values that do not fit together."
