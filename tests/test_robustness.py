@@ -25,7 +25,7 @@ import maestlib as ml
 from maestlib.audio.isolated import DecoderProcesses
 from maestlib.collection import scan as scan_module
 from maestlib.collection.cli import build_parser, main
-from maestlib.collection.files import hash_file
+from maestlib.collection.files import hash_file, read_identity
 from maestlib.collection.library import Library
 from maestlib.collection.playlist import write_playlist
 from maestlib.collection.scan import scan
@@ -146,6 +146,17 @@ def test_a_decoder_that_crashes_at_the_header(music, model, tmp_path, crash_on):
             function(path, model)
     save_checkpoint(model, tmp_path / "m.safetensors")
     assert main(["tag", path, "--model", str(tmp_path / "m.safetensors")]) == 2
+
+
+@pytest.mark.parametrize("suffix", ["wav", "ogg", "flac"])
+def test_two_joined_files_are_not_the_first_of_them(suffix, tmp_path):
+    "Nor those joined with another: a scan would take one recording for the other."
+    parts = [Path(write_music(tmp_path / f"{i}.{suffix}", 1, i)).read_bytes() for i in range(3)]
+    contents = []
+    for i, data in enumerate((parts[0], parts[0] + parts[1], parts[0] + parts[2])):
+        (tmp_path / f"joined{i}.{suffix}").write_bytes(data)
+        contents.append(read_identity(tmp_path / f"joined{i}.{suffix}").content)
+    assert len(set(contents)) == 3
 
 
 @POSIX

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import soundfile
 
 from ..audio.decode import open_stream, printable_path
+from ..audio.lengths import find_sections
 
 # %% ../../nbs/collection/files.ipynb #b2a0e005
 def real_path(
@@ -68,14 +69,17 @@ def read_identity(
 ) -> Identity:
     "Hash the sound of a file and read its tags. Raises `OSError` where the file cannot be read at all."
     path = Path(path)
-    digest, seconds = hashlib.blake2b(digest_size=16), 0.0
+    digest, seconds, tags = hashlib.blake2b(digest_size=16), 0.0, {}
     try:
-        with open_stream(path) as (container, stream):
-            digest.update(stream.codec_context.name.encode())
-            for packet in container.demux(stream):
-                digest.update(packet)
-                seconds += float((packet.duration or 0) * (packet.time_base or 0))
-            tags = {**container.metadata, **stream.metadata}
+        sections = find_sections(path)
+        for start, stop in sections:
+            url = path if len(sections) == 1 else f"subfile,,start,{start},end,{stop},,:{path}"
+            with open_stream(url) as (container, stream):
+                digest.update(stream.codec_context.name.encode())
+                for packet in container.demux(stream):
+                    digest.update(packet)
+                    seconds += float((packet.duration or 0) * (packet.time_base or 0))
+                tags = {**container.metadata, **stream.metadata, **tags}
     except (ValueError, OSError):  # not audio, or damaged; FFmpeg's errors are both
         return _identity_by_samples(path)
     tags = {key.lower(): value.strip() for key, value in tags.items() if value.strip()}
