@@ -18,6 +18,7 @@ from maestlib.core.checks import check_number
 from maestlib.inference.windows import stream_mel
 from maestlib.models.columns import build_model
 from maestlib.models.maest import MAESTConfig
+from maestlib.speed.benchmark import InferenceSetting
 
 NAN, INF = float("nan"), float("inf")
 WAVE = recording(7)
@@ -209,6 +210,8 @@ def others() -> dict:  # name of the parameter: calls that give it a wrong value
             lambda: ml.evaluate(targets * np.nan, scores, ["a"]),
             lambda: ml.evaluate(targets.astype(str), scores, ["a"]),
         ],
+        "threads": [lambda v=v: InferenceSetting(threads=v) for v in (-1, "2", NAN)],
+        "overlap": [lambda v=v: InferenceSetting(overlap=v) for v in (1, "0.5", NAN)],
         "learning_rate": [lambda v=v: ml.TrainConfig(learning_rate=v) for v in (INF, NAN, 0)],
         "batch_size": [lambda v=v: ml.TrainConfig(batch_size=v) for v in (1.5, "many", -1)],
         "excerpt_s": [lambda v=v: LibrarySettings(excerpt_s=v) for v in (NAN, INF, "30", 0)],

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..audio.mel import logmel, normalize
 from ..audio.windows import window_starts
+from ..core.checks import check_number
 from ..core.device import device_name, matmul_tflops, resolve_dtype
 from ..inference.windows import make_forward
 from ..models.cost import auto_batch_size
@@ -51,10 +52,10 @@ class InferenceSetting:
     threads: int = 0  # 0: all
 
     def __post_init__(self):
-        if not (0 <= self.overlap < 1):
+        if not (0 <= check_number("overlap", self.overlap) < 1):
             raise ValueError(f"overlap={self.overlap}: give 0 or more and less than 1")
-        if self.batch_size < 0:
-            raise ValueError(f"batch_size={self.batch_size}: give 1 or more, or 0 for the automatic one")
+        for name in ("batch_size", "threads"):
+            check_number(name, getattr(self, name), 0, integer=True)
 
     @property
     def patchout(self) -> Patchout:
