@@ -106,7 +106,7 @@ def test_tags_at_the_end_of_an_mp3(version, back, sounds, tmp_path):
     [
         ("(17)(6)Extra", ["Rock", "Grunge", "Extra"]), ("(RX)", ["Remix"]), ("(CR)Live", ["Cover", "Live"]),
         ("17", ["Rock"]), ("(17)", ["Rock"]), ("(4)Eurodisco", ["Disco", "Eurodisco"]), ("Rock", ["Rock"]),
-        (["Rock", "Pop"], ["Rock", "Pop"]), (["17", "6"], ["Rock", "Grunge"]), ("", []),
+        ("80s", ["80s"]), (["Rock", "Pop"], ["Rock", "Pop"]), (["17", "6"], ["Rock", "Grunge"]), ("", []),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("encoding", [id3.Encoding.LATIN1, id3.Encoding.UTF16])
@@ -121,7 +121,7 @@ def test_genres_of_id3(encoding, text, expected, version, sounds, tmp_path):
     try:
         write_fields(path, {"genre": ["Jazz"]})
     except ValueError as error:  # other values would be shown after undoing it
-        assert len(expected) > 1 or "(RX)" in text
+        assert len(expected) > 1 or text in ("(RX)", "80s")
         assert path.name in str(error) and "restored" in str(error) and path.read_bytes() == data
     else:
         assert shown(path)["genre"] == "Jazz"
@@ -170,11 +170,14 @@ def test_the_mood_frame_of_version_4(sounds, tmp_path):
     assert shown(path) == view and id3.ID3(path)["TMOO"].text == ["sad", "calm"]
 
 
-@pytest.mark.parametrize("data_size, riff_size", [(0xFFFFFFFF, 0xFFFFFFFF), (20_000, None), (0, 0), (0xFFFFFFFF, None)])
+@pytest.mark.parametrize(
+    "data_size, riff_size", [(0xFFFFFFFF, 0xFFFFFFFF), (20_000, None), (0, 0), (0xFFFFFFFF, None), (None, 100)]
+)
 def test_a_wav_whose_sizes_are_wrong(data_size, riff_size, sounds, tmp_path):
     path, data = tmp_path / "a.wav", bytearray(sounds["wav"])
     at = data.index(b"data") + 4
-    data[at : at + 4] = struct.pack("<I", data_size)
+    if data_size is not None:
+        data[at : at + 4] = struct.pack("<I", data_size)
     if riff_size is not None:
         data[4:8] = struct.pack("<I", riff_size)
     path.write_bytes(data)

@@ -7,6 +7,7 @@ __all__ = ['MyTags', 'auc_interval', 'MyTagProbe', 'fit_my_tag']
 
 # %% ../../nbs/collection/my_tags.ipynb #c2a0e002
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,16 @@ with optional_import():
 _MY_TAGS = {"tag": pl.String, "is_positive": pl.Boolean, "path": pl.String, "content": pl.String}
 _KEYS = {"content": pl.col("content"), "path": pl.col("path").map_elements(path_key, pl.String)}  # of a song
 
+# %% ../../nbs/collection/my_tags.ipynb #cfc6ec27
+def _read_my_tags(file: Path) -> pl.DataFrame:
+    table = read_table(file, columns=tuple(_MY_TAGS))
+    if len(table.columns) > len(_MY_TAGS):
+        raise ValueError(f"{file}: only the columns {', '.join(_MY_TAGS)} are kept; remove the others")
+    is_positive = table["is_positive"].str.to_lowercase().replace({"true": "1", "false": "0"})
+    if len(wrong := table.filter(~is_positive.is_in(["0", "1"]).fill_null(False))):
+        raise ValueError(f"{file}: is_positive is {wrong['is_positive'][0]!r}; give true or false")
+    return table.select(*_MY_TAGS).with_columns(is_positive == "1")
+
 # %% ../../nbs/collection/my_tags.ipynb #92a77bf2
 class MyTags:
     "Labels that a person gives to songs of a library, kept in its folder."
@@ -34,15 +45,7 @@ class MyTags:
     @property
     def table(self) -> pl.DataFrame:  # tag, is_positive, path, content
         "All labels. Raises `ValueError` where the file was edited and cannot be read."
-        if not self.file.exists():
-            return pl.DataFrame(schema=_MY_TAGS)
-        table = read_table(self.file, columns=tuple(_MY_TAGS))
-        if len(table.columns) > len(_MY_TAGS):
-            raise ValueError(f"{self.file}: only the columns {', '.join(_MY_TAGS)} are kept; remove the others")
-        is_positive = table["is_positive"].str.to_lowercase().replace({"true": "1", "false": "0"})
-        if len(wrong := table.filter(~is_positive.is_in(["0", "1"]).fill_null(False))):
-            raise ValueError(f"{self.file}: is_positive is {wrong['is_positive'][0]!r}; give true or false")
-        return table.select(*_MY_TAGS).with_columns(is_positive == "1")
+        return _read_my_tags(self.file) if self.file.exists() else pl.DataFrame(schema=_MY_TAGS)
 
     @property
     def names(self) -> list[str]:

@@ -35,12 +35,12 @@ _ID3 = ("mp3", "trueaudio", "wave", "aiff", "dsf", "dsdiff")  # modules of mutag
 _OTHERS = ("flac", "oggopus", "oggvorbis", "oggflac", "oggspeex", "mp4")
 
 
-def _open_tags(path: Path):
+def _open_tags(path: Path, kind: type | None = None):  # the kind of file, where its name does not tell
     "A file as mutagen sees it. Raises `ValueError` for a format whose tags are not written."
     with optional_import("tags"):
         import mutagen
     try:
-        file = mutagen.File(path)
+        file = kind(path) if kind else mutagen.File(path)
         family = type(file).__module__.split(".")[-1]
         if family not in _ID3 + _OTHERS:
             raise ValueError(f"{path}: tags of this format are not written; only ID3, Vorbis comments and MP4")
@@ -137,20 +137,27 @@ def read_fields(
     path: str | Path,  # an audio file
 ) -> dict[str, list[str]]:  # genre and mood: their values
     "Read genre and mood of a file. Raises `ValueError` for formats whose tags are not written."
-    path = Path(real_path(str(path)))
-    file = _open_tags(path)
-    fields = _get_fields(file)
-    if type(file).__name__ == "WAVE" and not fields["genre"]:  # it may be in another chunk
-        fields["genre"] = [text for key, text in _shown_tags(path).items() if key == "genre"]
-    return fields
+    path, fields = Path(real_path(str(path))), {}
+    is_wave = path.suffix.lower() == ".wav"
+    try:
+        fields = _get_fields(_open_tags(path))
+    except ValueError:
+        if not is_wave:
+            raise
+    if is_wave:  # a player also finds them in another chunk, or where sizes are wrong
+        fields = {key: [text] for key, text in _shown_tags(path).items()} | {k: v for k, v in fields.items() if v}
+    return {field: fields.get(field, []) for field in FIELDS}
 
 # %% ../../nbs/collection/write_tags.ipynb #90d85fc4
+def _is_shown(values: list[str], text: str | None) -> bool:
+    return text in [*(by.join(values) for by in ("/", "; ", ";")), *values[:1]] if values else text is None
+
+
 def _check_shown(path: Path, fields: dict[str, list[str]], before: dict[str, str], after: dict[str, str]) -> None:
     "Raise `ValueError` where a player does not read the fields that were written, or not the other tags as before."
     for field, values in fields.items():
-        expected = [*(by.join(values) for by in ("/", "; ", ";")), *values[:1]] if values else [None]
-        if after.get(field) not in expected:
-            found = f"a player would read its {field} as {after.get(field)!r}, not as {expected[0]!r}"
+        if not _is_shown(values, after.get(field)):
+            found = f"a player would read its {field} as {after.get(field)!r}, not as {'; '.join(values)!r}"
             raise ValueError(f"{path}: unchanged, because {found}")
     if lost := {key for key, _ in before.items() ^ after.items()} - {*FIELDS}:
         raise ValueError(f"{path}: unchanged, because a player would read another {min(lost)}")
@@ -169,18 +176,20 @@ def write_fields(
         import mutagen
 
     path = Path(real_path(str(path)))
-    now, shown, content = read_fields(path), _shown_tags(path), read_identity(path).content
+    kind, now = type(_open_tags(path)), read_fields(path)
+    shown, content = _shown_tags(path), read_identity(path).content
     present = {field: now[field] for field, values in fields.items() if values}
     try:
         with atomic_write(path) as temporary:
             shutil.copy2(path, temporary)
             for values in (fields, present):
-                set_fields(_open_tags(temporary), values)
+                set_fields(_open_tags(temporary, kind), values)
             restored = _shown_tags(temporary)
-            set_fields(_open_tags(temporary), fields)
+            set_fields(_open_tags(temporary, kind), fields)
             _check_shown(path, fields, shown, _shown_tags(temporary))
-            if any(restored.get(key) != shown.get(key) for key in present):
-                raise ValueError(f"{path}: unchanged, because its {' and '.join(present)} could not be restored later")
+            for field, values in present.items():
+                if restored.get(field) != shown.get(field) or not _is_shown(values, shown.get(field)):
+                    raise ValueError(f"{path}: unchanged, because its {field} could not be restored later")
             if read_identity(temporary).content != content:
                 raise ValueError(f"{path}: unchanged, because writing its tags would have changed its sound")
             os.utime(temporary)
@@ -206,6 +215,10 @@ def default_mapping(
     return pl.DataFrame(rows, {"label": pl.String, "field": pl.String, "value": pl.String}, orient="row")
 
 # %% ../../nbs/collection/write_tags.ipynb #556b7794
+def _split(values: Sequence[str]) -> list[str]:  # as a file may hold them
+    return re.split("/|; ", "/".join(values))
+
+
 def load_mapping(
     library: Library,
     file: str | Path | None = None,  # a csv: label, field, value; None: `mapping.csv` of the library, made if missing
@@ -224,10 +237,6 @@ def load_mapping(
     return table.filter(pl.col("field") != "", pl.col("value") != "").select("label", "field", "value")
 
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e013
-def _split(values: Sequence[str]) -> list[str]:  # as a file may hold them
-    return re.split("/|; ", "/".join(values))
-
-
 def plan_tags(
     library: Library,
     mapping: pl.DataFrame,  # label, field, value
