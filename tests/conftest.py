@@ -25,7 +25,7 @@ use_forked_kernels()
 
 SLOW_NOTEBOOKS = """
     nbs/train.ipynb nbs/inference/ray.ipynb nbs/probing/musicnn.ipynb nbs/demo/heldout.ipynb nbs/speed/tradeoff.ipynb
-    nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb
+    nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb nbs/studies/damaged_files.ipynb
 """.split()  # a cell cannot be marked where it is written
 LONGEST = [  # they start first, so that no worker is idle at the end
     *"""tests/test_browser.py tests/test_train.py tests/test_resume.py tests/test_distributed.py tests/test_paper.py
