@@ -354,7 +354,7 @@ def test_load_folder_splits_by_artist(tmp_path):
     "rows, message",
     [
         (["path,tags", "a.wav,rock"], "no column labels"), (["path,labels", "gone.wav,rock"], "none of its files"),
-        (["path,labels,split", "a.wav,rock,dev"], "split dev"),
+        (["path,labels,split", "a.wav,rock,dev"], "split dev"), (["path,labels,track_id", "a.wav,x,"], "missing or"),
         (["path,labels", "a.wav,x", "a.wav,y"], "'a.wav' and 'a.wav' are the same"), (["path,labels"], "has no rows"),
     ],
 )  # fmt: skip
@@ -400,8 +400,12 @@ def test_every_name_of_a_file_is_the_same_file(tmp_path, capsys):
     composed, decomposed = (unicodedata.normalize(form, "é/é.wav") for form in ("NFC", "NFD"))
     folder = make_folder(tmp_path, [], ("a.wav", composed, "b.wav"))
     names = ["sub/../a.wav", decomposed, str(folder / "b.wav")]
-    (folder / "tags.csv").write_text("\n".join(["path,labels", *(f"{name},x" for name in names)]))
-    assert len(registry.load_dataset(folder)) == 3 and "no row" not in capsys.readouterr().out
+    spelled = ["e\u0301", "\xe9", "\xe9"]
+    rows = [f"{name},{letter},{letter}" for name, letter in zip(names, spelled, strict=True)]
+    (folder / "tags.csv").write_text("\n".join(["path,labels,artist", *rows]))
+    table = registry.load_dataset(folder)
+    assert len(table) == 3 and "no row" not in capsys.readouterr().out
+    assert set(table["artist"]) == {"\xe9"} == set(label_vocabulary(table)) and table["split"].n_unique() == 1
     for name in ("./a.wav", composed, str(folder / "sub" / ".." / "b.wav")):
         (folder / "tags.csv").write_text("\n".join(["path,labels", *(f"{n},x" for n in [*names, name])]))
         with pytest.raises(ValueError, match="are the same file; keep one of the rows"):

@@ -172,11 +172,10 @@ def write_fields(
     Raises `OSError`, and `ValueError` where the sound would change, a player would not find the values, or the present
     ones could not be restored.
     """
-    with optional_import("tags"):
-        import mutagen
-
     path = Path(real_path(str(path)))
     kind, now = type(_open_tags(path)), read_fields(path)
+    from mutagen import MutagenError
+
     shown, content = _shown_tags(path), read_identity(path).content
     present = {field: now[field] for field, values in fields.items() if values}
     try:
@@ -193,7 +192,7 @@ def write_fields(
             if read_identity(temporary).content != content:
                 raise ValueError(f"{path}: unchanged, because writing its tags would have changed its sound")
             os.utime(temporary)
-    except (mutagen.MutagenError, struct.error) as error:
+    except (MutagenError, struct.error) as error:
         raise ValueError(f"{path}: unchanged, because its tags cannot be written ({error})") from error
 
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e010
@@ -321,8 +320,6 @@ def write_tags(
     without the extra `tags`, and `OSError` where the library cannot be written.
     """
     library = library if isinstance(library, Library) else Library(library)
-    with optional_import("tags"):
-        import mutagen  # noqa: F401
     changes, errors = plan_tags(library, load_mapping(library, mapping), threshold, top, replace)
     if dry_run or changes.is_empty():
         return changes, errors

@@ -34,7 +34,7 @@ def validate_table(
     """Check that a table has the columns, splits and unique ids of a dataset.
 
     Raises `ValueError`, naming `source`, where a column is missing, the table is empty, a split has another name than
-    those in `SPLITS`, or a `track_id` is duplicated.
+    those in `SPLITS`, or a `track_id` is missing or duplicated.
     """
     missing = [name for name in COLUMNS if name not in table.columns]
     if missing:
@@ -45,9 +45,9 @@ def validate_table(
     unknown = sorted(set(table["split"].fill_null("none")) - set(SPLITS))
     if unknown:
         raise ValueError(f"{source}: unknown split {', '.join(unknown)}; a split is one of {', '.join(SPLITS)}")
-    duplicates = table.filter(pl.col("track_id").is_duplicated())["track_id"]
+    duplicates = table.filter(pl.col("track_id").is_duplicated() | pl.col("track_id").is_null())["track_id"]
     if len(duplicates):
-        raise ValueError(f"{source}: duplicate track_id {duplicates[0]}; make the ids unique")
+        raise ValueError(f"{source}: missing or duplicate track_id {duplicates[0]}; make the ids unique")
     return table
 
 # %% ../../nbs/datasets/table.ipynb #a8ad3020
@@ -95,7 +95,8 @@ def _read_text(path: Path, columns: tuple[str, ...], separator: str) -> pl.DataF
             found = f"line {wrong[0]} has {len(wrong[1])} fields, not {len(names)}"
             raise ValueError(f"{path}: {found}; put a field that contains {separator!r} in quotes")
         tables.append(pl.DataFrame([fields[: len(names)] for _, fields in chunk], schema, orient="row"))
-    return pl.concat([pl.DataFrame(schema=schema), *tables]).with_columns(pl.all().replace("", None))
+    table = pl.concat([pl.DataFrame(schema=schema), *tables]).with_columns(pl.all().replace("", None))
+    return table.with_columns(pl.exclude("path").str.normalize("NFC"))  # a path is spelled as on disk
 
 # %% ../../nbs/datasets/table.ipynb #4a44ad1c
 def read_table(
