@@ -203,7 +203,8 @@ def test_a_file_is_dropped_on_a_panel(explore, tmp_path):
     until(lambda: explore.js(star, ".maestlib-library .maestlib-library-map") == 1, "the star is shown")
 
 
-FITS = "return [...document.querySelectorAll('.js-plotly-plot')].every(g => g._fullLayout?.width == g.clientWidth)"
+FITS = """return [...document.querySelectorAll('.js-plotly-plot')]
+.every(figure => Math.abs(figure._fullLayout?.width - figure.clientWidth) < 1)"""
 CUT_OFF = """return [...document.querySelectorAll('.maestlib')].flatMap(panel => {
 const right = panel.getBoundingClientRect().right + 1;
 const parts = [...panel.querySelectorAll('.main-svg, button, select, input, audio, table')];
