@@ -163,7 +163,9 @@ def _read_mono(
         channels, end = samples.shape[1], first - start + len(samples)
         weights = np.full(channels, 1 / channels, np.float32)
         if channel is not None:
-            weights = np.eye(channels, dtype=np.float32)[check_number(f"{path}: channel", channel, 0, channels - 1)]
+            weights = np.eye(channels, dtype=np.float32)[
+                check_number(f"{path}: channel", channel, 0, channels - 1, integer=True)
+            ]
         parts.append(torch.from_numpy(samples @ weights))
         if len(samples) < count:
             break
