@@ -1308,6 +1308,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'maestlib/inference/labels.py'),
                                            'maestlib.inference.labels._parse': ( 'inference/labels.html#_parse',
                                                                                  'maestlib/inference/labels.py'),
+                                           'maestlib.inference.labels._token_pattern': ( 'inference/labels.html#_token_pattern',
+                                                                                         'maestlib/inference/labels.py'),
                                            'maestlib.inference.labels.label_degrees': ( 'inference/labels.html#label_degrees',
                                                                                         'maestlib/inference/labels.py'),
                                            'maestlib.inference.labels.rank_by_tags': ( 'inference/labels.html#rank_by_tags',

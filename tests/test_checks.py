@@ -354,3 +354,10 @@ def test_config_json_of_hugging_face_is_checked(model, tmp_path):
     for text in ("{", "[]", '{"num_attention_heads": "3"}', '{"num_mel_bins": null}', '{"id2label": {"a": "jig"}}'):
         (tmp_path / "config.json").write_text(text)
         refused(lambda: ml.load_model(tmp_path), "model.safetensors")
+
+
+@pytest.mark.parametrize("labels", ["ab", ["a", "a"], ["a", ""], [1, 2], 3], ids=str)
+def test_labels_are_names_each_of_them_once(model, labels, tmp_path):
+    ml.save_checkpoint(model, tmp_path / "model.safetensors")
+    refused(lambda: ml.load_model("random", size="tiny", labels=labels, seconds=5), "labels")
+    refused(lambda: ml.load_model(tmp_path / "model.safetensors", labels=labels), "labels")

@@ -465,3 +465,12 @@ def test_the_confirmation_corpus_shares_no_tune_and_no_family(tmp_path, monkeypa
     assert len({(plan["family"], plan["split"]) for plan in plans}) == len({plan["family"] for plan in plans})
     assert not list(tmp_path.glob("*/tunes/*")), "the other corpus is not rendered for it"
     assert first["track_id"][0] == "confirmation-00000" and soundfile.info(first["path"][0]).frames == 480000
+
+
+def test_blanks_around_paths_labels_and_artists_do_not_count(tmp_path):
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(16000), 16000)
+    (tmp_path / "tags.csv").write_text("path , artist,labels\n a.wav , Ada ,rock ; pop\nb.wav,Ada, pop\n")
+    table = registry.load_folder(tmp_path)
+    assert table["path"].to_list() == [str(tmp_path / f"{name}.wav") for name in "ab"]
+    assert table["artist"].to_list() == ["Ada", "Ada"] and table["labels"].to_list() == [["pop", "rock"], ["pop"]]

@@ -268,6 +268,8 @@ def nearest(
 ) -> pl.DataFrame:  # query, rank (from 0), cosine, and the columns of `embeddings` without the vectors
     """Find the nearest rows of a table, or the nearest songs of a library, by cosine, nearest first.
 
+    Those of a library are compared after their mean was subtracted.
+
     Of a table, takes one query (dim,), several (queries, dim), rows of an embedding table, or a path of this one, whose
     rows are among the nearest. Of a `Library`, takes a song, several, or none with `tags="piano & minor & !fast"`, and
     returns `rank`, `cosine`, `degree` (to which the tags fit), `path`, `artist`, `album`, `title`.

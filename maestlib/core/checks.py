@@ -56,10 +56,10 @@ def check_names(
     name: str,  # of the parameter, for the message
     values: Any,  # a list of texts
 ) -> tuple[str, ...]:
-    "Convert a list of names to a tuple. Raises `ValueError` for anything else."
+    "Convert a list of different names to a tuple. Raises `ValueError` for anything else."
     names = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str | dict) else (None,)
-    if not all(isinstance(text, str) for text in names):
-        raise ValueError(f"{name}={reprlib.repr(values)}: give a list of names")
+    if not all(isinstance(text, str) and text.strip() for text in names) or len({*names}) < len(names):
+        raise ValueError(f"{name}={reprlib.repr(values)}: give a list of names, each of them once")
     return names
 
 # %% ../../nbs/core/checks.ipynb #ca0c6486

@@ -82,7 +82,8 @@ def _find_files(names: pl.Series, folder: Path, tags: str) -> tuple[list[str | N
     audio = {_file_key(file): file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES}
     files, row_of = [], {}
     for row, name in enumerate(names):
-        forms = [folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD")] if name else []
+        texts = (name, name.strip()) if name else ()
+        forms = [folder / unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
         paths = [audio.get(_file_key(folder / name)), folder / name, *forms] if name else []
         files.append(next((str(path) for path in paths if path and path.is_file()), None))
         if files[-1] and (first := row_of.setdefault(_file_key(files[-1]), row)) != row:

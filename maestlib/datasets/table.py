@@ -95,8 +95,9 @@ def _read_text(path: Path, columns: tuple[str, ...], separator: str) -> pl.DataF
             found = f"line {wrong[0]} has {len(wrong[1])} fields, not {len(names)}"
             raise ValueError(f"{path}: {found}; put a field that contains {separator!r} in quotes")
         tables.append(pl.DataFrame([fields[: len(names)] for _, fields in chunk], schema, orient="row"))
-    table = pl.concat([pl.DataFrame(schema=schema), *tables]).with_columns(pl.all().replace("", None))
-    return table.with_columns(pl.exclude("path").str.normalize("NFC"))  # a path is spelled as on disk
+    table = pl.concat([pl.DataFrame(schema=schema), *tables])
+    table = table.with_columns(pl.exclude("path").str.strip_chars().str.normalize("NFC"))  # a path is as on disk
+    return table.with_columns(pl.all().replace("", None))
 
 # %% ../../nbs/datasets/table.ipynb #4a44ad1c
 def read_table(

@@ -87,6 +87,13 @@ def _columns(name: str, labels: Sequence[str]) -> list[int]:
         raise ValueError(f"no label {name!r}; {hint}")
     return known[name.casefold()]
 
+# %% ../../nbs/inference/labels.ipynb #949962be
+def _token_pattern(labels: Sequence[str]) -> re.Pattern:
+    "Names with operators in them, such as `Acoustic Guitar (nylon)`, then operators, then what is between them."
+    names = {spelling for label in labels for spelling in (label, *split_label(label))}
+    special = sorted((name for name in names if re.search("[&|!()]", name)), key=len, reverse=True)
+    return re.compile("|".join([*(rf"\s*{re.escape(name)}" for name in special), "[&|!()]", "[^&|!()]+"]), re.I)
+
 # %% ../../nbs/inference/labels.ipynb #a7ba718c
 def rank_by_tags(
     expression: str,  # such as "jazz & piano & !voice"; names of labels, of genres or of styles
@@ -102,7 +109,7 @@ def rank_by_tags(
             return label_degrees(activations[:, columns], np.asarray(thresholds)[columns]).max(1)
         return label_degrees(activations[:, columns].max(1, keepdims=True))[:, 0]
 
-    tokens = [token.strip() for token in re.findall(r"[&|!()]|[^&|!()]+", expression) if token.strip()]
+    tokens = [token.strip() for token in _token_pattern(labels).findall(expression) if token.strip()]
     try:
         value = _parse(tokens, degrees)
         if tokens:

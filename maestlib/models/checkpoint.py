@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..audio.mel import MelConfig
-from ..core.checks import check_number, check_numbers
+from ..core.checks import check_names, check_number, check_numbers
 from ..core.files import asset_path, atomic_write, log, resolve_path
 from .columns import build_model
 from .effnet import EffNet, EffNetConfig
@@ -221,6 +221,7 @@ def load_model(
     """
     overrides = {"seconds": seconds, "mel": mel, "num_heads": num_heads, "separate_heads": separate_heads}
     overrides, seed = {k: v for k, v in overrides.items() if v is not None}, check_number("seed", seed, integer=True)
+    labels = None if labels is None else check_names("labels", labels)
     if str(name) == "random":
         config = MAESTConfig.from_size(size)
         config = replace(config, labels=label_names(400) if labels is None else labels, **overrides)
