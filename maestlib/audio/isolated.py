@@ -81,14 +81,14 @@ _PROGRAM = """import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer)
 from maestlib.audio.isolated import serve; serve()"""
 
 
-class DecoderCrash(ValueError):
-    "A decoder ended its process, or did not answer in time."
-
-# %% ../../nbs/audio/isolated.ipynb #16a7e0f4
 _running: set["_Process"] = set()
 _is_ending = False  # whether this program is
 
 
+class DecoderCrash(ValueError):
+    "A decoder ended its process, or did not answer in time."
+
+# %% ../../nbs/audio/isolated.ipynb #16a7e0f4
 class _Process:
     "A process that serves, and calls to it from one thread at a time."
 

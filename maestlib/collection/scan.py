@@ -273,6 +273,13 @@ def _prune(library: Library, gone: list[str], force: bool) -> int:  # files that
         remove_songs(library, gone)
     return len(gone)
 
+# %% ../../nbs/collection/scan.ipynb #a049c7ca
+def _count_gone(library: Library, gone: list[str], report: ScanReport, prune: bool, force: bool, dry_run: bool) -> None:
+    "Prune files that are gone if that is asked for, and count them."
+    gone = _still_gone(library, gone, dry_run)
+    report.pruned = _prune(library, gone, force) if prune and not dry_run else 0
+    report.gone = len(gone) - report.pruned
+
 # %% ../../nbs/collection/scan.ipynb #15367559
 def _summary(library: Library, report: ScanReport) -> str:
     "What a scan did, in one line."
@@ -333,9 +340,7 @@ def scan(
             loaded = loaded or load_library_model(library, model, device)
             _scan_files(library, plan.todo, loaded, report, dry_run, batch_size, num_workers, flush_s, progress)
         report.failed += tuple(dict.fromkeys(listing.problems))
-        gone = _still_gone(library, plan.gone, dry_run)
-        report.pruned = _prune(library, gone, force) if prune and not dry_run else 0
-        report.gone = len(gone) - report.pruned
+        _count_gone(library, plan.gone, report, prune, force, dry_run)
     report.elapsed_s = time.monotonic() - start
     if not dry_run:
         log.info(_summary(library, report))

@@ -36,7 +36,8 @@ class Selection:
     ):
         names = songs.select("artist", "title").iter_rows()
         self._names = [tuple(name and name.casefold() for name in row) for row in names]
-        self._vectors, self._limit, self._count = vectors, per_artist, Counter()
+        self._limit = check_number("per_artist", per_artist, 1, integer=True, optional=True)
+        self._vectors, self._count = vectors, Counter()
         self.rows, self._avoided, self._others = [], set(), []  # chosen; rows and names; vectors
 
     def avoid(self, row: int | None, vector: np.ndarray | None) -> None:  # None: a file outside of the library
@@ -120,10 +121,6 @@ class SongLookup(LibraryVectors):
         song: str | Path,  # a path, or a part of path, artist and title
     ) -> int | None:  # row of `songs`; None: a file that is not in the library
         "Find a song. Raises `ValueError` where there is none, or more than one."
-        if not isinstance(song, str | Path):
-            raise TypeError(
-                f"query: {type(song).__name__}; of a library, give paths, or parts of path, artist and title"
-            )
         path = str(resolve_path(song))
         if printable_path(path) in self.rows or Path(path).is_file():
             return self.rows.get(printable_path(path))
@@ -172,7 +169,6 @@ class SongIndex(SongLookup):
     ) -> pl.DataFrame:  # rank (from 0), cosine, degree, path, artist, album, title, duration_s
         "Find the songs nearest to others, or those that tags fit best, without duplicates. Raises `ValueError`."
         k = check_number("k", k, 1, integer=True)
-        per_artist = check_number("per_artist", per_artist, 1, integer=True, optional=True)
         lists = [s if isinstance(s, Iterable) and not isinstance(s, str) else [s] for s in (songs, without)]
         songs, without = ([song for song in songs if song is not None] for songs in lists)
         if not songs and (without or tags is None):
@@ -209,6 +205,8 @@ def _fill(selection: Selection, rows: Iterable[int], k: int) -> list[int]:  # al
 # %% ../../nbs/collection/search.ipynb #96269765
 def _nearest_songs(index: SongIndex, songs: list, without: list, k: int, degrees, per_artist) -> pl.DataFrame:
     "Search by songs; with degrees of tags, by their product with the cosines."
+    if others := [type(song).__name__ for song in (*songs, *without) if not isinstance(song, str | Path)]:
+        raise TypeError(f"query: {others[0]}; of a library, give paths, or parts of path, artist and title")
     rows = [index.find(song) for song in (*songs, *without)]
     vectors = [index.vector(s if row is None else row) for s, row in zip((*songs, *without), rows, strict=True)]
     query = np.mean(vectors[: len(songs)], 0) - (np.mean(vectors[len(songs) :], 0) if without else 0)
