@@ -89,7 +89,7 @@ def test_a_click_on_a_head_shows_its_attention(tracks):
     explorer.spread._js2py_pointsCallback = {"event_type": "plotly_click", "points": points}
     assert (explorer.controls.block.value, explorer.controls.head.value) == (2, 1)
     assert "block 2, head 1" in explorer.figure.layout.title.text
-    assert np.flatnonzero(explorer.spread.data[0].marker.line.width).tolist() == [7]
+    assert np.flatnonzero(np.array(explorer.spread.data[0].marker.line.width) > 1).tolist() == [7]
 
 
 def test_coverage_mask_is_where_no_kept_patch_is():

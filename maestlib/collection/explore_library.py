@@ -73,11 +73,7 @@ class ExplorerState:
         song = self.controls.songs.value
         return self.selected if song in (None, ALL_SONGS) else [song]
 
-    @property
-    def shown(self) -> tuple[tuple[str, str], float]:  # the two spaces; how far songs glide, 0 to 1
-        return (self.controls.first.value, self.controls.second.value), self.controls.glide.value / 100
-
-
+# %% ../../nbs/collection/explore_library.ipynb #24699463
 def _count(songs: Sequence[int]) -> str:
     return "1 song" if len(songs) == 1 else f"{len(songs):,} songs"
 
@@ -92,6 +88,10 @@ class ExplorerMaps(ExplorerState):
         super().__init__(*libraries, dataset=dataset)
         self.figures, self.status = side_by_side(), w.HTML()  # one map, or both; of the layouts
         self.layouts = SongLayouts(self.spaces, self.draw, self._show_status)
+
+    @property
+    def shown(self) -> tuple[tuple[str, str], float]:  # the two spaces; how far songs glide, 0 to 1
+        return (self.controls.first.value, self.controls.second.value), self.controls.glide.value / 100
 
     def _show_status(self, status: str | Exception):
         self.status.value = html.escape(str(status))

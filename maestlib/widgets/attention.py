@@ -19,7 +19,7 @@ from ..core.extras import optional_import
 from ..core.plotting import PALETTE, style_figure
 from ..models.maest import MAEST
 from ..models.patchout import PATCH, STRIDE, Patchout, patch_grid, select_patches
-from .theme import FIGURE_WIDTH, HEAT_COLORS, MEL_COLORS, mel_figure, neutral_theme
+from .theme import FIGURE_WIDTH, HEAT_COLORS, MEL_COLORS, TEXT_COLOR, mel_figure, neutral_theme
 
 with optional_import():
     import plotly.graph_objects as go
@@ -155,7 +155,7 @@ def plot_spread(
     spread = 100 * attention_spread(maps.weights[:, :, token])
     ids = np.stack(np.indices(spread.shape[:2]), -1).reshape(-1, 2)
     is_marked = (ids[:, 0] == block) & ((ids[:, 1] == head) | (head is None))
-    ring = dict(color=PALETTE[3], width=np.where(is_marked, 3, 0))
+    ring = dict(color=np.where(is_marked, PALETTE[3], TEXT_COLOR), width=np.where(is_marked, 3, 1))
     bar = dict(title="block", thickness=12)
     marker = dict(color=ids[:, 0], colorscale="Viridis", colorbar=bar, size=np.where(is_marked, 17, 11), line=ring)
     hover = "block %{customdata[0]}, head %{customdata[1]}: %{x:.0f} % of time, %{y:.0f} % of frequency<extra></extra>"

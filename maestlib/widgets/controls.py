@@ -272,8 +272,7 @@ class TrackPicker:
         except (ValueError, OSError) as error:
             self.message.show(error)
             return
-        name = f"{Path(paths).name}." if source is self.upload else ""
-        self.message.show(f"{name} {note}".strip())
+        self.message.show(f"{Path(paths).name}. {note}".strip() if source is self.upload else note)
         self.player.load(wave, self.config.sample_rate)
         for control, empty in ((self.menu, None), (self.path, "")):
             if control is not source:

@@ -100,11 +100,6 @@ class AttentionExplorer(ModelExplorer):
             weights, title = select_map(self.maps, view, block, head, token)
             with self.figure.batch_update():
                 self.figure.data[0].z, self.figure.layout.title.text = relative_to_uniform(weights), title
-            is_first = not self.spread.data
             self.spread.change_to(plot_spread(self.maps, token, block, head if view == "one head" else None))
-            if is_first:
-                self.spread.data[0].on_click(self._head_clicked)
-
-    def _head_clicked(self, trace, points, _):
-        for i in points.point_inds:
-            self.controls.select_head(*map(int, trace.customdata[i]))
+            heads, select = self.spread.data[0], self.controls.select_head
+            heads.on_click(lambda _, points, __: select(*map(int, heads.customdata[points.point_inds[0]])))
