@@ -89,10 +89,6 @@ class ExplorerMaps(ExplorerState):
         self.figures, self.status = side_by_side(), w.HTML()  # one map, or both; of the layouts
         self.layouts = SongLayouts(self.spaces, self.draw, self._show_status)
 
-    @property
-    def shown(self) -> tuple[tuple[str, str], float]:  # the two spaces; how far songs glide, 0 to 1
-        return (self.controls.first.value, self.controls.second.value), self.controls.glide.value / 100
-
     def _show_status(self, status: str | Exception):
         self.status.value = html.escape(str(status))
 
@@ -125,6 +121,10 @@ class ExplorerMaps(ExplorerState):
 # %% ../../nbs/collection/explore_library.ipynb #76e3247d
 class ExplorerDrawing(ExplorerMaps):
     "Adds songs that glide from one space to another."
+
+    @property
+    def shown(self) -> tuple[tuple[str, str], float]:  # the two spaces; how far songs glide, 0 to 1
+        return (self.controls.first.value, self.controls.second.value), self.controls.glide.value / 100
 
     def _places(self):  # of the songs on both maps; the two layouts between which the first one glides
         titles, glide = self.shown
