@@ -118,7 +118,7 @@ def resampler(
     options = dict(lowpass_filter_width=64, rolloff=0.9475937, beta=14.769656)
     return torchaudio.transforms.Resample(orig_freq, new_freq, "sinc_interp_kaiser", **options)
 
-
+# %% ../../nbs/audio/mel.ipynb #a56b8e65
 def resample(
     wave: torch.Tensor,  # (..., samples) floating point
     sample_rate: int,  # Hz, of `wave`

@@ -243,7 +243,7 @@ def _has_vectors(table) -> bool:  # whether it is a table with a column of them
     except (AttributeError, pl.exceptions.PolarsError):  # no table, no parquet
         return False
 
-
+# %% ../../nbs/collection/search.ipynb #4ed1951e
 def _query_vectors(query, table: pl.LazyFrame) -> np.ndarray:  # (queries, dim) float32
     "The vectors of a query; of a path, those in the table. Raises `ValueError`."
     if isinstance(query, str | Path):

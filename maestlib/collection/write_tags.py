@@ -71,7 +71,7 @@ def _family(file) -> tuple[str, str]:  # key of `_KEYS`, separator of several va
         return "ID3", "/" if file.tags.version[1] in (2, 3) else "; "
     return ("MP4", "; ") if type(file).__name__ == "MP4" else ("Vorbis", "\0")
 
-
+# %% ../../nbs/collection/write_tags.ipynb #b57be85f
 def _tag_keys(file, field: str) -> list[str]:
     "The keys under which a file has a field, in whatever case, or should have it."
     family, separator = _family(file)
@@ -108,7 +108,7 @@ def _set_tag(file, key: str, values: list[str]) -> None:
     else:
         file.tags[key] = [MP4FreeForm(value.encode()) for value in values] if ":" in key else values
 
-
+# %% ../../nbs/collection/write_tags.ipynb #e13398db
 def set_fields(file, fields: dict[str, list[str]]) -> None:
     "Replace the values of fields and save the file, with its ID3v1 tag as it is."
     for key, values in [(key, values) for field, values in fields.items() for key in _tag_keys(file, field)]:
@@ -132,7 +132,7 @@ def _shown_tags(path: Path) -> dict[str, str]:
         tags = {key.lower(): value for key, value in {**container.metadata, **stream.metadata}.items()}
     return {"mood": tags.pop("tmoo"), **tags} if "tmoo" in tags else tags
 
-
+# %% ../../nbs/collection/write_tags.ipynb #089f130a
 def read_fields(
     path: str | Path,  # an audio file
 ) -> dict[str, list[str]]:  # genre and mood: their values
@@ -217,7 +217,7 @@ def default_mapping(
 def _split(values: Sequence[str]) -> list[str]:  # as a file may hold them
     return re.split("/|; ", "/".join(values))
 
-
+# %% ../../nbs/collection/write_tags.ipynb #6b93c351
 def load_mapping(
     library: Library,
     file: str | Path | None = None,  # a csv: label, field, value; None: `mapping.csv` of the library, made if missing

@@ -8,6 +8,7 @@ __all__ = ['check_number', 'check_numbers', 'check_names', 'check_fields', 'chec
 # %% ../../nbs/core/checks.ipynb #48808371
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -56,10 +57,12 @@ def check_names(
     name: str,  # of the parameter, for the message
     values: Any,  # a list of texts
 ) -> tuple[str, ...]:
-    "Convert a list of different names to a tuple. Raises `ValueError` for anything else."
+    "Convert a list of different names to a tuple; empty ones are unnamed. Raises `ValueError` for anything else."
     names = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str | dict) else (None,)
-    if not all(isinstance(text, str) and text.strip() for text in names) or len({*names}) < len(names):
-        raise ValueError(f"{name}={reprlib.repr(values)}: give a list of names, each of them once")
+    if not all(isinstance(text, str) for text in names):
+        raise ValueError(f"{name}={reprlib.repr(values)}: give a list of names")
+    if double := next((text for text, count in Counter(names).items() if text and count > 1), None):
+        raise ValueError(f"{name}: {double!r} is there twice; give each name once")
     return names
 
 # %% ../../nbs/core/checks.ipynb #ca0c6486

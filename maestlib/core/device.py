@@ -44,7 +44,7 @@ def _windows_processor() -> str:
     with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
         return winreg.QueryValueEx(key, "ProcessorNameString")[0]
 
-
+# %% ../../nbs/core/device.ipynb #6452449e
 def _macos_processor() -> str:
     command = ["sysctl", "-n", "machdep.cpu.brand_string"]
     return subprocess.run(command, capture_output=True, encoding="utf8").stdout

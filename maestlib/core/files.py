@@ -72,7 +72,7 @@ def _cache_dir() -> Path:  # absolute; need not exist
     default = _REPOSITORY / "data/cache" if _REPOSITORY else Path.home() / ".cache/maestlib"
     return Path(os.environ.get("MAESTLIB_CACHE") or default).expanduser().absolute()
 
-
+# %% ../../nbs/core/files.ipynb #99d00ced
 @contextlib.contextmanager
 def explain_read_only(
     path: Path,  # the file or folder that the `with` block makes
@@ -88,7 +88,7 @@ def explain_read_only(
         remedy = f"set {variable} to another folder" if variable else "give another folder"
         raise OSError(error.errno, f"{path.parent}: cannot be written ({error.strerror}); {remedy}") from error
 
-
+# %% ../../nbs/core/files.ipynb #4f42ec47
 def cache_path(
     *parts: str,  # subfolders and, last, the name of a file or folder
 ) -> Path:  # absolute; its parent folder exists, the file itself may not

@@ -139,7 +139,7 @@ class Tooltips(anywidget.AnyWidget):
     tips = traitlets.Dict().tag(sync=True)  # CSS class of a control → its tooltip
     _esm = _read_asset("tooltips.js")
 
-
+# %% ../../nbs/widgets/controls.ipynb #542faff0
 def make_control(
     widget: type[w.Widget],  # the class, as ipywidgets.IntSlider
     label: str,
@@ -155,7 +155,7 @@ def row(*widgets) -> w.HBox:
     "Arrange widgets side by side; they wrap where the page is narrow."
     return w.HBox(widgets, layout=dict(flex_flow="row wrap", align_items="center"))
 
-
+# %% ../../nbs/widgets/controls.ipynb #cb27ab98
 def side_by_side(*widgets) -> w.HBox:
     "Arrange figures side by side, in equal widths; what is no figure keeps its own width."
     return w.HBox(widgets).add_class("maestlib-figures")

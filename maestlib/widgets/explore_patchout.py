@@ -28,7 +28,7 @@ with optional_import():
 def _milliseconds(seconds: float | None) -> str:
     return "…" if seconds is None else f"{1000 * seconds:,.0f} ms"
 
-
+# %% ../../nbs/widgets/explore_patchout.ipynb #d2bce577
 def cost_table(
     config: MAESTConfig,
     patchout: Patchout,
