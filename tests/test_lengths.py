@@ -150,6 +150,50 @@ def test_a_stream_has_the_mel_of_the_whole(folder, name):
     assert torch.allclose(torch.cat(parts, 1), torch.cat(list(stream_mel(folder / name, MEL)), 1), atol=2e-3)
 
 
+def notes(seconds: float, rate: int) -> np.ndarray:  # (1, samples): another note every quarter of a second
+    time_s = np.arange(round(seconds * rate)) / rate
+    hertz = 110 * 2 ** (np.random.default_rng(0).integers(0, 36, 99) / 12)[(time_s * 4).astype(int)]
+    return (0.5 * np.sin(2 * np.pi * hertz * time_s) * np.exp(-8 * (time_s % 0.25)))[None].astype(np.float32)
+
+
+def without_stamps(wave: np.ndarray, codec: str, container: str, rate: int) -> bytes:
+    "Encode as programs do that leave the time stamps to the encoder."
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        frame.sample_rate = rate
+        to = av.AudioResampler(stream.format, "mono", rate, frame_size=stream.codec_context.frame_size or None)
+        for part in [*to.resample(frame), *to.resample(None), None]:
+            out.mux(stream.encode(part))
+    return file.getvalue()
+
+
+CODECS = [
+    *((encode, rate, *rest) for rate in (16000, 44100, 48000) for rest in (("aac", "ipod"), ("flac", "flac"))),
+    *((encoder, rate, "libmp3lame", "mp3") for encoder in (encode, without_stamps) for rate in (16000, 44100, 48000)),
+    *((encoder, rate, "libopus", "ogg") for encoder in (encode, without_stamps) for rate in (16000, 48000)),
+    *((write, rate, "VORBIS", "OGG") for rate in (16000, 44100, 48000)),
+]
+
+
+@pytest.mark.parametrize("encoder, rate, codec, container", CODECS)
+def test_the_whole_and_excerpts_lie_where_the_source_does(tmp_path, encoder, rate, codec, container):
+    source, wave = notes(6, RATE)[0], notes(6, rate)
+    arguments = (wave, container, rate, codec) if encoder is write else (wave, codec, container, rate)
+    data = encoder(*arguments)
+    for content in (data, data[: data.rfind(b"OggS") + 100]) if codec == "libopus" else (data,):  # the last page cut
+        (tmp_path / "a").write_bytes(content)
+        whole = load_audio(tmp_path / "a").numpy()
+        assert len(whole) == 6 * RATE or (content is not data and len(whole) > 3.5 * RATE)
+        middle = source[RATE : 3 * RATE]
+        lags = range(-1200, 1201, 1)
+        assert max(lags, key=lambda lag: whole[RATE + lag : 3 * RATE + lag] @ middle) in (-1, 0, 1)
+        for offset in (0.1, 1.3, 2.7, 5.1, 5.5):
+            part = load_audio(tmp_path / "a", offset, 0.4).numpy() if offset * RATE < len(whole) else []
+            assert np.allclose(part, whole[round(offset * RATE) :][: len(part)], atol=1e-3)
+
+
 def test_an_mp3_that_was_cut_ends_where_it_ends(tmp_path):
     (tmp_path / "cut.mp3").write_bytes(MP3[: len(MP3) // 2])
     assert len(load_audio(tmp_path / "cut.mp3")) / RATE == pytest.approx(1, abs=0.1)

@@ -29,7 +29,9 @@ AUDIO_SUFFIXES = set(  # of the files that are read in folders
 SampleReader = Callable[[int, int], np.ndarray]  # (start, count) -> (samples, channels) float32
 
 _PREROLL_S = 1.0  # decoded before an excerpt: codecs with overlapping windows need some packets to settle
+_SEEK_FROM_S = 10.0  # before it, decoding from the start is quick, and AAC's noise is that of the whole
 _MP3_PREROLL = 8 * 1152  # samples, of libsndfile: a frame refers to some before it
+_VORBIS_TAIL_S = 12  # libsndfile seeks to a wrong sample of the last page, of up to 64 kB
 _GENERIC_INDEX = 0x100  # FFmpeg's flag of containers without a table of contents
 _BARE = ("mp3", "aac")  # frames and nothing else: a damaged one is left out, and `cat` joins files
 
@@ -86,7 +88,7 @@ def _decode_part(
     to_float, position, preroll = av.AudioResampler(format="fltp", rate=rate), 0, round(_PREROLL_S * rate)
     is_same = rate == part.rate
     with open_stream(part.url) as (container, stream):
-        if part.origin is not None and is_same and start > preroll:
+        if part.origin is not None and is_same and start > _SEEK_FROM_S * rate:
             container.seek(int((part.origin + Fraction(start - preroll, rate)) / stream.time_base), stream=stream)
             position = None
         frames = (frame for _, frame in _decode_packets(container, container.demux(stream)))
@@ -238,6 +240,7 @@ def _open_libsndfile(path: Path) -> soundfile.SoundFile | None:
         return None
     is_known = check_mp3_count(path) if file.format == "MP3" else len(find_sections(path)) == 1
     if is_known and file.seekable() and 0 < file.frames < 1 << 40:
+        file.seek(0)  # else what Opus puts before the first sample can be a part of the sound
         return file
     file.close()
     return None
@@ -268,7 +271,8 @@ def open_audio(
         def read(start, count):
             early = 0
             if file.tell() != start:
-                early = min(start, _MP3_PREROLL if file.format == "MP3" else 0)
+                tail = start - length + _VORBIS_TAIL_S * rate if file.subtype == "VORBIS" else 0
+                early = min(start, _MP3_PREROLL if file.format == "MP3" else max(0, tail))
                 file.seek(start - early)
             return file.read(early + count, dtype="float32", always_2d=True)[early:]
 

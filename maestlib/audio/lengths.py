@@ -84,5 +84,6 @@ def check_mp3_count(
         behind = file.read(16)
     end += 32 + int.from_bytes(behind[12:], "little") if behind[:8] == b"APETAGEX" else 0
     has_both = tag > 0 and frame[tag + 7] & 3 == 3 and stop - end in (0, 128)  # frames, bytes; 128: a tag of ID3v1
-    checksum = int.from_bytes(frame[tag + 154 : tag + 156], "big")
-    return None if tag < 0 else has_both and _crc16(frame[: tag + 154]) == checksum
+    checksum, checked = int.from_bytes(frame[tag + 154 : tag + 156], "big"), frame[: tag + 154]
+    variants = checked, (checked + bytes(36))[:190]  # of LAME; of FFmpeg, which also takes the zeros behind in mono
+    return None if tag < 0 else has_both and checksum in map(_crc16, variants)
