@@ -9,20 +9,24 @@ __all__ = ['find_sections', 'check_mp3_count']
 import itertools
 import mmap
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 # %% ../../nbs/audio/lengths.ipynb #0b3b1a7d
-def _file_starts(file: BinaryIO, first: bytes) -> Iterator[int]:  # of RIFF (wav), FORM (aiff) and mp4
-    at, head, is_mp4, order = 0, first, first[4:8] == b"ftyp", "little" if first[:4] == b"RIFF" else "big"
+def _file_starts(file: BinaryIO, first: bytes) -> Iterator[int]:  # of RIFF (wav), FORM (aiff), au and mp4
+    at, head, is_mp4, is_au = 0, first, first[4:8] == b"ftyp", first[:4] == b".snd"
+    order = "little" if first[:4] == b"RIFF" else "big"
     while len(head) == 16:
         length = int.from_bytes(head[:4] if is_mp4 else head[4:8], order)
         if is_mp4:
             length = int.from_bytes(head[8:], order) if length == 1 else length
+        elif is_au:
+            length += int.from_bytes(head[8:12], order)
         else:
             length += 8 + length % 2
-        if head[4:8] == b"ftyp" if is_mp4 else head[:4] + head[8:12] == first[:4] + first[8:12]:
+        if head[4:8] == b"ftyp" if is_mp4 else head[:4] == first[:4] and (is_au or head[8:12] == first[8:12]):
             yield at
         if length < 8 or not (is_mp4 or head[:4] == first[:4]):  # an mp4 box without one ends with the file
             return
@@ -31,10 +35,13 @@ def _file_starts(file: BinaryIO, first: bytes) -> Iterator[int]:  # of RIFF (wav
         head = file.read(16)
 
 # %% ../../nbs/audio/lengths.ipynb #f5f9c4db
+_SEARCHED = 1 << 23  # bytes of a file that are searched for others
+
+
 def _link_starts(file: BinaryIO) -> Iterator[int]:  # of Ogg
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
         at, end, last = 0, None, pages.rfind(b"OggS")
-        is_one = len(pages) > 1 << 23 and pages[last + 14 : last + 18] == pages[14:18]
+        is_one = len(pages) > _SEARCHED and pages[last + 14 : last + 18] == pages[14:18]
         while at >= 0:
             if at != end:
                 yield at
@@ -46,12 +53,14 @@ def _link_starts(file: BinaryIO) -> Iterator[int]:  # of Ogg
 def find_sections(
     path: str | Path,  # an audio file
 ) -> list[tuple[int, int]]:  # start and stop (bytes) of each file in it: mostly one
-    "Find where a file begins behind another one: chained Ogg streams, and joined wav, aiff and mp4 files."
+    "Find where a file begins behind another one: chained Ogg; joined wav, aiff, au, mp4 and flac (of up to 8 MB)."
     with open(path, "rb") as file:
         head, size, starts = file.read(16), os.path.getsize(path), [0]
         if head[:4] == b"OggS" and size > 27:
             starts = [*_link_starts(file)]
-        elif head[:4] in (b"RIFF", b"FORM") or head[4:8] == b"ftyp":
+        elif head[:4] == b"fLaC" and size <= _SEARCHED:
+            starts = [match.start() for match in re.finditer(b"fLaC\0\0\0\x22", head + file.read())]
+        elif head[:4] in (b"RIFF", b"FORM", b".snd") or head[4:8] == b"ftyp":
             starts = [*_file_starts(file, head)]
     return list(itertools.pairwise([*(starts or [0]), size]))
 
