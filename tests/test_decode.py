@@ -130,7 +130,9 @@ def test_only_the_excerpt_is_decoded_where_the_container_can_be_sought(folder, m
 @pytest.mark.parametrize("name", ["a.m4a", "a.wma"])
 def test_a_recording_in_parts_is_decoded_once(folder, name, monkeypatch):
     opened, open_stream = [], decode.open_stream
-    monkeypatch.setattr(decode, "open_stream", lambda path: opened.append(path) or open_stream(path))
+    monkeypatch.setattr(
+        decode, "open_stream", lambda path, *section: opened.append(path) or open_stream(path, *section)
+    )
     assert len(list(stream_mel(folder / name, MEL, part_s=1.5))) > 4
     assert len(opened) == 2, "for its header, and for its samples"
 

@@ -38,12 +38,15 @@ _BARE = ("mp3", "aac")  # frames and nothing else: a damaged one is left out, an
 
 @contextlib.contextmanager
 def open_stream(
-    path: str | Path,  # or `subfile,,start,…,end,…,,:path`, a part of a file
+    path: str | Path,
+    section: tuple[int, int] | None = None,  # start and stop (bytes) of a file in it, as `find_sections` has them
 ) -> Iterator[tuple]:
     "Open the first audio stream with FFmpeg: container and stream. Raises `ValueError`."
     import av  # here, because importing it is slow, and most files are read by libsndfile
 
-    path, url = str(path).rpartition(",,:")[2], str(path)
+    url = str(path)
+    if section and section != (0, os.path.getsize(path)):
+        url = f"subfile,,start,{section[0]},end,{section[1]},,:{path}"
     try:
         options = {"protocol_whitelist": "file,subfile"}  # a playlist must not use the network
         container = av.open(url, options=options, metadata_errors="replace")
@@ -61,11 +64,12 @@ def open_stream(
 
 # %% ../../nbs/audio/decode.ipynb #b5932737
 class _Part(NamedTuple):
-    url: str | Path  # as for `open_stream`
+    path: Path
     rate: int  # Hz
     length: int  # samples
     channels: int
     origin: Fraction | None  # time (s) of the first sample, where samples can be sought by it; None: they are counted
+    section: tuple[int, int] | None = None  # as for `open_stream`
 
 
 def _decode_packets(container, packets: Iterable) -> Iterator[tuple]:  # packet, frame
@@ -87,7 +91,7 @@ def _decode_part(
 
     to_float, position, preroll = av.AudioResampler(format="fltp", rate=rate), 0, round(_PREROLL_S * rate)
     is_same = rate == part.rate
-    with open_stream(part.url) as (container, stream):
+    with open_stream(part.path, part.section) as (container, stream):
         if part.origin is not None and is_same and start > _SEEK_FROM_S * rate:
             container.seek(int((part.origin + Fraction(start - preroll, rate)) / stream.time_base), stream=stream)
             position = None
@@ -194,8 +198,7 @@ def _count_packets(container, stream, first, packet, packets: Iterator) -> tuple
 # %% ../../nbs/audio/decode.ipynb #476615b8
 def _open_part(path: Path, start: int, stop: int) -> tuple[list[_Part], int | None]:
     "The part that begins at a byte, [] if it has no sound; and the byte where another one begins, if one does."
-    url = f"subfile,,start,{start},end,{stop},,:{path}" if (start, stop) != (0, os.path.getsize(path)) else path
-    with open_stream(url) as (container, stream):
+    with open_stream(path, (start, stop)) as (container, stream):
         packets = container.demux(stream)
         packet, first = next(_decode_packets(container, packets), (None, None))
         if first is None:
@@ -212,7 +215,7 @@ def _open_part(path: Path, start: int, stop: int) -> tuple[list[_Part], int | No
     if name == "mp3" and packet.pos and check_mp3_count(path, start, stop) is False:
         return _open_part(path, start + packet.pos, stop)  # without its number, by which FFmpeg cuts something out
     rate = first.sample_rate
-    return [_Part(url, rate, round(length_s * rate), first.layout.nb_channels, origin)], None
+    return [_Part(path, rate, round(length_s * rate), first.layout.nb_channels, origin, (start, stop))], None
 
 # %% ../../nbs/audio/decode.ipynb #ad545bb6
 def _open_ffmpeg(path: Path) -> _FrameReader:
@@ -231,8 +234,25 @@ def _open_ffmpeg(path: Path) -> _FrameReader:
         raise ValueError(f"{path}: its audio stream is empty; convert it again")
     return _FrameReader(parts)
 
-# %% ../../nbs/audio/decode.ipynb #529a0c7b
-def _open_libsndfile(path: Path) -> soundfile.SoundFile | None:
+# %% ../../nbs/audio/decode.ipynb #1caad534
+class _SoundfileReader:
+    "As `_FrameReader`, by libsndfile."
+
+    def __init__(self, path: Path, file: soundfile.SoundFile):
+        self.file, self.rate, self.length = file, file.samplerate, file.frames
+        self.parts, self.close = [_Part(path, self.rate, self.length, file.channels, None)], file.close
+        file.seek(0)  # else what Opus puts before the first sample can be a part of the sound
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        file, early = self.file, 0
+        if file.tell() != start:
+            tail = start - self.length + _VORBIS_TAIL_S * self.rate if file.subtype == "VORBIS" else 0
+            early = min(start, _MP3_PREROLL if file.format == "MP3" else max(0, tail))
+            file.seek(start - early)
+        return file.read(early + count, dtype="float32", always_2d=True)[early:]
+
+
+def _open_libsndfile(path: Path) -> _SoundfileReader | None:
     "Open a file that libsndfile can read and seek, and whose length it knows."
     try:
         file = soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path)  # a name may be no UTF-8
@@ -240,8 +260,7 @@ def _open_libsndfile(path: Path) -> soundfile.SoundFile | None:
         return None
     is_known = check_mp3_count(path) if file.format == "MP3" else len(find_sections(path)) == 1
     if is_known and file.seekable() and 0 < file.frames < 1 << 40:
-        file.seek(0)  # else what Opus puts before the first sample can be a part of the sound
-        return file
+        return _SoundfileReader(path, file)
     file.close()
     return None
 
@@ -260,23 +279,12 @@ def open_audio(
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file() or path.stat().st_size == 0:
         raise ValueError(f"{path}: empty, or not a file; give an audio file")
-    with contextlib.closing(_open_libsndfile(path) or _open_ffmpeg(path)) as file:
-        is_ours = isinstance(file, _FrameReader)
-        rate, length = (file.rate, file.length) if is_ours else (file.samplerate, file.frames)
-        for part in file.parts if is_ours else [_Part(path, rate, length, file.channels, None)]:
+    with contextlib.closing(_open_libsndfile(path) or _open_ffmpeg(path)) as reader:
+        for part in reader.parts:
             if not 1000 <= part.rate <= 768_000 or part.channels > 64:
                 limits = "1,000 to 768,000 Hz and up to 64 channels are read; mend its header"
                 raise ValueError(f"{path}: a sample rate of {part.rate:,} Hz, {part.channels:,} channels; {limits}")
-
-        def read(start, count):
-            early = 0
-            if file.tell() != start:
-                tail = start - length + _VORBIS_TAIL_S * rate if file.subtype == "VORBIS" else 0
-                early = min(start, _MP3_PREROLL if file.format == "MP3" else max(0, tail))
-                file.seek(start - early)
-            return file.read(early + count, dtype="float32", always_2d=True)[early:]
-
-        yield rate, length, file.read if is_ours else read
+        yield reader.rate, reader.length, reader.read
 
 # %% ../../nbs/audio/decode.ipynb #888abe40
 def printable_path(

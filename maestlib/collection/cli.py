@@ -25,7 +25,7 @@ _EXAMPLES = """for example:
   maestlib embed music/ --out embeddings.parquet          its embeddings, a row per window, for your classifier
   maestlib scan ~/Music --excerpt 30                      tags and embeddings of a collection; again: what is new
   maestlib search song.mp3                                similar songs
-  maestlib search --tags "piano & minor & !fast"         songs by their tags
+  maestlib search --tags "piano & minor & !fast"          songs by their tags
   maestlib playlist a.mp3 b.mp3 --without c.mp3           like these, unlike that
   maestlib playlist a.mp3 --to b.mp3 --out path.m3u8      a path from one song to another
   maestlib clusters -n 8 --out playlists/                 clusters of songs, each a playlist
@@ -200,9 +200,7 @@ def _log_to_stderr(quiet: bool) -> Iterator[None]:
 # %% ../../nbs/collection/cli.ipynb #3beaa98e
 def main(
     arguments: list[str] | None = None,  # None: those of the process
-) -> (
-    int
-):  # the exit code. 0: all went well; 1: some files failed, or no song fits; 2: nothing was done; 130: interrupted
+) -> int:  # the exit code: 0 all went well, 1 some files failed or no song fits, 2 nothing was done, 130 interrupted
     "Run the console script `maestlib`. Errors are printed to stderr in one line, not raised."
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows cannot take every letter of a path

@@ -71,10 +71,8 @@ def read_identity(
     path = Path(path)
     digest, seconds, tags = hashlib.blake2b(digest_size=16), 0.0, {}
     try:
-        sections = find_sections(path)
-        for start, stop in sections:
-            url = path if len(sections) == 1 else f"subfile,,start,{start},end,{stop},,:{path}"
-            with open_stream(url) as (container, stream):
+        for section in find_sections(path):
+            with open_stream(path, section) as (container, stream):
                 digest.update(stream.codec_context.name.encode())
                 for packet in container.demux(stream):
                     digest.update(packet)

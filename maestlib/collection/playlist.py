@@ -72,7 +72,6 @@ def song_path(
 ) -> pl.DataFrame:  # rank, cosine (to the point on the way), degree (null), path, artist, album, title, duration_s
     "Find songs that lead from one song to another. Raises `ValueError` for `k` below 2 and for unknown songs."
     k = check_number("k", k, 2, integer=True)
-    per_artist = check_number("per_artist", per_artist, 1, integer=True, optional=True)
     ends = [index.find(start), index.find(end)]
     vectors = [index.vector(song if row is None else row) for song, row in zip((start, end), ends, strict=True)]
     selection = Selection(index.songs, index.vectors.__getitem__, per_artist)
