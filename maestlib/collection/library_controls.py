@@ -64,10 +64,7 @@ def open_library(
     return Library(out)
 
 # %% ../../nbs/collection/library_controls.ipynb #c4a0e007
-def sample_songs(
-    library: Library,
-    n: int = 12,
-) -> dict[str, str]:  # name → path
+def sample_songs(library: Library, n: int = 12) -> dict[str, str]:  # name → path
     "Take some songs of a library, evenly over its paths. Raises `ValueError` where there is none."
     songs = SongIndex(library).songs
     chosen = songs[np.unique(np.linspace(0, len(songs) - 1, n).astype(int))]
@@ -206,19 +203,13 @@ class SongMap:
             self.figure.data[0].x, self.figure.data[0].y = layout.T
             self.figure.data[1].x, self.figure.data[1].y = ([], []) if star is None else star[:, None]
 
-    def select(
-        self,
-        songs: list[int],
-    ):
+    def select(self, songs: list[int]):
         "Highlight songs; none: all are shown alike."
         self.figure.data[0].selectedpoints = songs or None
 
 # %% ../../nbs/collection/library_controls.ipynb #c4a0e016
 _FOLDER = r"([^/\\]+)[/\\][^/\\]+$"
-_COLUMN_CODE = {
-    "artist": 'songs["artist"].to_list()',
-    "folder": f'songs["path"].str.extract({_FOLDER!r}).to_list()',
-}
+_COLUMN_CODE = {"artist": 'songs["artist"].to_list()', "folder": f'songs["path"].str.extract({_FOLDER!r}).to_list()'}
 
 # %% ../../nbs/collection/library_controls.ipynb #df6d8094
 class SongColors:

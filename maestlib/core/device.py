@@ -36,14 +36,6 @@ def default_device() -> torch.device:  # `cuda:{LOCAL_RANK}`, `mps` or `cpu`
         raise ValueError(f"MAESTLIB_DEVICE={kind}: give one that this process can use ({', '.join(kinds)})")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
 
-# %% ../../nbs/core/device.ipynb #ab5d2dc6
-def _windows_processor() -> str:
-    import winreg
-
-    path = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
-    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
-        return winreg.QueryValueEx(key, "ProcessorNameString")[0]
-
 # %% ../../nbs/core/device.ipynb #6452449e
 def _macos_processor() -> str:
     command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -58,7 +50,7 @@ def _linux_processor() -> str:
 @functools.cache
 def processor_name() -> str:
     "Return the name of the CPU as the operating system gives it; the architecture if it has none."
-    readers = {"win32": _windows_processor, "darwin": _macos_processor}
+    readers = {"win32": platform.processor, "darwin": _macos_processor}
     name = ""
     with contextlib.suppress(OSError):
         name = readers.get(sys.platform, _linux_processor)()

@@ -109,10 +109,7 @@ class PatchSelection(NamedTuple):
     columns: torch.Tensor  # (kept columns,) or (batch, kept columns)
     offset: torch.Tensor  # () int64: column of the time encoding at which clips start
 
-    def to(
-        self,
-        device: torch.device,
-    ) -> "PatchSelection":
+    def to(self, device: torch.device) -> "PatchSelection":
         "Copy to a device, without waiting for it."
         return PatchSelection(*(index.to(device, non_blocking=True) for index in self))
 
