@@ -40,10 +40,7 @@ def open_library(
     excerpt_s: float = 30.0,  # read in the middle of each file, where there is no library yet
     model: str | Path = BUNDLED_MODEL,  # what reads them, as `load_model` takes it
 ) -> Library:
-    """Open a library, or scan audio files into one below `runs/libraries/`.
-
-    Raises `FileNotFoundError` for a path that is not there, and what `scan` raises.
-    """
+    "Open a library, or scan audio files into one below `runs/libraries/`. Raises `FileNotFoundError`, and as `scan`."
     is_path = isinstance(source, str | Path)
     paths = [resolve_path(path) for path in ([source] if is_path else source)]
     if is_path and (paths[0] / "library.json").exists():
@@ -182,10 +179,7 @@ class SongMap:
         self.on_select, self.on_click = on_select, on_click
         self.figure = LiveFigure().add_class(f"maestlib-{name}")
 
-    def show(
-        self,
-        figure: go.Figure,  # of `plot_song_map`
-    ):
+    def show(self, figure: go.Figure):  # of `plot_song_map`
         "Show other colors."
         self.figure.replace_by(figure)
         dots = self.figure.data[0]  # a double click deselects, and so does a lasso around nothing

@@ -127,9 +127,7 @@ def autocast(
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 # %% ../../nbs/core/device.ipynb #d0c1e202
-def call_in_rank_0(
-    function: Callable[[], Any],  # whatever it returns must be picklable
-) -> Any:  # in every process
+def call_in_rank_0(function: Callable[[], Any]) -> Any:  # whatever it returns must be picklable → in every process
     "Call a function in rank 0 of the process group, or here if there is none. All processes raise what it raises."
     if not torch.distributed.is_initialized():
         return function()

@@ -154,10 +154,7 @@ def _export_program(exportable: ExportableMAEST) -> torch.export.ExportedProgram
 def _max_difference(
     model: MAEST, exportable: ExportableMAEST, run: Callable[[torch.Tensor], Sequence[torch.Tensor]]
 ) -> float:
-    """Compare `run` with the model on a long and a short clip; embeddings relative to their largest value.
-
-    Raises `RuntimeError` for a difference of 0.001 or more.
-    """
+    "Compare `run` with the model, embeddings relative to their maximum. Raises `RuntimeError` from 0.001 on."
     patchout, mel_config, from_wave = exportable.patchout, model.config.mel, exportable.input_name == "wave"
     generator = torch.Generator().manual_seed(0)
     max_frames, largest = model.config.num_frames, 0.0

@@ -18,9 +18,7 @@ from ..core.checks import check_number, check_numbers
 PATCH, STRIDE = 16, 10  # in bands and in frames alike
 
 
-def pad_to_patch(
-    mel: torch.Tensor,  # (…, frames)
-) -> torch.Tensor:  # (…, at least 16 frames)
+def pad_to_patch(mel: torch.Tensor) -> torch.Tensor:  # (…, frames) → (…, at least 16 frames)
     "Zero-pad a mel that is shorter than one patch; a longer one is returned as it is."
     return F.pad(mel, (0, max(0, PATCH - mel.shape[-1])))
 

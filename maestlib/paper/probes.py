@@ -74,10 +74,7 @@ def load_models(config: PaperConfig) -> dict[str, torch.nn.Module]:
 
 # %% ../../nbs/paper/probes.ipynb #fe20b74e
 def _embed_rival(config: PaperConfig, corpus: Corpus, name: str, model: MAEST) -> tuple[str, Embeddings]:
-    """Embed the tracks of a corpus by one of the rivals, and name it; `random` is the untrained twin of `model`.
-
-    Raises `ValueError` or `OSError` for one that is unavailable.
-    """
+    "Embed a corpus by a rival (`random`: the untrained `model`), and name it. Raises `ValueError` or `OSError`."
     if name == "mel":
         return "mel statistics", extract_embeddings(corpus, "mel")
     if name == "musicnn":

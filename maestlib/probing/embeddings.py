@@ -100,9 +100,7 @@ def _duration_s(track: dict) -> float:  # infinite where it is unknown
         return math.inf
 
 # %% ../../nbs/probing/embeddings.ipynb #356b57c2
-def check_whole_tracks(
-    corpus: Corpus,  # its store and the lengths of its files
-):
+def check_whole_tracks(corpus: Corpus):  # its store and the lengths of its files
     "Raise `ValueError` where the store holds only the middle of tracks, unlike the paper's protocol (§3.3)."
     store = corpus.store
     if store.seconds is None:

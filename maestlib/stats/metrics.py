@@ -121,10 +121,7 @@ def chance_average_precision(
     positives: np.ndarray,  # any shape: number of positive tracks
     tracks: int,  # of the test set
 ) -> np.ndarray:  # of the same shape; NaN without a positive track
-    """Compute the expected average precision of a random ranking, exactly (Bestgen 2015).
-
-    Raises `ValueError` where more tracks are positive than there are.
-    """
+    "Compute the mean AP of random rankings (Bestgen 2015). Raises `ValueError` for more positives than tracks."
     positives = np.asarray(positives, np.float64)
     if (positives > tracks).any():
         raise ValueError(f"positives={positives.max():g}: there are {tracks} tracks")
@@ -224,9 +221,7 @@ def label_levels(
     return levels + [("label", label, [i]) for i, label in enumerate(labels)]
 
 # %% ../../nbs/stats/metrics.ipynb #57a70008
-def macro_average(
-    values: np.ndarray,  # (..., labels, metrics, rows)
-) -> np.ndarray:  # (..., metrics, rows)
+def macro_average(values: np.ndarray) -> np.ndarray:  # (..., labels, metrics, rows) → (..., metrics, rows)
     "Average over the labels that have a score; NaN where none has one."
     with np.errstate(invalid="ignore"):
         return np.nansum(values, -3) / np.isfinite(values).sum(-3)

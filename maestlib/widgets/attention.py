@@ -94,10 +94,7 @@ def attention_maps(
     mel: torch.Tensor,  # (n_mels, frames), normalized
     patchout: Patchout | None = None,  # a fixed pattern; None keeps all patches
 ) -> AttentionMaps:
-    """Compute the attention of every block in one forward pass.
-
-    Raises `ValueError` for a random patchout, whose pattern would not be known here, and where the model does.
-    """
+    "Compute the attention of every block in one pass. Raises `ValueError` as the model, and for random patchout."
     if patchout and (patchout.random_rows or patchout.random_columns):
         raise ValueError(f"patchout={patchout}: give a fixed pattern, keep_every and drop_rows")
     device = next(model.parameters()).device
@@ -121,9 +118,7 @@ def attention_maps(
     )
 
 # %% ../../nbs/widgets/attention.ipynb #65cde13b
-def relative_to_uniform(
-    weights: np.ndarray,  # of any shape
-) -> np.ndarray:  # the same shape, float32, with mean 1
+def relative_to_uniform(weights: np.ndarray) -> np.ndarray:  # of any shape → the same shape, float32, with mean 1
     "Divide attention weights by their mean: 1 is uniform attention."
     return (weights / weights.mean()).astype(np.float32)
 

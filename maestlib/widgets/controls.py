@@ -114,11 +114,7 @@ def load_for_playback(
     config: MelConfig = MEL,  # for its sample rate
     limit_s: float = 600,  # seconds to decode at most
 ) -> tuple[torch.Tensor, str]:  # (samples,) float32 mono, and a note where the audio was cut, else ""
-    """Decode audio for an explorer.
-
-    Raises `FileNotFoundError` for a missing file, and `ValueError` for one that cannot be decoded or is shorter than a
-    patch.
-    """
+    "Decode audio. Raises `FileNotFoundError`, and `ValueError` for what is no audio or shorter than a patch."
     paths = [paths] if isinstance(paths, str | Path) else paths
     duration_s = sum(map(audio_duration, paths))
     wave = torch.cat([load_audio(path, 0, limit_s, sample_rate=config.sample_rate) for path in paths])
@@ -285,10 +281,7 @@ class TrackPicker:
 
 # %% ../../nbs/widgets/controls.ipynb #90a333bf
 class ModelExplorer:
-    """A model, a track picker and a worker.
-
-    A subclass has `load(wave)`, called for each chosen track, and `run_model(*request)`, called by `self.worker`.
-    """
+    "A model, a track picker, which calls `load(wave)` of a subclass, and a worker, which calls `run_model(*request)`."
 
     def __init__(
         self,

@@ -18,16 +18,8 @@ from ..models.maest import MAESTConfig
 from ..probing.embeddings import Embeddings
 from ..probing.layers import block_vectors, plot_map, track_titles
 from ..stats.layout import align_map, tsne_map
-from maestlib.widgets.controls import (
-    LatestOnlyWorker,
-    Message,
-    Player,
-    load_for_playback,
-    make_control,
-    panel,
-    row,
-    side_by_side,
-)
+from . import controls as parts
+from .controls import Message, Player, make_control
 from .figures import nearest_per_block, pca_maps, plot_neighbors
 from .live_figure import LiveFigure
 from .theme import TEXT_COLOR, neutral_theme
@@ -81,7 +73,7 @@ class LayerControls:
         self.label = make_control(w.Dropdown, "color", "Labels shown as colors", "label", options=labels)
         tip = "PCA is fast and linear; t-SNE takes seconds and keeps neighbors together"
         self.method = make_control(w.ToggleButtons, "map", tip, "method", options=["PCA", "t-SNE"])
-        self.box = row(self.track, w.HBox([self.block, self.play]), self.tokens, self.label, self.method)
+        self.box = parts.row(self.track, w.HBox([self.block, self.play]), self.tokens, self.label, self.method)
 
 # %% ../../nbs/widgets/explore_layers.ipynb #76959537
 class BlockMaps:
@@ -96,7 +88,7 @@ class BlockMaps:
         self.embeddings, self.on_ready, self.show_message = embeddings, on_ready, show_message
         self.pca = {}  # tokens → (blocks, tracks, 2)
         self.tsne = {}  # (tokens, block) → (tracks, 2)
-        self.worker = LatestOnlyWorker(self._run_tsne, show_message)
+        self.worker = parts.LatestOnlyWorker(self._run_tsne, show_message)
 
     def coordinates(
         self,
@@ -197,8 +189,8 @@ class LayerExplorer:
         self.map = TrackMap(corpus, embeddings, self.choose)
         self.neighbors = NeighborView(corpus, embeddings, self.choose)
         self.controls = controls = LayerControls(corpus, embeddings.blocks, track)
-        figures = side_by_side(self.map.figure, self.neighbors.figure)
-        self.box = panel("layers", controls.box, self.player, self.message, figures)
+        figures = parts.side_by_side(self.map.figure, self.neighbors.figure)
+        self.box = parts.panel("layers", controls.box, self.player, self.message, figures)
         for control in (controls.block, controls.tokens, controls.label, controls.method):
             control.observe(lambda _: self.draw(), "value")
         controls.track.observe(lambda change: change.new != self.chosen and self.choose(change.new), "value")
@@ -207,7 +199,7 @@ class LayerExplorer:
     def choose(self, track: int):  # an index into the corpus
         "Choose a track and play it; if it cannot be loaded, show why and keep the previous one."
         try:
-            self.player.load(load_for_playback(self.corpus.table["path"][track])[0])
+            self.player.load(parts.load_for_playback(self.corpus.table["path"][track])[0])
         except (ValueError, OSError) as error:
             self.message.show(error)
             self.controls.track.value = self.chosen

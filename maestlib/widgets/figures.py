@@ -172,10 +172,7 @@ def sliding_tags(
     window_s: float = 6.0,  # seconds, at most the model's input length
     batch_size: int = 8,  # windows in a forward pass
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # centers of windows (n,) in s; activations (n, labels)
-    """Tag half-overlapping windows, batch by batch.
-
-    Raises `ValueError` for a model without labels and for a `window_s` beyond the model's input length.
-    """
+    "Tag half-overlapping windows in batches. Raises `ValueError` without labels, and for a `window_s` out of range."
     config, forward = model.config, make_forward(model, "auto", lambda mels: model(mels).float().sigmoid())
     if not len(config.labels):
         raise ValueError("This model has no labels, so there are no tags to show.")
