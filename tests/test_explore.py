@@ -271,6 +271,6 @@ def test_tsne_of_few_tracks_is_refused_and_others_resemble_the_pca_map(tracks):
         explorer.controls.method.value = "t-SNE"
         explorer.maps.worker.wait()
         assert explorer.message.value == message
-    pca, tsne = (explorer.maps.coordinates(method, "cdt", 1) for method in ("PCA", "t-SNE"))
+    pca, tsne = (explorer.maps.get(method, ("cdt", 1))[0] for method in ("PCA", "t-SNE"))
     assert "t-SNE" in explorer.map.figure.layout.title.text and np.isclose(tsne.std(), 1, atol=1e-5)
     assert np.linalg.norm(tsne - pca) <= min(np.linalg.norm(tsne * signs - pca) for signs in ((-1, 1), (1, -1)))

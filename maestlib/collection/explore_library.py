@@ -133,7 +133,7 @@ class ExplorerDrawing(ExplorerMaps):
 
     def _places(self):  # of the songs on both maps; the two layouts between which the first one glides
         titles, glide = self.shown
-        ends = self.layouts.get(self.controls.method.value, titles)
+        ends = self.layouts.get(self.controls.method.value, *titles)
         return ((1 - glide) * ends[0] + glide * ends[1], ends[1]), ends
 
     def _stars(self, ends) -> list:  # (2,) of a dropped file on both maps

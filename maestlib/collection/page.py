@@ -10,7 +10,6 @@ __all__ = ['RUNTIME', 'RUNTIME_VERSION', 'PageMAEST', 'store_as_float16', 'sweep
 import argparse
 import base64
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -144,9 +143,8 @@ def export_page_model(
     samples = torch.export.Dim("samples", min=(PATCH + STRIDE + 1) * hop, max=(frames + 2) * hop - 1)
     shapes = {0: samples}, {0: torch.export.Dim("patches", min=2, max=patches)}
     names = dict(input_names=["wave", "kept"], output_names=["activations", "attention", "mel"])
-    program = torch.export.export(
-        page_model, example, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
-    )
+    options = dict(dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True)
+    program = torch.export.export(page_model, example, **options)
     proto = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
     store_as_float16(proto)
     with atomic_write(path) as temporary:

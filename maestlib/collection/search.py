@@ -276,9 +276,7 @@ def nearest(
     k, chunk_size = check_number("k", k, 1, integer=True), check_number("chunk_size", chunk_size, 1, integer=True)
     table = pl.scan_parquet(resolve_path(embeddings)) if isinstance(embeddings, str | Path) else embeddings
     if not _has_vectors(table):
-        raise ValueError(
-            "embeddings: give a library, or a table with vectors in a column `embedding`, as `embed` makes"
-        )
+        raise ValueError("embeddings: give a library, or a table with vectors in a column `embedding`, as of `embed`")
     queries = _query_vectors(query, table := table.lazy())
     rows, cosines = top_k(unit_vectors(queries), _table_parts(table, queries.shape[1], chunk_size), k)
     return _neighbor_table(table, rows, cosines)

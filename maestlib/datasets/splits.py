@@ -99,9 +99,8 @@ def _split_sizes(height: int, validation: int | float, test: int | float) -> dic
     sizes = {"validation": validation, "test": test}
     sizes = {name: round(n * height) if n < 1 else n for name, n in sizes.items() if n}
     if min(sizes.values(), default=1) < 1 or sum(sizes.values()) > height / 2:
-        raise ValueError(
-            f"validation={validation}, test={test} of {height} tracks: give two fractions, at most 0.5 together"
-        )
+        hint = "give two fractions, at most 0.5 together"
+        raise ValueError(f"validation={validation}, test={test} of {height} tracks: {hint}")
     return sizes
 
 # %% ../../nbs/datasets/splits.ipynb #8440628a

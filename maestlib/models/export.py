@@ -142,12 +142,9 @@ def _export_program(exportable: ExportableMAEST) -> torch.export.ExportedProgram
     min_length, max_length = _min_frames(exportable) * samples, (config.num_frames + 1) * samples - 1
     length = torch.export.Dim("length", min=min_length, max=max_length)
     with torch.no_grad():
-        return torch.export.export(
-            exportable.eval(),
-            (torch.zeros(shape),),
-            dynamic_shapes=({0: batch, len(shape) - 1: length},),
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
+        options = dict(dynamic_shapes=({0: batch, len(shape) - 1: length},))
+        options["prefer_deferred_runtime_asserts_over_guards"] = True
+        return torch.export.export(exportable.eval(), (torch.zeros(shape),), **options)
 
 # %% ../../nbs/models/export.ipynb #e081d7f0
 @torch.no_grad()

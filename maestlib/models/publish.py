@@ -6,7 +6,6 @@
 __all__ = ['model_card', 'save_pretrained', 'push_to_hub']
 
 # %% ../../nbs/models/publish.ipynb #9b3de003
-import json
 import re
 import tempfile
 from pathlib import Path

@@ -7,7 +7,6 @@ __all__ = ['load_probe_corpus', 'model_title', 'load_models', 'embed_all', 'prob
            'fixed_setting', 'run_fig2', 'run_downstream']
 
 # %% ../../nbs/paper/probes.ipynb #9c426692
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from ..models.effnet import EffNet
 from ..models.hub import RELEASED_MODELS
 from ..models.maest import MAEST, SIZES, MAESTConfig
 from ..models.patchout import Patchout
-
-# %% ../../nbs/paper/probes.ipynb #6815c2c9
 from .comparison import compare_settings, describe_differences, difference_rows
 from .published import FINDINGS
 from .results import Report, join_reports, make_manifest, make_results, plot_results

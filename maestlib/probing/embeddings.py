@@ -205,9 +205,7 @@ def _read_parts(folder: Path) -> dict[tuple[str, int], np.ndarray]:  # (track_id
                 keys = zip(part["ids"].tolist(), part["sums"].tolist(), strict=True)
                 embedded |= zip(keys, part["values"], strict=True)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path}: not a whole file of embeddings ({error}); delete it to embed its tracks again"
-            ) from error
+            raise ValueError(f"{path}: not a whole file ({error}); delete it to embed its tracks again") from error
     return embedded
 
 # %% ../../nbs/probing/embeddings.ipynb #1b2d4a27

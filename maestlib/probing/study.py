@@ -278,9 +278,8 @@ def resample_study(
     for value, key in zip(values, tqdm(settings.select(SETTING_COLUMNS).rows(), "resampling", delay=2), strict=True):
         part = parts[key]
         if part["label"].to_list() != labels * (len(part) // len(labels)):
-            raise ValueError(
-                f"table: block {part['blocks'][0]}, {part['tokens'][0]} of {part['model'][0]} lacks labels"
-            )
+            setting = f"block {part['blocks'][0]}, {part['tokens'][0]} of {part['model'][0]}"
+            raise ValueError(f"table: {setting} lacks labels")
         runs = part["scores"].explode().to_numpy().reshape(-1, len(labels), len(test)).swapaxes(1, 2)
         value[:] = score_labels(targets, runs, labels, weights, seed)
     return ResampledStudy(table.drop("scores"), settings, labels, targets.sum(0).astype(int), values)

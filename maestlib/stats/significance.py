@@ -38,9 +38,7 @@ def simultaneous_intervals(
     Raises `ValueError` where there is not one row for each name.
     """
     if not names or np.ndim(differences) != 2 or len(names) != len(differences):
-        raise ValueError(
-            f"differences {np.shape(differences)}: give (contrasts, 1 + resamples), {len(names)} contrasts"
-        )
+        raise ValueError(f"differences {np.shape(differences)}: give ({len(names)} contrasts, 1 + resamples)")
     observed, resampled = np.split(np.asarray(differences, np.float64), [1], 1)
     observed, count = observed[:, 0], np.isfinite(resampled).sum(1)
     statistics, scaled, errors = _standardize(observed, resampled, count)

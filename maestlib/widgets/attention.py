@@ -110,12 +110,8 @@ def attention_maps(
     with capture_qk(model, summarize_block):
         last = model.config.depth - 1
         model.embed(mel[None].to(device), (last,), patchout)  # in `forward` the last block has only two queries
-    return AttentionMaps(
-        rows=rows.cpu().numpy(),
-        columns=columns.cpu().numpy(),
-        weights=np.stack(weights),
-        rollout=rollout(mean_attention)[:, :, 2:].unflatten(-1, grid).cpu().numpy(),
-    )
+    rolled = rollout(mean_attention)[:, :, 2:].unflatten(-1, grid).cpu().numpy()
+    return AttentionMaps(rows.cpu().numpy(), columns.cpu().numpy(), np.stack(weights), rolled)
 
 # %% ../../nbs/widgets/attention.ipynb #65cde13b
 def relative_to_uniform(weights: np.ndarray) -> np.ndarray:  # of any shape → the same shape, float32, with mean 1
