@@ -247,9 +247,6 @@ def run_write_tags(args: argparse.Namespace) -> int:  # the exit code
 
 
 LIBRARY_COMMANDS = {
-    "scan": run_scan,
-    "search": run_search,
-    "playlist": run_search,
-    "clusters": run_clusters,
+    "scan": run_scan, "search": run_search, "playlist": run_search, "clusters": run_clusters,
     "write-tags": run_write_tags,
-}
+}  # fmt: skip

@@ -17,14 +17,9 @@ from .table import SPLITS
 
 # %% ../../nbs/datasets/protocol.ipynb #5d1d3005
 PAPER_COUNTS = {  # MAEST paper, §3.3: tracks, labels
-    "mtg-genre": (55_215, 87),
-    "mtg-instrument": (25_135, 40),
-    "mtg-mood": (18_486, 56),
-    "mtg-top50": (54_380, 50),
-    "mtt": (25_860, 50),
-    "msd": (241_889, 50),
-    "msd-cals": (231_782, 50),
-}
+    "mtg-genre": (55_215, 87), "mtg-instrument": (25_135, 40), "mtg-mood": (18_486, 56), "mtg-top50": (54_380, 50),
+    "mtt": (25_860, 50), "msd": (241_889, 50), "msd-cals": (231_782, 50),
+}  # fmt: skip
 
 
 def published_protocols() -> pl.DataFrame:  # columns as of `report_protocol`, one row per list

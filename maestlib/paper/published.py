@@ -21,15 +21,9 @@ EXPERIMENTS = {
     "curation": "curation of the training data (§3.1)",
 }
 DATASET_TITLES = {
-    "mtg-genre": "MTGJ-Genre",
-    "mtg-instrument": "MTGJ-Inst",
-    "mtg-mood": "MTGJ-Mood",
-    "mtg-top50": "MTGJ-T50",
-    "mtt": "MTT",
-    "msd": "MSDs",
-    "msd-cals": "MSDc",
-    "discogs20": "Discogs20",
-}
+    "mtg-genre": "MTGJ-Genre", "mtg-instrument": "MTGJ-Inst", "mtg-mood": "MTGJ-Mood", "mtg-top50": "MTGJ-T50",
+    "mtt": "MTT", "msd": "MSDs", "msd-cals": "MSDc", "discogs20": "Discogs20",
+}  # fmt: skip
 FINDINGS = {
     "fig2": "middle blocks give the best embeddings; stacking cls, dist and the patch mean helps",
     "fig3": "with two to three times the throughput of the CNN, patchout at inference still exceeds its mAP",
@@ -54,12 +48,9 @@ _ABLATIONS = {  # (experiment, dataset, weights): mAP in per cent, by setting
     ("length", "mtt", "SWA"): {"5 s": 40.9, "10 s": 41.0, "20 s": 41.2, "30 s": 41.5},
 }
 PAPER_CURATION = {  # §3.1 and §3.3
-    "labels": 400,
-    "labels per track": 2.1,
-    "training tracks": 3_300_000,
-    "validation tracks": 40_000,
+    "labels": 400, "labels per track": 2.1, "training tracks": 3_300_000, "validation tracks": 40_000,
     "test tracks": 40_000,
-}
+}  # fmt: skip
 
 # %% ../../nbs/paper/published.ipynb #4253d384
 def _downstream_rows() -> list[tuple]:

@@ -109,11 +109,9 @@ def check_whole_tracks(corpus: Corpus):  # its store and the lengths of its file
     full = np.flatnonzero(frames >= store.config.num_frames(store.seconds))
     for track in corpus.table[full[:: len(full) // _MAX_CHECKED + 1]].iter_rows(named=True):
         if _duration_s(track) > store.seconds + 0.5:  # codecs add some milliseconds
-            raise ValueError(
-                f"{store.path}: holds the middle {store.seconds:g} s of {track['track_id']} and others, the paper's "
-                "probes read whole tracks; load_corpus(stored_s=None) or extract_mels(seconds=None) stores them, "
-                "whole_tracks=False does without"
-            )
+            what = f"holds the middle {store.seconds:g} s of {track['track_id']} and others"
+            hint = "load_corpus(stored_s=None) or extract_mels(seconds=None) stores them, whole_tracks=False does"
+            raise ValueError(f"{store.path}: {what}, the paper's probes read whole tracks; {hint} without")
 
 # %% ../../nbs/probing/embeddings.ipynb #7ef8aa56
 @dataclass
@@ -175,14 +173,9 @@ def _make_forward(
 # %% ../../nbs/probing/embeddings.ipynb #191e85ef
 def _describe(model, patchout, dtype: torch.dtype, mel: MelConfig) -> dict:
     "Return what the values depend on besides the mels."
-    is_mel = isinstance(model, str)
-    return {
-        "model": model if is_mel else model_fingerprint(model),
-        "patchout": repr(patchout),
-        "kind": "mel" if is_mel else type(model).__name__,
-        "mel": mel.fingerprint(),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    name, kind = (model, "mel") if isinstance(model, str) else (model_fingerprint(model), type(model).__name__)
+    meta = {"model": name, "patchout": repr(patchout), "kind": kind, "mel": mel.fingerprint()}
+    return meta | {"dtype": str(dtype).removeprefix("torch.")}
 
 # %% ../../nbs/probing/embeddings.ipynb #59362386
 def _check_meta(folder: Path, meta: dict):

@@ -174,10 +174,8 @@ def confidence_interval(
 def _score_run(targets, scores, labels, weights):  # scores (tracks, labels) → (labels, metrics, rows)
     targets, scores = np.asarray(targets), np.asarray(scores)
     if not (targets.shape == scores.shape == (len(targets), len(labels)) and len(targets) > 0):
-        raise ValueError(
-            f"targets {targets.shape}, scores {scores.shape}, {len(labels)} labels: targets and scores must both be "
-            "(tracks, labels), with at least one track"
-        )
+        hint = "targets and scores must both be (tracks, labels), with at least one track"
+        raise ValueError(f"targets {targets.shape}, scores {scores.shape}, {len(labels)} labels: {hint}")
     if targets.dtype.kind not in "biuf" or not np.isfinite(targets).all():
         raise ValueError(f"targets of {targets.dtype}: give 0 or 1 for each track and label")
     if scores.dtype.kind not in "biuf" or not np.isfinite(scores).all():
