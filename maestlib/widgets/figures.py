@@ -8,7 +8,7 @@ __all__ = ['ROW_DROP_ORDER', 'coverage_mask', 'plot_patches', 'plot_tag_comparis
 
 # %% ../../nbs/widgets/figures.ipynb #841a3ca0
 import html
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import polars as pl
@@ -158,18 +158,22 @@ def sliding_tags(
     model: MAEST,  # with labels, in eval mode
     window_s: float = 6.0,  # seconds, at most the model's input length
     batch_size: int = 8,  # windows in a forward pass
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # centers of windows (n,) in s; activations (n, labels)
-    "Tag half-overlapping windows in batches. Raises `ValueError` without labels, and for a `window_s` out of range."
+    should_stop: Callable[[], bool] = bool,  # asked after each of them
+) -> tuple[np.ndarray, np.ndarray] | None:  # centers of windows (n,) in s, activations (n, labels); None: stopped
+    "Tag half-overlapping windows. Raises `ValueError` without labels, and for a `window_s` out of range."
     config, forward = model.config, make_forward(model, "auto", lambda mels: model(mels).float().sigmoid())
     if not len(config.labels):
         raise ValueError("This model has no labels, so there are no tags to show.")
     if not (0 < window_s <= config.seconds):
         raise ValueError(f"window_s={window_s}: give up to {config.seconds:g}, the input length of the model")
     frames, mel = max(PATCH, config.mel.num_frames(window_s)), normalize(mel, config.mel)
-    starts = np.array(window_starts(mel.shape[1], frames))
+    starts, activations = np.array(window_starts(mel.shape[1], frames)), []
     for batch in np.split(starts, range(batch_size, len(starts), batch_size)):
-        centers = (batch + min(frames, mel.shape[1]) / 2) * config.mel.hop_length / config.mel.sample_rate
-        yield centers, forward(torch.stack([mel[:, i : i + frames] for i in batch]))
+        activations.append(forward(torch.stack([mel[:, i : i + frames] for i in batch])))
+        if should_stop():
+            return None
+    centers = (starts + min(frames, mel.shape[1]) / 2) * config.mel.hop_length / config.mel.sample_rate
+    return centers, np.concatenate(activations)
 
 # %% ../../nbs/widgets/figures.ipynb #859526c2
 def plot_tags(
