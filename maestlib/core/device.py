@@ -36,25 +36,19 @@ def default_device() -> torch.device:  # `cuda:{LOCAL_RANK}`, `mps` or `cpu`
         raise ValueError(f"MAESTLIB_DEVICE={kind}: give one that this process can use ({', '.join(kinds)})")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
 
-# %% ../../nbs/core/device.ipynb #6452449e
-def _macos_processor() -> str:
-    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-    return subprocess.run(command, capture_output=True, encoding="utf8").stdout
-
-
-def _linux_processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
-    return next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), "")
-
 # %% ../../nbs/core/device.ipynb #82b65ad6
 @functools.cache
 def processor_name() -> str:
     "Return the name of the CPU as the operating system gives it; the architecture if it has none."
-    readers = {"win32": platform.processor, "darwin": _macos_processor}
     name = ""
     with contextlib.suppress(OSError):
-        name = readers.get(sys.platform, _linux_processor)()
-    return name.strip() or platform.processor() or platform.machine()
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(command, capture_output=True, encoding="utf8").stdout
+        elif sys.platform == "linux":
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
+            name = next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), "")
+    return (name or platform.processor()).strip() or platform.machine()
 
 # %% ../../nbs/core/device.ipynb #54aaaec3
 def device_name(

@@ -6,7 +6,6 @@
 __all__ = ['STORED_S', 'TRACKS_PER_EPOCH', 'Corpus', 'load_corpus', 'EpochSampler', 'BatchPlan', 'BatchDataset']
 
 # %% ../../nbs/datasets/batches.ipynb #7df1dc2d
-import contextlib
 import hashlib
 import os
 import signal
@@ -66,21 +65,15 @@ class Corpus:
         return self.store.read_crops(self.store_rows[train[drawn]], self.mel.num_frames(seconds))
 
 # %% ../../nbs/datasets/batches.ipynb #6a4d328a
-def _stat(path: str) -> os.stat_result | None:  # None: there is no such file
-    with contextlib.suppress(OSError, ValueError):
-        return os.stat(path)
-
-
 STORED_S = 30.0  # what training reads of each track: the longest input of the paper
 
 
 def _cached_store(table: pl.DataFrame, dataset: str, stored_s: float | None = STORED_S) -> MelStore:
     "Open the mel store of a table's files in the cache; compute it if necessary. Raises `ValueError` on missing files."
-    stats = [(path, _stat(path)) for path in table["path"]]
-    missing = [path for path, stat in stats if stat is None]
-    if missing:
+    if missing := [path for path in table["path"] if not os.path.exists(path)]:
         count = f"{len(missing)} of {len(table)} audio files are missing"
         raise ValueError(f"dataset={dataset}: {count}, such as {missing[0]}; give audio=, the folder they are in")
+    stats = [(path, os.stat(path)) for path in table["path"]]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     name = f"{Path(dataset).stem}-{hashlib.sha256(repr(files).encode()).hexdigest()[:8]}"
     if stored_s != STORED_S:

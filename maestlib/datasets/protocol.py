@@ -33,12 +33,6 @@ def _artists_in_two_splits(table: pl.DataFrame) -> int | None:  # None: the tabl
     num_splits = table.group_by("artist").agg(pl.col("split").n_unique())
     return num_splits.filter(pl.col("split") > 1).height
 
-
-def _published_variant(fingerprint: str) -> str:
-    "Name the published list with this fingerprint."
-    variants = dict(published_protocols().select("fingerprint", "variant").rows())
-    return variants.get(fingerprint, "no published list")
-
 # %% ../../nbs/datasets/protocol.ipynb #7eae25e3
 def _describe(row: dict) -> str:
     "Write a row of `report_protocol` as a log line."
@@ -56,18 +50,12 @@ def report_protocol(
 ) -> pl.DataFrame:  # one row: dataset, tracks per split and in all, labels, the paper's, fingerprint, published variant
     "Log and return the counts of a table beside the paper's (§3.3), and the published list it agrees with."
     paper_tracks, paper_labels = PAPER_COUNTS.get(name, (None, None))
-    fingerprint = split_fingerprint(table)
-    row = {
-        "dataset": name,
-        **{split: table.filter(pl.col("split") == split).height for split in SPLITS},
-        "tracks": table.height,
-        "paper_tracks": paper_tracks,
-        "labels": table["labels"].explode().drop_nulls().n_unique(),
-        "paper_labels": paper_labels,
-        "artists_in_two_splits": _artists_in_two_splits(table),
-        "fingerprint": fingerprint,
-        "variant": _published_variant(fingerprint),
-    }
+    fingerprint, labels = split_fingerprint(table), table["labels"].explode().drop_nulls().n_unique()
+    variants = dict(published_protocols().select("fingerprint", "variant").rows())
+    row = {"dataset": name} | {split: table.filter(pl.col("split") == split).height for split in SPLITS}
+    row |= {"tracks": table.height, "paper_tracks": paper_tracks, "labels": labels, "paper_labels": paper_labels}
+    row |= {"artists_in_two_splits": _artists_in_two_splits(table), "fingerprint": fingerprint}
+    row["variant"] = variants.get(fingerprint, "no published list")
     log.info(_describe(row))
     strings = dict.fromkeys(("dataset", "fingerprint", "variant"), pl.String)
     return pl.DataFrame([row], schema=dict.fromkeys(row, pl.Int64) | strings)

@@ -109,12 +109,7 @@ class ExportableMAEST(nn.Module):
         return outputs + ((torch.stack([embeddings[b] for b in self.embed_after], 1),) if embeddings else ())
 
 # %% ../../nbs/models/export.ipynb #112747be
-def check_export(
-    patchout: Patchout,
-    blocks: tuple[int, ...] | None,  # to embed
-    include_head: bool,
-    depth: int,  # of the model
-):
+def check_export(patchout: Patchout, blocks: tuple[int, ...] | None, include_head: bool, depth: int):
     "Raise `ValueError` for random patchout, a block that does not exist, and where no output is left."
     if patchout.random_rows or patchout.random_columns:
         raise ValueError(f"{patchout}: random; only keep_every and drop_rows can be exported")

@@ -203,6 +203,10 @@ def _read_parts(folder: Path) -> dict[tuple[str, int], np.ndarray]:  # (track_id
 
 # %% ../../nbs/probing/embeddings.ipynb #1b2d4a27
 def _write_part(folder: Path, keys: list[tuple[str, int]], values: np.ndarray):
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+    if len(bad):
+        names = ", ".join(keys[i][0] for i in bad[:3])
+        raise ValueError(f"embeddings of {names} are not finite: the model has diverged, or float16 overflows")
     path = folder / f"{zlib.crc32(repr(keys).encode()):08x}.npz"
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, ids=np.array([k[0] for k in keys]), sums=np.array([k[1] for k in keys]), values=values)
@@ -229,17 +233,9 @@ def embed_in_parts(
     for start in tqdm(range(0, len(missing), tracks_per_file), "embedding", unit=f"{tracks_per_file} tracks", delay=2):
         chosen = missing[start : start + tracks_per_file]
         values, part_keys = compute(chosen), [keys[i] for i in chosen]
-        _check_finite(part_keys, values)
         _write_part(folder, part_keys, values)
         embedded |= zip(part_keys, values, strict=True)
     return Embeddings(np.stack([embedded[key] for key in keys]), meta, keys)
-
-# %% ../../nbs/probing/embeddings.ipynb #120b0f80
-def _check_finite(keys: list[tuple[str, int]], values: np.ndarray):
-    bad = np.flatnonzero(~np.isfinite(values).all((1, 2, 3)))
-    if len(bad):
-        names = ", ".join(keys[i][0] for i in bad[:3])
-        raise ValueError(f"embeddings of {names} are not finite: the model has diverged, or float16 overflows")
 
 # %% ../../nbs/probing/embeddings.ipynb #b4c1e803
 def extract_embeddings(

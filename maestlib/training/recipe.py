@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'SWA_START_EPOCH', 'SWA_EVERY', 'COSINE_WARMUP', 'TEACHER_THRESHOLD', 'mixup_lambda', 'mixup',
-           'specaugment_mask', 'specaugment', 'equalizer_curves', 'equalize', 'lr_factor', 'param_groups',
-           'whiten_patch_embed_', 'pseudo_labels']
+           'specaugment_mask', 'specaugment', 'equalizer_curves', 'lr_factor', 'param_groups', 'whiten_patch_embed_',
+           'pseudo_labels']
 
 # %% ../../nbs/training/recipe.ipynb #966e8941
 import numpy as np
@@ -71,18 +71,10 @@ def equalizer_curves(
     n_bands: int,  # of the mel
     strength: float,  # standard deviation of the gain, in units of a normalized mel; 0: no equalization
 ) -> torch.Tensor:  # (batch, bands) float32
-    "Draw a gain for each clip, and a tilt and two bends of half its strength over the bands."
+    "Draw for each clip what is added to every frame: a gain, and a tilt and two bends of half its strength."
     u = np.linspace(-1, 1, n_bands)
     shapes = np.stack([np.ones(n_bands), u / 2, np.cos(np.pi * u) / 2, np.sin(np.pi * u) / 2])
     return torch.from_numpy(strength * rng.normal(size=(batch_size, len(shapes))) @ shapes).float()
-
-
-def equalize(
-    mel: torch.Tensor,  # (batch, 96, frames), normalized
-    curves: torch.Tensor,  # (batch, 96) from `equalizer_curves`, on the same device
-) -> torch.Tensor:  # a new tensor of mel's shape
-    "Add a curve to every frame of each clip."
-    return mel + curves[:, :, None]
 
 # %% ../../nbs/training/recipe.ipynb #1de4d11f
 EPOCHS = 130  # length of the paper's runs; one epoch of the recipe is 1/130 of any run
