@@ -88,17 +88,6 @@ def attach_audio(
         log.info(f"{source}: {without} and are left out: {names}")
     return table.with_columns(paths).drop_nulls("path")
 
-# %% ../../nbs/datasets/protocol.ipynb #5d1d300a
-def _missing_labels(table: pl.DataFrame) -> dict[str, str]:  # label: the first split that lacks it
-    known = table.drop_nulls("labels").explode("labels").group_by("split").agg(pl.col("labels").unique().drop_nulls())
-    labels_of = {split: set(labels) for split, labels in known.select("split", "labels").rows()}
-    missing = {}
-    for label in sorted(set().union(*labels_of.values())):
-        splits = [split for split in SPLITS if split in labels_of and label not in labels_of[split]]
-        if splits:
-            missing[label] = splits[0]
-    return missing
-
 # %% ../../nbs/datasets/protocol.ipynb #c7bbb42c
 def check_label_coverage(
     table: pl.DataFrame,  # labels (null where they are not known), split
@@ -106,7 +95,12 @@ def check_label_coverage(
     drop_empty: bool = False,  # remove labels that a split lacks, and log them
 ) -> pl.DataFrame:  # the table, where every label has a positive in each split with known labels
     "Check that every label occurs in every split. Raises `ValueError` that names the first that does not."
-    missing = _missing_labels(table)
+    known = table.drop_nulls("labels").explode("labels").group_by("split").agg(pl.col("labels").unique().drop_nulls())
+    labels_of = {split: set(labels) for split, labels in known.select("split", "labels").rows()}
+    missing = {}  # label: the first split that lacks it
+    for label in sorted(set().union(*labels_of.values())):
+        splits = [split for split in SPLITS if split in labels_of and label not in labels_of[split]]
+        missing |= {label: splits[0]} if splits else {}
     if missing and not drop_empty:
         label, split = next(iter(missing.items()))
         remedy = "is the file, or the audio, complete? drop_empty=True leaves them out"

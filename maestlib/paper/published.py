@@ -53,18 +53,14 @@ PAPER_CURATION = {  # §3.1 and §3.3
 }  # fmt: skip
 
 # %% ../../nbs/paper/published.ipynb #4253d384
-def _downstream_rows() -> list[tuple]:
-    return [
+def published_scores() -> pl.DataFrame:  # experiment, dataset, setting, weights (last, SWA or null), metric, published
+    "Return the paper's ROC-AUC and mAP, as fractions, and the counts of its curation."
+    rows = [
         ("downstream", dataset, model, None, metric, round(float(value) / 100, 4))
         for model, cells in _DOWNSTREAM.items()
         for dataset, cell in zip(DATASET_TITLES, cells.split(), strict=False)
         for metric, value in zip(METRICS, cell.split("/"), strict=True)
     ]
-
-
-def published_scores() -> pl.DataFrame:  # experiment, dataset, setting, weights (last, SWA or null), metric, published
-    "Return the paper's ROC-AUC and mAP, as fractions, and the counts of its curation."
-    rows = _downstream_rows()
     for (experiment, dataset, weights), scores in _ABLATIONS.items():
         rows += [(experiment, dataset, name, weights, "map", round(x / 100, 4)) for name, x in scores.items()]
     rows += [("curation", "discogs20", name, None, "count", float(n)) for name, n in PAPER_CURATION.items()]

@@ -214,15 +214,11 @@ def _auto_values(config) -> dict:  # a value for every field that may be `auto`
     preset, seconds = _auto_preset(config)
     dataset = presets.PRESETS[preset].get("dataset", "tunes") if config.dataset == "auto" else config.dataset
     defaults = {
-        "dataset": dataset,
-        "tracks_per_epoch": None,
-        "micro_batch_size": 0,
-        "compile": on_gpu,
+        "dataset": dataset, "tracks_per_epoch": None, "micro_batch_size": 0, "compile": on_gpu, "gpus": 1, "nodes": 1,
         "num_workers": 8 if on_gpu else 0,
         "dtype": str(default_dtype(default_device(), training=True)).removeprefix("torch."),
-        **dict.fromkeys(("gpus", "nodes"), 1),
         "out_dir": _free_run_dir(f"{config.model}-{seconds:g}s-{Path(dataset).stem}"),
-    }
+    }  # fmt: skip
     resolved = {"preset": preset, "seconds": seconds} | _auto_patchout(config, preset, seconds)
     resolved |= _auto_length(config, preset)
     of_model = presets.EFFNET_PRESET if config.model == "effnet-b0" else {}

@@ -96,12 +96,6 @@ def _warn_on_oserror(trainer: Trainer):
         log.info(f"{trainer.run_dir}: nothing written at step {trainer.step:,} ({error}); make room, the run continues")
 
 
-def _save_best(trainer: Trainer, model: torch.nn.Module, weights: str, score: float):
-    notes = {"step": str(trainer.step), "weights": weights, "validation_map": str(score)}
-    with _warn_on_oserror(trainer):
-        save_checkpoint(model, trainer.run_dir / "best.safetensors", **notes)
-
-
 def _best_map(rows: list[dict]) -> float:  # 0 if there is none
     return max((row.get(f"{prefix}map") or 0 for row in rows for prefix in ("", "swa_")), default=0)
 
@@ -141,7 +135,10 @@ def _validate(trainer: Trainer, on_batch=None) -> dict:  # the new row of `histo
         else:
             scores = _score_validation(trainer, model, on_batch)
             if trainer.rank == 0 and (scores[1] or 0) >= _best_map([*trainer.history, row]):
-                _save_best(trainer, model, prefix.rstrip("_") or "plain", scores[1])
+                notes = {"step": str(trainer.step), "weights": prefix.rstrip("_") or "plain"}
+                with _warn_on_oserror(trainer):
+                    path = trainer.run_dir / "best.safetensors"
+                    save_checkpoint(model, path, **notes, validation_map=str(scores[1]))
         row |= dict(zip(names, scores, strict=True))
     trainer.model.train()
     trainer.history.append(row)

@@ -130,13 +130,6 @@ def param_groups(
     return [{"params": params, "lr_scale": lr_scale} for lr_scale, params in groups.items()]
 
 # %% ../../nbs/training/recipe.ipynb #e197ca60
-def _sample_patches(mels, rng, patches_per_clip):  # → (clips * patches_per_clip, 256) float64
-    patches = mels.unfold(1, PATCH, STRIDE).unfold(2, PATCH, STRIDE)  # (clips, rows, columns, 16, 16)
-    clip = np.repeat(np.arange(len(mels)), patches_per_clip)
-    row, column = (rng.integers(n, size=len(clip)) for n in patches.shape[1:3])
-    return patches[clip, row, column].flatten(1).double()
-
-
 def whiten_patch_embed_(
     model: nn.Module,  # a MAEST with random weights; its patch projection is changed in place
     mels: torch.Tensor,  # (clips, 96, frames), normalized
@@ -147,7 +140,10 @@ def whiten_patch_embed_(
     "Initialize the patch projection by PCA whitening of these mels' patches, followed by a random rotation."
     projection = model.patch_embed["proj"]
     rng = named_rng(seed, "whiten")
-    patches = _sample_patches(mels, rng, patches_per_clip)
+    patches = mels.unfold(1, PATCH, STRIDE).unfold(2, PATCH, STRIDE)  # (clips, rows, columns, 16, 16)
+    clip = np.repeat(np.arange(len(mels)), patches_per_clip)
+    row, column = (rng.integers(n, size=len(clip)) for n in patches.shape[1:3])
+    patches = patches[clip, row, column].flatten(1).double()  # (clips * patches_per_clip, 256)
     mean = patches.mean(0)
     variance, components = torch.linalg.eigh(torch.cov(patches.T))  # ascending
     embed_dim = projection.out_channels

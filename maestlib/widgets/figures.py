@@ -51,14 +51,6 @@ def coverage_mask(
     frames, frame_covered = _covered(shape[1], columns.numpy())
     return frames, bands, 1 - np.outer(band_covered, frame_covered).astype(np.uint8)
 
-# %% ../../nbs/widgets/figures.ipynb #8a107c7c
-def _grid_lines(grid: tuple[int, int]) -> np.ndarray:  # (2, n): x in frames and y in bands, NaN between lines
-    "Lines at every stride, as one trace."
-    rows, columns = (np.arange(n + 1) * STRIDE for n in grid)
-    vertical = [(x, y) for x in columns for y in (0, rows[-1], np.nan)]
-    horizontal = [(x, y) for y in rows for x in (0, columns[-1], np.nan)]
-    return np.array([*vertical, *horizontal]).T
-
 # %% ../../nbs/widgets/figures.ipynb #49cab7ab
 def plot_patches(
     mel: torch.Tensor,  # (n_mels, frames), not normalized
@@ -72,7 +64,10 @@ def plot_patches(
     gray = [[0, "rgba(127,127,127,0)"], [1, "rgba(127,127,127,0.85)"]]
     scale = dict(zmin=0, zmax=1, colorscale=gray, showscale=False, hoverinfo="skip")
     figure.add_heatmap(x=x * hop_s, y=y - 0.5, z=mask, **scale)
-    x, y = _grid_lines(patch_grid(mel.shape[1], mel.shape[0]))
+    top, right = (STRIDE * n for n in patch_grid(mel.shape[1], mel.shape[0]))
+    lines = [(x, y) for x in range(0, right + 1, STRIDE) for y in (0, top, np.nan)]  # NaN between them
+    lines += [(x, y) for y in range(0, top + 1, STRIDE) for x in (0, right, np.nan)]
+    x, y = np.array(lines).T
     line = dict(color="rgba(255,255,255,0.16)", width=1)
     figure.add_scatter(x=x * hop_s, y=y - 0.5, mode="lines", line=line, hoverinfo="skip", showlegend=False)
     for column in (4, 5):  # two neighbors in row 4
