@@ -104,10 +104,8 @@ def _training_row(trainer: Trainer) -> dict:
     "The columns of `metrics.parquet` that describe the training since the last validation."
     last_step = trainer.history[-1]["step"] if trainer.history else 0
     clips = trainer.step * trainer.batches.batch_size
-    return {
-        "step": trainer.step,
-        "epoch": trainer.step / trainer.batches.steps_per_epoch,
-        "clips": clips,
+    progress = {"step": trainer.step, "epoch": trainer.step / trainer.batches.steps_per_epoch, "clips": clips}
+    return progress | {
         "elapsed_s": trainer.elapsed_s,
         "loss": float(pl.concat(trainer.step_log).filter(pl.col("step") >= last_step)["loss"].mean()),
         "learning_rate": trainer.step_log[-1]["learning_rate"][-1],
