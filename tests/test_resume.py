@@ -1,4 +1,4 @@
-"""Runs that are stopped: by a kill in any state, by a signal, in the notebook; runs of older versions."""
+"""Runs that are stopped: by a kill in any state, by a signal, in the notebook."""
 
 import json
 import os
