@@ -71,7 +71,10 @@ class LibrarySettings:
 class LibraryFolder:
     "A folder, and how its contents were made."
 
-    def __init__(self, folder: str | Path):  # of the library
+    def __init__(
+        self,
+        folder: str | Path,  # of the library
+    ):
         self.folder = resolve_path(folder)
         file = self.folder / "library.json"
         if not file.exists():
@@ -173,7 +176,10 @@ class Library(LockedLibrary):
     Raises `FileNotFoundError` where there is none, and `ValueError` for one of another version.
     """
 
-    def save_songs(self, songs: pl.DataFrame) -> None:  # all of them; each path once
+    def save_songs(
+        self,
+        songs: pl.DataFrame,  # all of them; each path once
+    ) -> None:
         "Replace the table of songs. Raises `OSError`."
         self.songs = songs.sort("path")
         write_parquet(self.folder / "songs.parquet", self.songs)

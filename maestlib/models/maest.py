@@ -239,7 +239,10 @@ def init_encoder_(
 
 # %% ../../nbs/models/maest.ipynb #1bb1836c
 class _TaggingHeads(Encoder):
-    def __init__(self, config: MAESTConfig):  # sizes, labels and front end
+    def __init__(
+        self,
+        config: MAESTConfig,  # sizes, labels and front end
+    ):
         super().__init__(config)
         embed_dim, num_labels = config.embed_dim, max(1, len(config.labels))
         self.head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_labels))
@@ -265,7 +268,10 @@ class MAEST(_TaggingHeads):
 
     thresholds: tuple[float, ...] | None = None  # activation from which each label is assigned; None: not calibrated
 
-    def init_weights(self, seed: int = 0) -> "MAEST":  # the same seed gives the same weights → itself
+    def init_weights(
+        self,
+        seed: int = 0,  # the same seed gives the same weights
+    ) -> "MAEST":  # itself
         "Draw random weights, see `init_encoder_`."
         init_encoder_(self, seed)
         return self
