@@ -52,7 +52,7 @@ def test_ten_thousand_songs_are_drawn_by_webgl_and_selected(tmp_path):
     dots = explorer.maps[0].figure.data[0]
     assert dots.type == "scattergl" and len(dots.x) == 10_000 and np.isfinite(dots.x).all()
     explorer.controls.glide.value = 50
-    first, second = explorer.layouts.get("PCA", tuple(explorer.spaces.titles))
+    first, second = explorer.layouts.get("PCA", *explorer.spaces.titles)
     np.testing.assert_allclose(dots.x, (first[:, 0] + second[:, 0]) / 2, rtol=1e-5)
     explorer.select(range(5000))
     assert "5,000 songs" in explorer.message.value and len(explorer.controls.songs.options) < 1000

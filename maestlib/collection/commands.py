@@ -49,9 +49,7 @@ def add_model_options(add: AddOption) -> None:
     add("--batch-size", type=int, help="windows per batch (default: chosen by model and device)")
 
 # %% ../../nbs/collection/commands.ipynb #1ec8e5ef
-def from_shell(
-    path: str,
-) -> str:  # absolute
+def from_shell(path: str) -> str:  # absolute
     "Make a path absolute that is relative to the current folder."
     return str(Path(path).expanduser().absolute())
 
@@ -63,10 +61,7 @@ def model_from_shell(
     return from_shell(name) if Path(name).expanduser().exists() else name
 
 # %% ../../nbs/collection/commands.ipynb #174c88cf
-def given_options(
-    args: argparse.Namespace,
-    *names: str,
-) -> dict:
+def given_options(args: argparse.Namespace, *names: str) -> dict:
     "Return the options that were given."
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
@@ -134,9 +129,7 @@ def _add_write_tags(commands) -> None:
     add("--json", action="store_true", help="print JSON")
 
 # %% ../../nbs/collection/commands.ipynb #db518b64
-def add_library_commands(
-    commands: argparse._SubParsersAction,
-) -> None:
+def add_library_commands(commands: argparse._SubParsersAction) -> None:
     "Add `scan`, `search`, `playlist`, `clusters` and `write-tags`."
     for add in (_add_scan, _add_search, _add_clusters, _add_write_tags):
         add(commands)
@@ -155,9 +148,7 @@ def print_json(value) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 # %% ../../nbs/collection/commands.ipynb #8229f4e9
-def run_scan(
-    args: argparse.Namespace,
-) -> int:  # the exit code
+def run_scan(args: argparse.Namespace) -> int:  # the exit code
     "Run `maestlib scan`."
     from maestlib.collection.scan import scan
 
@@ -187,9 +178,7 @@ def _print_labels(tags: str | None, labels: Sequence[str]) -> None:
         print(f"  {genre}: {', '.join(split_label(label)[1] for label in group)}".rstrip(": "), file=sys.stderr)
 
 # %% ../../nbs/collection/commands.ipynb #f7261c3b
-def run_search(
-    args: argparse.Namespace,
-) -> int:  # the exit code
+def run_search(args: argparse.Namespace) -> int:  # the exit code
     "Run `maestlib search` or `maestlib playlist`."
     from maestlib.collection.playlist import playlist, write_playlist
     from maestlib.collection.search import SongIndex
@@ -215,9 +204,7 @@ def run_search(
     return int(table.is_empty())
 
 # %% ../../nbs/collection/commands.ipynb #43852b08
-def run_clusters(
-    args: argparse.Namespace,
-) -> int:  # the exit code
+def run_clusters(args: argparse.Namespace) -> int:  # the exit code
     "Run `maestlib clusters`."
     from maestlib.collection.clusters import cluster_songs
     from maestlib.collection.search import SongIndex
@@ -232,9 +219,7 @@ def run_clusters(
     return 0
 
 # %% ../../nbs/collection/commands.ipynb #e40cb2c7
-def run_write_tags(
-    args: argparse.Namespace,
-) -> int:  # the exit code
+def run_write_tags(args: argparse.Namespace) -> int:  # the exit code
     "Run `maestlib write-tags`."
     from maestlib.collection.write_tags import undo_tags, write_tags
 
@@ -262,9 +247,6 @@ def run_write_tags(
 
 
 LIBRARY_COMMANDS = {
-    "scan": run_scan,
-    "search": run_search,
-    "playlist": run_search,
-    "clusters": run_clusters,
+    "scan": run_scan, "search": run_search, "playlist": run_search, "clusters": run_clusters,
     "write-tags": run_write_tags,
-}
+}  # fmt: skip

@@ -26,7 +26,16 @@ from ..core.extras import optional_import
 from ..core.files import atomic_write
 from ..core.text import split_label
 from ..inference.labels import label_degrees
-from ..widgets.controls import MODEL_LOCK, LatestOnlyWorker, Player, load_for_playback, panel, row, side_by_side
+from maestlib.widgets.controls import (
+    MODEL_LOCK,
+    LatestOnlyWorker,
+    Message,
+    Player,
+    load_for_playback,
+    panel,
+    row,
+    side_by_side,
+)
 
 with optional_import():
     import ipywidgets as w
@@ -46,11 +55,7 @@ class ExplorerState:
         self.controls = LibraryControls(self.spaces.titles, self.colors.options())
         self.maps = [SongMap(name, self.select, self.choose) for name in ("library-map", "second-map")]
         self.selected, self.probes, self.dropped = [], {}, None  # songs; (tag, space): probe; {title: vector}
-        self.message = w.HTML().add_class("maestlib-message")
-
-    def show_message(self, message: str | Exception):
-        "Show a text or an error below the map."
-        self.message.value = html.escape(f"⚠ {message}" if isinstance(message, Exception) else message)
+        self.message = Message()
 
     def select(self, songs: Sequence[int], message: str = ""):  # rows of the table
         "Select songs."
@@ -60,7 +65,7 @@ class ExplorerState:
         count = f"{_count(self.selected)} selected"
         self.controls.songs.options = [(count, ALL_SONGS), *names] if names else []  # the first entry is chosen
         self.highlight()
-        self.show_message(message or (count if names else ""))
+        self.message.show(message or (count if names else ""))
 
     def highlight(self):
         "Highlight on the maps what is chosen in the list."
@@ -128,7 +133,7 @@ class ExplorerDrawing(ExplorerMaps):
 
     def _places(self):  # of the songs on both maps; the two layouts between which the first one glides
         titles, glide = self.shown
-        ends = self.layouts.get(self.controls.method.value, titles)
+        ends = self.layouts.get(self.controls.method.value, *titles)
         return ((1 - glide) * ends[0] + glide * ends[1], ends[1]), ends
 
     def _stars(self, ends) -> list:  # (2,) of a dropped file on both maps
@@ -163,7 +168,7 @@ class ExplorerPlayer(ExplorerDrawing):
         try:
             self.player.load(load_for_playback(real_path(self.spaces.songs["path"][song]), limit_s=_PLAYED_S)[0])
         except (ValueError, OSError) as error:
-            self.show_message(error)
+            self.message.show(error)
             return
         self.title.value = html.escape(*song_names(self.spaces.songs[[song]]))
         self.player.seek(0.0)
@@ -182,7 +187,7 @@ class ExplorerPlayer(ExplorerDrawing):
     def select_nearest(self):
         "Select the song that was clicked or chosen in the list, and those nearest to it."
         if len(self.chosen) != 1:
-            self.show_message("⚠ choose one song first: click on it, or choose it in the list")
+            self.message.show("⚠ choose one song first: click on it, or choose it in the list")
             return
         (song,), (name,) = self.chosen, song_names(self.spaces.songs[self.chosen])
         nearest = self.spaces.nearest(self.controls.first.value, song)
@@ -201,7 +206,7 @@ class ExplorerUpload(ExplorerPlayer):
         try:
             degrees = self.spaces.degrees(text)
         except ValueError as error:
-            self.show_message(f"⚠ no song is called {text!r}, and {error}")
+            self.message.show(f"⚠ no song is called {text!r}, and {error}")
             return
         order = np.argsort(-degrees, kind="stable")[:_MAX_FOUND]
         order = order[degrees[order] > 0]
@@ -215,7 +220,7 @@ class ExplorerUpload(ExplorerPlayer):
                 vectors, activations = self.spaces.read(path)
             wave, _ = load_for_playback(path, limit_s=_PLAYED_S)
         except (ValueError, OSError) as error:
-            self.show_message(f"⚠ {error}".replace(str(path), name))
+            self.message.show(f"⚠ {error}".replace(str(path), name))
             return
         self.dropped = vectors
         degrees = label_degrees(activations[None], library.thresholds)[0] if library.thresholds else activations
@@ -233,7 +238,7 @@ class ExplorerTags(ExplorerUpload):
     def __init__(self, *libraries, dataset=""):
         super().__init__(*libraries, dataset=dataset)
         self.score = w.HTML()
-        self.worker = LatestOnlyWorker(self._fit, self.show_message, contextlib.nullcontext())
+        self.worker = LatestOnlyWorker(self._fit, self.message.show, contextlib.nullcontext())
         self.controls.tag.options = self.colors.tags.names
 
     def fit(self, is_shown: bool = True):  # whether the songs are then colored by it
@@ -273,18 +278,18 @@ class ExplorerLabels(ExplorerTags):
     def label(self, is_positive: bool | None):  # None: remove the labels
         "Label what is chosen in the list with my tag, save that, and fit the tag again."
         if not self.selected:
-            self.show_message(_SELECT_FIRST)
+            self.message.show(_SELECT_FIRST)
             return
         tag, color = " ".join(self.controls.tag.value.split()), self.controls.color.value
         try:
             self.colors.tags.label(tag, self.spaces.songs[self.chosen], is_positive)
         except (ValueError, OSError) as error:
-            self.show_message(error)
+            self.message.show(error)
             return
         self.probes.clear()
         self.controls.tag.options = self.colors.tags.names
         words = {True: "yes", False: "no", None: "label removed"}
-        self.show_message(f"{_count(self.chosen)}: {words[is_positive]}; saved in {self.colors.tags.file.name}")
+        self.message.show(f"{_count(self.chosen)}: {words[is_positive]}; saved in {self.colors.tags.file.name}")
         self.fit()
         if tag not in self.colors.tags.names:  # its last label was removed
             self._color_by(color)
@@ -293,7 +298,7 @@ class ExplorerLabels(ExplorerTags):
         "Select the songs without a label to which my tag fits best."
         tag, title = " ".join(self.controls.tag.value.split()), self.controls.first.value
         if (tag, title) not in self.probes:
-            self.show_message("⚠ label some songs first, with yes and with no")
+            self.message.show("⚠ label some songs first, with yes and with no")
             return
         degrees = self.probes[tag, title].degrees
         labels = self.colors.tags.labels(tag, self.spaces.songs)
@@ -314,9 +319,9 @@ class ExplorerFiles(ExplorerLabels):
         try:
             write(file)
         except (ValueError, OSError) as error:
-            self.show_message(error)
+            self.message.show(error)
         else:
-            self.show_message(f"{what}: {verb} {file}")
+            self.message.show(f"{what}: {verb} {file}")
 
     def save_playlist(self):
         "Save the selected songs in the library."
@@ -324,7 +329,7 @@ class ExplorerFiles(ExplorerLabels):
         if len(songs):
             self._save("playlists", ".m3u8", lambda file: write_playlist(songs, file), _count(self.selected))
         else:
-            self.show_message(_SELECT_FIRST)
+            self.message.show(_SELECT_FIRST)
 
     def save_figure(self):
         "Save the map in the library."

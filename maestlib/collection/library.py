@@ -215,8 +215,6 @@ def remove_songs(
             write_parquet(file, kept)
 
 # %% ../../nbs/collection/library.ipynb #ff63b34b
-def song_table(
-    rows: Sequence[tuple],
-) -> pl.DataFrame:  # with the columns of `Library.songs`
+def song_table(rows: Sequence[tuple]) -> pl.DataFrame:  # with the columns of `Library.songs`
     "Make a table of songs from rows."
     return pl.DataFrame(rows, _SONGS, orient="row")

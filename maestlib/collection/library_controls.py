@@ -6,7 +6,6 @@
 __all__ = ['ALL_SONGS', 'open_library', 'sample_songs', 'SongLayouts', 'CopyButton', 'LibraryControls', 'SongMap', 'SongColors']
 
 # %% ../../nbs/collection/library_controls.ipynb #c4a0e003
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from ..core.files import file_lock, log, resolve_path, runs_dir
 from ..core.text import split_label
 from ..inference.jobs import model_fingerprint
 from ..models.checkpoint import BUNDLED_MODEL, load_model
-from ..widgets.controls import LatestOnlyWorker, Upload, make_control
+from ..widgets.controls import LayoutCache, Upload, make_control
 from ..widgets.live_figure import LiveFigure
 
 with optional_import():
@@ -40,10 +39,7 @@ def open_library(
     excerpt_s: float = 30.0,  # read in the middle of each file, where there is no library yet
     model: str | Path = BUNDLED_MODEL,  # what reads them, as `load_model` takes it
 ) -> Library:
-    """Open a library, or scan audio files into one below `runs/libraries/`.
-
-    Raises `FileNotFoundError` for a path that is not there, and what `scan` raises.
-    """
+    "Open a library, or scan audio files into one below `runs/libraries/`. Raises `FileNotFoundError`, and as `scan`."
     is_path = isinstance(source, str | Path)
     paths = [resolve_path(path) for path in ([source] if is_path else source)]
     if is_path and (paths[0] / "library.json").exists():
@@ -64,53 +60,24 @@ def open_library(
     return Library(out)
 
 # %% ../../nbs/collection/library_controls.ipynb #c4a0e007
-def sample_songs(
-    library: Library,
-    n: int = 12,
-) -> dict[str, str]:  # name → path
+def sample_songs(library: Library, n: int = 12) -> dict[str, str]:  # name → path
     "Take some songs of a library, evenly over its paths. Raises `ValueError` where there is none."
     songs = SongIndex(library).songs
     chosen = songs[np.unique(np.linspace(0, len(songs) - 1, n).astype(int))]
     return dict(zip(song_names(chosen), chosen["path"], strict=True))
 
 # %% ../../nbs/collection/library_controls.ipynb #c4a0e00a
-class SongLayouts:
-    "Compute and cache the layouts of all spaces."
+class SongLayouts(LayoutCache):
+    "Layouts of all spaces, by their titles, as `song_layout` computes them."
 
-    def __init__(
-        self,
-        spaces: SongSpaces,
-        on_ready: Callable[[], None],  # called when a t-SNE is done
-        show_message: Callable[[str | Exception], None],
-    ):
-        self.spaces, self.on_ready, self.show_message = spaces, on_ready, show_message
-        self.known = {}  # (method, title): (songs, 2)
-        self.worker = LatestOnlyWorker(self._run, show_message, contextlib.nullcontext())
+    def __init__(self, spaces: SongSpaces, *callbacks):  # `on_ready`, `show_message`
+        super().__init__(self._layout, *callbacks)
+        self.spaces = spaces
 
-    def _compute(self, method, title):
-        if (method, title) not in self.known:
-            first = self.spaces.titles[0]
-            reference = None if title == first else self._compute(method, first)
-            self.known[method, title] = song_layout(self.spaces.vectors(title), method, reference)
-        return self.known[method, title]
-
-    def get(
-        self,
-        method: str,  # PCA or t-SNE
-        titles: tuple[str, ...],  # of the spaces
-    ) -> list[np.ndarray]:  # (songs, 2) each
-        "Return the layouts; PCA for t-SNE as long as that is computed, after which `on_ready` is called."
-        if method == "PCA" or all((method, title) in self.known for title in titles):
-            return [self._compute(method, title) for title in titles]
-        self.worker(method, titles)
-        return [self._compute("PCA", title) for title in titles]
-
-    def _run(self, method, titles):
-        self.show_message(f"{method} of {' and '.join(titles)} …")
-        for title in titles:
-            self._compute(method, title)
-        self.show_message("")
-        self.on_ready()
+    def _layout(self, method, title):
+        first = self.spaces.titles[0]
+        reference = None if title == first else self.compute(method, first)
+        return song_layout(self.spaces.vectors(title), method, reference)
 
 # %% ../../nbs/collection/library_controls.ipynb #c4a0e010
 class CopyButton(anywidget.AnyWidget):
@@ -185,10 +152,7 @@ class SongMap:
         self.on_select, self.on_click = on_select, on_click
         self.figure = LiveFigure().add_class(f"maestlib-{name}")
 
-    def show(
-        self,
-        figure: go.Figure,  # of `plot_song_map`
-    ):
+    def show(self, figure: go.Figure):  # of `plot_song_map`
         "Show other colors."
         self.figure.replace_by(figure)
         dots = self.figure.data[0]  # a double click deselects, and so does a lasso around nothing
@@ -206,19 +170,13 @@ class SongMap:
             self.figure.data[0].x, self.figure.data[0].y = layout.T
             self.figure.data[1].x, self.figure.data[1].y = ([], []) if star is None else star[:, None]
 
-    def select(
-        self,
-        songs: list[int],
-    ):
+    def select(self, songs: list[int]):
         "Highlight songs; none: all are shown alike."
         self.figure.data[0].selectedpoints = songs or None
 
 # %% ../../nbs/collection/library_controls.ipynb #c4a0e016
 _FOLDER = r"([^/\\]+)[/\\][^/\\]+$"
-_COLUMN_CODE = {
-    "artist": 'songs["artist"].to_list()',
-    "folder": f'songs["path"].str.extract({_FOLDER!r}).to_list()',
-}
+_COLUMN_CODE = {"artist": 'songs["artist"].to_list()', "folder": f'songs["path"].str.extract({_FOLDER!r}).to_list()'}
 
 # %% ../../nbs/collection/library_controls.ipynb #df6d8094
 class SongColors:

@@ -114,10 +114,7 @@ class _Spaces:
 class TaggedSpaces(_Spaces):
     "The tags of songs, from the first library."
 
-    def degrees(
-        self,
-        tags: str,  # an expression, see `rank_by_tags`
-    ) -> np.ndarray:  # (songs,) 0 to 1
+    def degrees(self, tags: str) -> np.ndarray:  # an expression, see `rank_by_tags` → (songs,) 0 to 1
         "Evaluate a tag expression for all songs. Raises `ValueError`."
         title = self.titles[0]
         return self.indices[title].degrees(tags)[self.rows[title]]
@@ -144,10 +141,7 @@ class SongSpaces(TaggedSpaces):
     Raises `FileNotFoundError` where there is no library, and `ValueError` without songs, or without common ones.
     """
 
-    def vectors(
-        self,
-        title: str,  # one of `titles`
-    ) -> np.ndarray:  # (songs, dim) float32, centered, of unit length
+    def vectors(self, title: str) -> np.ndarray:  # one of `titles` → (songs, dim) float32, centered, of unit length
         "Return the vectors of all songs in a space."
         return self.indices[title].vectors[self.rows[title]]
 

@@ -83,11 +83,7 @@ def _labels_of(table: pl.DataFrame, tag: str, songs: pl.DataFrame) -> np.ndarray
     return np.array([values.get(f"content:{content}", values.get(f"path:{path}", np.nan)) for content, path in keys])
 
 # %% ../../nbs/collection/my_tags.ipynb #c2a0e007
-def auc_interval(
-    roc_auc: float,
-    positives: int,
-    negatives: int,
-) -> tuple[float, float]:
+def auc_interval(roc_auc: float, positives: int, negatives: int) -> tuple[float, float]:
     "Compute the 95 % interval of a ROC-AUC from the numbers of songs alone."
     theta, n = np.linspace(0, 1, 2001), (positives + negatives) / 2 - 1
     spread = 1 + n * (1 - theta) / (2 - theta) + n * theta / (1 + theta)

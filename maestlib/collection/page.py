@@ -10,7 +10,6 @@ __all__ = ['RUNTIME', 'RUNTIME_VERSION', 'PageMAEST', 'store_as_float16', 'sweep
 import argparse
 import base64
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -40,10 +39,7 @@ class PageMAEST(nn.Module):
     Raises `ValueError` for a front end that does not pad with silence, and for a model without labels.
     """
 
-    def __init__(
-        self,
-        model: MAEST,  # in eval mode; its weights are shared
-    ):
+    def __init__(self, model: MAEST):  # in eval mode; its weights are shared
         super().__init__()
         mel = model.config.mel
         if mel.frontend != "essentia" or mel.n_fft != 2 * mel.hop_length:
@@ -106,9 +102,7 @@ def store_as_float16(
     return saved
 
 # %% ../../nbs/collection/page.ipynb #3ef66de5
-def sweep(
-    samples: int,  # at 16 kHz
-) -> torch.Tensor:  # (samples,) float32
+def sweep(samples: int) -> torch.Tensor:  # at 16 kHz → (samples,) float32
     "A rising tone, whose activations Python and the page compute and compare."
     i = torch.arange(samples, dtype=torch.float64)
     return (0.3 * torch.sin(i * (0.02 + i * 2e-7))).float()
@@ -149,9 +143,8 @@ def export_page_model(
     samples = torch.export.Dim("samples", min=(PATCH + STRIDE + 1) * hop, max=(frames + 2) * hop - 1)
     shapes = {0: samples}, {0: torch.export.Dim("patches", min=2, max=patches)}
     names = dict(input_names=["wave", "kept"], output_names=["activations", "attention", "mel"])
-    program = torch.export.export(
-        page_model, example, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
-    )
+    options = dict(dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True)
+    program = torch.export.export(page_model, example, **options)
     proto = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
     store_as_float16(proto)
     with atomic_write(path) as temporary:
@@ -191,10 +184,7 @@ _RUNTIME_FILES = (  # WebAssembly, and WebGPU with what it does not compute in W
 
 # %% ../../nbs/collection/page.ipynb #4ea60041
 def fetch_runtime() -> Path:  # onnxruntime-web as npm packs it, in the cache
-    """Fetch onnxruntime-web by npm, unless it is in the cache.
-
-    Raises `RuntimeError` without npm or its registry, and `ValueError` for a file that is not the pinned one.
-    """
+    "Fetch onnxruntime-web. Raises `RuntimeError` without npm or its registry, `ValueError` for another file."
     path = cache_path("npm", f"{RUNTIME}-{RUNTIME_VERSION}.tgz")
     with file_lock(path):
         if not path.exists():
@@ -217,9 +207,7 @@ def _pack(package: str, folder: str) -> Path:  # the archive that npm writes int
     return next(Path(folder).glob("*.tgz"))
 
 # %% ../../nbs/collection/page.ipynb #12c90a24
-def unpack_runtime(
-    folder: Path,  # to write to
-) -> None:
+def unpack_runtime(folder: Path) -> None:  # to write to
     "Write the files of onnxruntime-web that the page loads. Raises as `fetch_runtime`."
     with tarfile.open(fetch_runtime()) as archive:
         for name in _RUNTIME_FILES:
@@ -231,10 +219,7 @@ def export_page(
     out: str | Path,  # a folder; files of the same names are replaced
     model: MAEST | str | Path | None = None,  # with labels, or what `load_model` takes; None: the bundled model
 ) -> Path:  # the page, out/index.html
-    """Write the page: its sources, the model as ONNX, the model's labels, and onnxruntime-web.
-
-    Raises as `export_page_model`, `fetch_runtime` and `load_model`.
-    """
+    "Write page, ONNX model, labels and onnxruntime-web. Raises as `export_page_model`, `fetch_runtime`, `load_model`."
     name = BUNDLED_MODEL if model is None else "your model" if isinstance(model, MAEST) else Path(model).stem
     model = model if isinstance(model, MAEST) else load_model(model or BUNDLED_MODEL)
     out = Path(out)
@@ -248,9 +233,7 @@ def export_page(
     return out / "index.html"
 
 # %% ../../nbs/collection/page.ipynb #4ea60052
-def main(
-    arguments: Sequence[str] | None = None,  # None: those of the command line
-) -> int:  # exit code
+def main(arguments: Sequence[str] | None = None) -> int:  # None: those of the command line → exit code
     "Write the page from the command line."
     parser = argparse.ArgumentParser(
         "python -m maestlib.collection.page", description=export_page.__doc__.split("\n")[0]

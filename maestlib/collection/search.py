@@ -132,10 +132,7 @@ class SongLookup(LibraryVectors):
             raise ValueError(f"{song}: {len(rows):,} songs match, such as {examples}; give more of it")
         return rows.item()
 
-    def vector(
-        self,
-        song: str | Path | int,  # as for `find`, or a row
-    ) -> np.ndarray:  # (dim,) of unit length
+    def vector(self, song: str | Path | int) -> np.ndarray:  # as for `find`, or a row → (dim,) of unit length
         "Return the vector of a song; a file outside of the library is embedded. Raises `ValueError` and `OSError`."
         row = song if isinstance(song, int) else self.find(song)
         if row is not None:
@@ -143,10 +140,7 @@ class SongLookup(LibraryVectors):
         _, vectors = self.reader(resolve_path(song))
         return self.vectors.center(unit_vectors(vectors[self.library.blocks.index(self.block)]))
 
-    def degrees(
-        self,
-        tags: str,  # an expression, see `rank_by_tags`
-    ) -> np.ndarray:  # (songs,) 0 to 1
+    def degrees(self, tags: str) -> np.ndarray:  # an expression, see `rank_by_tags` → (songs,) 0 to 1
         "Evaluate a tag expression for all songs; calibrated, 0 where it does not apply. Raises `ValueError`."
         thresholds = self.library.thresholds
         degrees = rank_by_tags(tags, self.activations, self.library.labels, thresholds)
@@ -154,10 +148,7 @@ class SongLookup(LibraryVectors):
 
 # %% ../../nbs/collection/search.ipynb #a0076ec2
 class SongIndex(SongLookup):
-    """The songs of a library, ready for search by songs and tags.
-
-    Raises `FileNotFoundError` where there is no library, and `ValueError` for one without songs.
-    """
+    "The songs of a library, for search by songs and tags. Raises `FileNotFoundError`; `ValueError` without songs."
 
     def nearest(
         self,
@@ -285,9 +276,7 @@ def nearest(
     k, chunk_size = check_number("k", k, 1, integer=True), check_number("chunk_size", chunk_size, 1, integer=True)
     table = pl.scan_parquet(resolve_path(embeddings)) if isinstance(embeddings, str | Path) else embeddings
     if not _has_vectors(table):
-        raise ValueError(
-            "embeddings: give a library, or a table with vectors in a column `embedding`, as `embed` makes"
-        )
+        raise ValueError("embeddings: give a library, or a table with vectors in a column `embedding`, as of `embed`")
     queries = _query_vectors(query, table := table.lazy())
     rows, cosines = top_k(unit_vectors(queries), _table_parts(table, queries.shape[1], chunk_size), k)
     return _neighbor_table(table, rows, cosines)

@@ -16,9 +16,7 @@ from ..core.extras import optional_import
 from ..core.files import atomic_write
 
 # %% ../../nbs/collection/vectors.ipynb #b5b0e005
-def unit_vectors(
-    vectors: np.ndarray,  # (…, dim)
-) -> np.ndarray:  # (…, dim) of length 1; zeros stay
+def unit_vectors(vectors: np.ndarray) -> np.ndarray:  # (…, dim) → (…, dim) of length 1; zeros stay
     "Scale vectors to unit length."
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
@@ -52,18 +50,12 @@ _BLOCK = 64  # vectors of which the highest bound is a first guess
 class CosineBounds:
     "Upper bounds of the cosine between a query and each of many vectors."
 
-    def __init__(
-        self,
-        vectors: torch.Tensor,  # (n, dim) float16 of unit length
-    ):
+    def __init__(self, vectors: torch.Tensor):  # (n, dim) float16 of unit length
         sample = vectors[:: max(1, len(vectors) // _PART)].float().numpy()
         self.axes = np.ascontiguousarray(np.linalg.eigh(sample.T @ sample)[1][:, -_AXES:])  # (dim, axes), orthonormal
         self.table = torch.cat([torch.from_numpy(self.split(part.float().numpy())) for part in vectors.split(_PART)])
 
-    def split(
-        self,
-        vectors: np.ndarray,  # (…, dim)
-    ) -> np.ndarray:  # (…, axes + 1)
+    def split(self, vectors: np.ndarray) -> np.ndarray:  # (…, dim) → (…, axes + 1)
         "Return the coordinates on the axes, and the length of the rest."
         first = vectors @ self.axes
         rest = vectors - first @ self.axes.T

@@ -133,9 +133,7 @@ def _shown_tags(path: Path) -> dict[str, str]:
     return {"mood": tags.pop("tmoo"), **tags} if "tmoo" in tags else tags
 
 # %% ../../nbs/collection/write_tags.ipynb #089f130a
-def read_fields(
-    path: str | Path,  # an audio file
-) -> dict[str, list[str]]:  # genre and mood: their values
+def read_fields(path: str | Path) -> dict[str, list[str]]:  # an audio file → genre and mood: their values
     "Read genre and mood of a file. Raises `ValueError` for formats whose tags are not written."
     path, fields = Path(real_path(str(path))), {}
     is_wave = path.suffix.lower() == ".wav"
@@ -202,9 +200,7 @@ _OTHER = {  # no genres
 }  # fmt: skip
 
 
-def default_mapping(
-    labels: Sequence[str],  # of a model
-) -> pl.DataFrame:  # label, field (genre, mood or empty), value
+def default_mapping(labels: Sequence[str]) -> pl.DataFrame:  # of a model → label, field (genre, mood or empty), value
     "Propose a field and a value for each label."
     rows = []
     for label in labels:

@@ -36,33 +36,19 @@ def default_device() -> torch.device:  # `cuda:{LOCAL_RANK}`, `mps` or `cpu`
         raise ValueError(f"MAESTLIB_DEVICE={kind}: give one that this process can use ({', '.join(kinds)})")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
 
-# %% ../../nbs/core/device.ipynb #ab5d2dc6
-def _windows_processor() -> str:
-    import winreg
-
-    path = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
-    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
-        return winreg.QueryValueEx(key, "ProcessorNameString")[0]
-
-# %% ../../nbs/core/device.ipynb #6452449e
-def _macos_processor() -> str:
-    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-    return subprocess.run(command, capture_output=True, encoding="utf8").stdout
-
-
-def _linux_processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
-    return next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), "")
-
 # %% ../../nbs/core/device.ipynb #82b65ad6
 @functools.cache
 def processor_name() -> str:
     "Return the name of the CPU as the operating system gives it; the architecture if it has none."
-    readers = {"win32": _windows_processor, "darwin": _macos_processor}
     name = ""
     with contextlib.suppress(OSError):
-        name = readers.get(sys.platform, _linux_processor)()
-    return name.strip() or platform.processor() or platform.machine()
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(command, capture_output=True, encoding="utf8").stdout
+        elif sys.platform == "linux":
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
+            name = next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), "")
+    return (name or platform.processor()).strip() or platform.machine()
 
 # %% ../../nbs/core/device.ipynb #54aaaec3
 def device_name(
@@ -135,9 +121,7 @@ def autocast(
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 # %% ../../nbs/core/device.ipynb #d0c1e202
-def call_in_rank_0(
-    function: Callable[[], Any],  # whatever it returns must be picklable
-) -> Any:  # in every process
+def call_in_rank_0(function: Callable[[], Any]) -> Any:  # whatever it returns must be picklable → in every process
     "Call a function in rank 0 of the process group, or here if there is none. All processes raise what it raises."
     if not torch.distributed.is_initialized():
         return function()

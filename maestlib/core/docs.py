@@ -44,9 +44,7 @@ def parameter_section(
     return "\n\n".join(sections)
 
 # %% ../../nbs/core/docs.ipynb #bfac5078
-def append_docments(
-    item,  # a function or a class; anything else is returned as it is
-):  # the same object
+def append_docments(item):  # a function or a class; anything else is returned as it is → the same object
     "Append the parameters' comments to the docstring of a function, or of a class and its public methods."
     if not inspect.isroutine(item) and not inspect.isclass(item):
         return item

@@ -11,9 +11,7 @@ from collections.abc import Iterator
 
 # %% ../../nbs/core/extras.ipynb #a89bf6f9
 @contextlib.contextmanager
-def optional_import(
-    extra: str = "demo",  # the extra of maestlib that installs what is imported
-) -> Iterator[None]:
+def optional_import(extra: str = "demo") -> Iterator[None]:  # the extra of maestlib that installs what is imported
     "Import packages of an extra. Raises `ModuleNotFoundError`, naming package and extra, where one is not installed."
     try:
         yield

@@ -74,9 +74,7 @@ def _cache_dir() -> Path:  # absolute; need not exist
 
 # %% ../../nbs/core/files.ipynb #99d00ced
 @contextlib.contextmanager
-def explain_read_only(
-    path: Path,  # the file or folder that the `with` block makes
-) -> Iterator[None]:
+def explain_read_only(path: Path) -> Iterator[None]:  # the file or folder that the `with` block makes
     "Name the folder that cannot be written and the remedy, in an `OSError` with the same `errno`."
     try:
         yield
@@ -127,9 +125,7 @@ def write_json(
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf8", newline="\n")
 
 
-def read_json(
-    path: str | Path,  # a file that holds UTF-8 JSON
-) -> Any:  # the decoded value
+def read_json(path: str | Path) -> Any:  # a file that holds UTF-8 JSON → the decoded value
     "Read a JSON file. Raises `FileNotFoundError`, or `json.JSONDecodeError` (a `ValueError`) for anything else."
     return json.loads(Path(path).read_text(encoding="utf8"))
 

@@ -213,17 +213,11 @@ def load_magnatagatune(
 # %% ../../nbs/datasets/benchmarks.ipynb #20db482c
 MSD_SPLIT_NAMES = {"train": "train", "validation": "valid", "test": "test"}  # in file names
 MSD_FILES = {  # the authors' file names, and shorter ones
-    "usual": {
-        "ids": ("{}_x_msd_id.txt", "usual_{}.txt"),
-        "targets": ("{}_y.npy", "usual_{}_y.npy"),
-        "tags": ("tags.txt", "50tagList.txt"),
-    },
-    "cals": {
-        "ids": ("{}_ids.npy", "cals_{}_ids.npy"),
-        "targets": ("{}_binaries.npy", "cals_{}_binaries.npy"),
-        "tags": ("cals_tags.txt",),
-    },
-}
+    "usual": {"ids": ("{}_x_msd_id.txt", "usual_{}.txt"), "targets": ("{}_y.npy", "usual_{}_y.npy"),
+              "tags": ("tags.txt", "50tagList.txt")},
+    "cals": {"ids": ("{}_ids.npy", "cals_{}_ids.npy"), "targets": ("{}_binaries.npy", "cals_{}_binaries.npy"),
+             "tags": ("cals_tags.txt",)},
+}  # fmt: skip
 
 
 def _find_msd_file(folder: Path, variant: str, kind: str, split: str) -> Path | None:

@@ -117,13 +117,9 @@ DROP_REASONS = ["not in the dumps", "duration unknown", "too short", "no style",
 def _drop_reason(min_seconds: float, max_styles: int) -> pl.Expr:
     "The index in `DROP_REASONS` of the first that applies to a track; 6, their number, where none does."
     conditions = [
-        pl.col("styles").is_null(),
-        pl.col("duration_s").is_null(),
-        pl.col("duration_s") <= min_seconds,
-        pl.col("styles") == 0,
-        pl.col("styles") > max_styles,
-        pl.col("labels").is_null(),
-    ]
+        pl.col("styles").is_null(), pl.col("duration_s").is_null(), pl.col("duration_s") <= min_seconds,
+        pl.col("styles") == 0, pl.col("styles") > max_styles, pl.col("labels").is_null(),
+    ]  # fmt: skip
     cases = [pl.when(condition).then(i) for i, condition in enumerate(conditions)]
     return pl.coalesce(*cases, pl.lit(len(conditions))).alias("reason")
 

@@ -252,11 +252,5 @@ def catalogue_from_tracklists(
     rows = releases.lazy().filter(pl.col("seconds").list.len() > 0).with_columns(number=number)
     rows = rows.explode("seconds", "track_artists", "number")
     rows = rows.with_columns(track_id=pl.format("{}-{}", "release_id", "number"), artists="track_artists")
-    return rows.select(
-        "track_id",
-        pl.format("{}.flac", "track_id").alias("path"),
-        "artists",
-        pl.col("seconds").cast(pl.Float64).alias("duration_s"),
-        "master_id",
-        "release_id",
-    ).collect()
+    path, duration_s = pl.format("{}.flac", "track_id").alias("path"), pl.col("seconds").cast(float).alias("duration_s")
+    return rows.select("track_id", path, "artists", duration_s, "master_id", "release_id").collect()

@@ -17,14 +17,9 @@ from .table import SPLITS
 
 # %% ../../nbs/datasets/protocol.ipynb #5d1d3005
 PAPER_COUNTS = {  # MAEST paper, §3.3: tracks, labels
-    "mtg-genre": (55_215, 87),
-    "mtg-instrument": (25_135, 40),
-    "mtg-mood": (18_486, 56),
-    "mtg-top50": (54_380, 50),
-    "mtt": (25_860, 50),
-    "msd": (241_889, 50),
-    "msd-cals": (231_782, 50),
-}
+    "mtg-genre": (55_215, 87), "mtg-instrument": (25_135, 40), "mtg-mood": (18_486, 56), "mtg-top50": (54_380, 50),
+    "mtt": (25_860, 50), "msd": (241_889, 50), "msd-cals": (231_782, 50),
+}  # fmt: skip
 
 
 def published_protocols() -> pl.DataFrame:  # columns as of `report_protocol`, one row per list
@@ -37,12 +32,6 @@ def _artists_in_two_splits(table: pl.DataFrame) -> int | None:  # None: the tabl
         return None
     num_splits = table.group_by("artist").agg(pl.col("split").n_unique())
     return num_splits.filter(pl.col("split") > 1).height
-
-
-def _published_variant(fingerprint: str) -> str:
-    "Name the published list with this fingerprint."
-    variants = dict(published_protocols().select("fingerprint", "variant").rows())
-    return variants.get(fingerprint, "no published list")
 
 # %% ../../nbs/datasets/protocol.ipynb #7eae25e3
 def _describe(row: dict) -> str:
@@ -61,18 +50,12 @@ def report_protocol(
 ) -> pl.DataFrame:  # one row: dataset, tracks per split and in all, labels, the paper's, fingerprint, published variant
     "Log and return the counts of a table beside the paper's (§3.3), and the published list it agrees with."
     paper_tracks, paper_labels = PAPER_COUNTS.get(name, (None, None))
-    fingerprint = split_fingerprint(table)
-    row = {
-        "dataset": name,
-        **{split: table.filter(pl.col("split") == split).height for split in SPLITS},
-        "tracks": table.height,
-        "paper_tracks": paper_tracks,
-        "labels": table["labels"].explode().drop_nulls().n_unique(),
-        "paper_labels": paper_labels,
-        "artists_in_two_splits": _artists_in_two_splits(table),
-        "fingerprint": fingerprint,
-        "variant": _published_variant(fingerprint),
-    }
+    fingerprint, labels = split_fingerprint(table), table["labels"].explode().drop_nulls().n_unique()
+    variants = dict(published_protocols().select("fingerprint", "variant").rows())
+    row = {"dataset": name} | {split: table.filter(pl.col("split") == split).height for split in SPLITS}
+    row |= {"tracks": table.height, "paper_tracks": paper_tracks, "labels": labels, "paper_labels": paper_labels}
+    row |= {"artists_in_two_splits": _artists_in_two_splits(table), "fingerprint": fingerprint}
+    row["variant"] = variants.get(fingerprint, "no published list")
     log.info(_describe(row))
     strings = dict.fromkeys(("dataset", "fingerprint", "variant"), pl.String)
     return pl.DataFrame([row], schema=dict.fromkeys(row, pl.Int64) | strings)
@@ -105,17 +88,6 @@ def attach_audio(
         log.info(f"{source}: {without} and are left out: {names}")
     return table.with_columns(paths).drop_nulls("path")
 
-# %% ../../nbs/datasets/protocol.ipynb #5d1d300a
-def _missing_labels(table: pl.DataFrame) -> dict[str, str]:  # label: the first split that lacks it
-    known = table.drop_nulls("labels").explode("labels").group_by("split").agg(pl.col("labels").unique().drop_nulls())
-    labels_of = {split: set(labels) for split, labels in known.select("split", "labels").rows()}
-    missing = {}
-    for label in sorted(set().union(*labels_of.values())):
-        splits = [split for split in SPLITS if split in labels_of and label not in labels_of[split]]
-        if splits:
-            missing[label] = splits[0]
-    return missing
-
 # %% ../../nbs/datasets/protocol.ipynb #c7bbb42c
 def check_label_coverage(
     table: pl.DataFrame,  # labels (null where they are not known), split
@@ -123,7 +95,12 @@ def check_label_coverage(
     drop_empty: bool = False,  # remove labels that a split lacks, and log them
 ) -> pl.DataFrame:  # the table, where every label has a positive in each split with known labels
     "Check that every label occurs in every split. Raises `ValueError` that names the first that does not."
-    missing = _missing_labels(table)
+    known = table.drop_nulls("labels").explode("labels").group_by("split").agg(pl.col("labels").unique().drop_nulls())
+    labels_of = {split: set(labels) for split, labels in known.select("split", "labels").rows()}
+    missing = {}  # label: the first split that lacks it
+    for label in sorted(set().union(*labels_of.values())):
+        splits = [split for split in SPLITS if split in labels_of and label not in labels_of[split]]
+        missing |= {label: splits[0]} if splits else {}
     if missing and not drop_empty:
         label, split = next(iter(missing.items()))
         remedy = "is the file, or the audio, complete? drop_empty=True leaves them out"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACEHOLDER_ARTIST_NAMES', 'drop_placeholder_artists', 'artist_components', 'artist_split', 'split_fingerprint',
-           'check_split', 'balanced_weights', 'sample_balanced', 'count_items']
+           'check_split', 'balanced_weights', 'sample_balanced']
 
 # %% ../../nbs/datasets/splits.ipynb #48da7906
 import hashlib
@@ -99,9 +99,8 @@ def _split_sizes(height: int, validation: int | float, test: int | float) -> dic
     sizes = {"validation": validation, "test": test}
     sizes = {name: round(n * height) if n < 1 else n for name, n in sizes.items() if n}
     if min(sizes.values(), default=1) < 1 or sum(sizes.values()) > height / 2:
-        raise ValueError(
-            f"validation={validation}, test={test} of {height} tracks: give two fractions, at most 0.5 together"
-        )
+        hint = "give two fractions, at most 0.5 together"
+        raise ValueError(f"validation={validation}, test={test} of {height} tracks: {hint}")
     return sizes
 
 # %% ../../nbs/datasets/splits.ipynb #8440628a
@@ -129,9 +128,7 @@ def artist_split(
     return tracks.with_columns(split=pl.Series(np.array(["train", *sizes])[assigned[component]]))
 
 # %% ../../nbs/datasets/splits.ipynb #157d170a
-def split_fingerprint(
-    tracks: pl.DataFrame,  # track_id, split
-) -> str:  # 16 hexadecimal digits
+def split_fingerprint(tracks: pl.DataFrame) -> str:  # track_id, split → 16 hexadecimal digits
     "Hash a split, independently of the order of its rows: SHA-256 of the sorted lines `track_id<tab>split`."
     lines = tracks.select(pl.format("{}\t{}\n", "track_id", "split").sort()).to_series()
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
@@ -160,37 +157,23 @@ def check_split(
 
 # %% ../../nbs/datasets/splits.ipynb #59dded85
 def balanced_weights(
-    labels: pl.DataFrame | pl.Series | np.ndarray,  # a table with `labels`, that column, or (tracks, labels) of 0 and 1
+    targets: np.ndarray,  # (tracks, labels) 0 or 1
 ) -> np.ndarray:  # (tracks,) float64; 0 where a track has no label
     "Weight each track by the sum over its labels of 1000 / (label frequency + 100) (paper §3.1)."
-    if isinstance(labels, np.ndarray):
-        label_weights = 1000 / (labels.sum(0) + 100)
-        chunks = range(0, len(labels), 100_000)  # a product in float64 of all of them would need 8 bytes a target
-        return np.concatenate([labels[i : i + 100_000] @ label_weights for i in chunks] or [np.zeros(0)])
-    column = labels["labels"] if isinstance(labels, pl.DataFrame) else labels
-    pairs = pl.LazyFrame({"row": np.arange(len(column)), "label": column}).explode("label").drop_nulls()
-    pairs = pairs.with_columns(weight=1000 / (pl.len().over("label") + 100)).select("row", "weight").collect()
-    return np.bincount(pairs["row"].to_numpy(), pairs["weight"].to_numpy(), minlength=len(column))
+    label_weights = 1000 / (targets.sum(0) + 100)
+    chunks = range(0, len(targets), 100_000)  # a product in float64 of all of them would need 8 bytes a target
+    return np.concatenate([targets[i : i + 100_000] @ label_weights for i in chunks] or [np.zeros(0)])
 
 # %% ../../nbs/datasets/splits.ipynb #5d1d000e
 def sample_balanced(
-    labels: pl.DataFrame | pl.Series | np.ndarray,  # as for `balanced_weights`, or the weights themselves (1-d)
+    weights: np.ndarray,  # (tracks,) of `balanced_weights`
     n: int = 200_000,  # tracks in an epoch; all tracks with a label, where there are fewer
     epoch: int = 0,  # another draw for each
     seed: int = 0,  # of the run
 ) -> np.ndarray:  # (n,) int64: row numbers in random order, none twice, none of a track without labels
     "Draw the tracks of one epoch without replacement, with probabilities proportional to their weights (paper §3.1)."
-    weights = labels if isinstance(labels, np.ndarray) and labels.ndim == 1 else balanced_weights(labels)
     candidates = np.flatnonzero(weights)
     rng = named_rng(seed, "epoch", epoch)
     arrival = rng.standard_exponential(len(candidates)) / weights[candidates]
     first = np.argpartition(arrival, n)[:n] if n < len(candidates) else np.arange(len(candidates))
     return rng.permutation(candidates[first])
-
-# %% ../../nbs/datasets/splits.ipynb #0679b969
-def count_items(
-    column: pl.Series,  # of lists of strings
-) -> pl.DataFrame:  # name, count: the most frequent first, ties in alphabetical order
-    "Count the items of a list column."
-    counts = column.explode().drop_nulls().value_counts(name="count")
-    return counts.rename({column.name: "name"}).sort("count", "name", descending=[True, False])

@@ -126,9 +126,7 @@ def read_table(
     return table
 
 # %% ../../nbs/datasets/table.ipynb #4f168bd1
-def label_vocabulary(
-    table: pl.DataFrame,  # with a column `labels`
-) -> list[str]:  # sorted, without repetition
+def label_vocabulary(table: pl.DataFrame) -> list[str]:  # with a column `labels` → sorted, without repetition
     "List the labels that occur in a table."
     return sorted(set(table["labels"].explode().drop_nulls()))
 
@@ -137,10 +135,7 @@ def multi_hot(
     table: pl.DataFrame,  # with a column `labels`
     labels: list[str],  # the vocabulary, in the order of the columns
 ) -> np.ndarray:  # (tracks, labels) uint8, 0 or 1
-    """Encode the labels of every track as a multi-hot row.
-
-    Raises `ValueError` where a track has a label outside the vocabulary, or unknown labels (null).
-    """
+    "Encode labels as multi-hot rows. Raises `ValueError` for one outside the vocabulary, and for unknown ones (null)."
     unknown = sorted(set(label_vocabulary(table)) - set(labels))
     if unknown:
         message = f"labels not in the vocabulary: {', '.join(unknown[:5])}"

@@ -31,9 +31,7 @@ REGIONS = {  # where each collection's tunes were gathered
 }  # fmt: skip
 
 
-def package_dir(
-    name: str,  # of an importable package
-) -> Path:  # its folder
+def package_dir(name: str) -> Path:  # of an importable package → its folder
     "Locate an installed package without importing it. Raises `ImportError`, naming the extra, if it is not installed."
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
@@ -79,9 +77,7 @@ class Key(NamedTuple):
     mode: str  # such as "Major" or "Dorian"
 
 # %% ../../nbs/demo/abc.ipynb #4127ca7f
-def parse_key(
-    field: str,  # `K:`, such as "G", "Em", "A Dorian", "Amix", "Bb"
-) -> Key | None:  # None if unreadable
+def parse_key(field: str) -> Key | None:  # `K:`, such as "G", "Em", "A Dorian", "Amix", "Bb" → None if unreadable
     "Parse a key field. Highland pipes (`Hp`, `HP`) play in A Mixolydian."
     if field.upper().startswith("HP"):
         field = "Amix"
@@ -93,9 +89,7 @@ def parse_key(
     return Key(fifths * 7 % 12, fifths + _MODE_SHARPS[mode], mode)
 
 # %% ../../nbs/demo/abc.ipynb #2813e741
-def parse_metre(
-    field: str,  # `M:`
-) -> str:  # such as "6/8"; common time is "4/4", cut time "2/2"
+def parse_metre(field: str) -> str:  # `M:` → such as "6/8"; common time is "4/4", cut time "2/2"
     "Parse a metre field into one spelling."
     return {"C": "4/4", "C|": "2/2"}.get(field.strip(), field.replace(" ", ""))
 
@@ -312,9 +306,7 @@ def melodic_skeletons(
     return skeletons
 
 # %% ../../nbs/demo/abc.ipynb #e77f5d9a
-def normalize_title(
-    title: str,  # as printed
-) -> str:  # lower case; empty if fewer than five characters are left
+def normalize_title(title: str) -> str:  # as printed → lower case; empty if fewer than five characters are left
     "Remove articles, names of dances and punctuation from a title."
     title = re.sub(r"['`’.]|--.*", "", title.lower())
     dances = "|".join(_DANCES.values())

@@ -26,9 +26,7 @@ COLUMN_LABELS = tuple(f"Pitch---{pitch}" for pitch in PITCHES) + tuple(f"Family-
 COLUMN_LABELS += tuple(f"Voice---{voice}" for voice in VOICES) + ("Instrument---Drum kit",)
 
 
-def column_starts(
-    seconds: float,  # of a clip
-) -> np.ndarray:  # (columns,) in seconds
+def column_starts(seconds: float) -> np.ndarray:  # of a clip → (columns,) in seconds
     "List the starts of the patch columns."
     return np.arange(0, seconds - COLUMN_S + 1e-6, COLUMN_HOP_S)
 

@@ -26,13 +26,8 @@ FONTS = {  # name: the file, and the Debian package that holds it
 FONT_FOLDERS = ("/usr/share/sounds/sf2", "/usr/share/soundfonts", "/usr/share/samples")
 
 
-def find_font(
-    name: str,  # one of `FONTS`
-) -> Path:  # a file of the format SoundFont 2
-    """Find a sound font.
-
-    Raises `ValueError` for an unknown name, and `ImportError` or `FileNotFoundError`, saying how to install it.
-    """
+def find_font(name: str) -> Path:  # one of `FONTS` → a file of the format SoundFont 2
+    "Find a sound font. Raises `ValueError`; `ImportError` and `FileNotFoundError` say how to install it."
     if name not in FONTS:
         raise ValueError(f"font={name!r}: give one of {', '.join(FONTS)}")
     file, package = FONTS[name]
@@ -64,9 +59,7 @@ def guard_samples(
     return guarded
 
 # %% ../../nbs/demo/sounds.ipynb #04624721
-def guarded_font(
-    name: str,  # one of `FONTS`
-) -> Path:  # a copy in the cache
+def guarded_font(name: str) -> Path:  # one of `FONTS` → a copy in the cache
     "Copy a font, with `guard_samples`, into the cache unless it is there. Raises as `find_font`."
     font = find_font(name)
     copy = cache_path("fonts", f"{font.stem}-{font.stat().st_size}-guarded{GUARD}.sf2")
@@ -130,10 +123,7 @@ def play_font(
     shift: int = 0,  # semitones that it plays higher before it is slowed down: the pitch stays, the timbre changes
     seconds: float = 10,
 ) -> np.ndarray:  # (seconds × 16000,) float32
-    """Render notes with a program of a font.
-
-    Raises as `find_font`, `ImportError` without the `demo` extra, and `ValueError` for one of `BROKEN_PROGRAMS`.
-    """
+    "Render notes with a font's program. Raises as `find_font`, and `ValueError` for one of `BROKEN_PROGRAMS`."
     if (font, program) in BROKEN_PROGRAMS and not is_drum:
         raise ValueError(f"program={program}: this program of {font} is broken; give another")
     factor = 2 ** (shift / 12)

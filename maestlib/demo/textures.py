@@ -36,9 +36,7 @@ class Bar:
 Texture = Callable[[Bar, dict], list[PartNote]]  # a bar and the style of its piece, from `sample_style`
 
 # %% ../../nbs/demo/textures.ipynb #f481cc14
-def sample_style(
-    rng: np.random.Generator,
-) -> dict:  # for all bars of a piece
+def sample_style(rng: np.random.Generator) -> dict:  # for all bars of a piece
     "Sample what a texture keeps throughout a piece: its pattern, its registers, what is doubled."
     return {
         "pattern": int(rng.integers(4)), "bass": int(rng.integers(36, 46)), "middle": int(rng.integers(52, 62)),

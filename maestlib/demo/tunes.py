@@ -226,19 +226,14 @@ def build_confirmation(
     font: str | None = None,  # another sound font, one of `sounds.FONTS`; None: the one of `tunes`
     plain: bool = False,  # as for `plan_clip`
 ) -> Path:  # its mel store
-    """Render the corpus `tunes-confirmation` and its mels into the cache, unless it is there.
-
-    Raises as `build_tunes`, and as `sounds.find_font`.
-    """
+    "Render `tunes-confirmation` and its mels into the cache. Raises as `build_tunes` and `sounds.find_font`."
     name = f"{CONFIRMATION_SEED}-v1" + (f"-{font}" if font else "") + ("-plain" if plain else "")
     path = str(guarded_font(font)) if font else None
     plan = functools.partial(plan_confirmation, font=path, plain=plain)
     return _find_or_build(cache_path("tunes-confirmation", name), lambda: plan(tune_catalogue()), CLIPS, first, workers)
 
 # %% ../../nbs/demo/tunes.ipynb #f00d0002
-def held_out_families(
-    tunes: pl.DataFrame,  # from `abc.tune_catalogue`
-) -> set[int]:  # numbers of families
+def held_out_families(tunes: pl.DataFrame) -> set[int]:  # from `abc.tune_catalogue` → numbers of families
     "List the families in the validation and test splits of `tunes` and `tunes-confirmation`."
     plans = _plan_clips(tunes, CLIPS, seed=0) + plan_confirmation(tunes)
     return {plan["family"] for plan in plans if plan["split"] != "train"}

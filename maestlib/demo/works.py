@@ -31,9 +31,7 @@ TRAINING_COMPOSER = "palestrina"
 _SUFFIXES = (".krn", ".mxl", ".xml", ".musicxml")
 
 
-def score_files(
-    composers: tuple[str, ...],  # folders of music21's corpus
-) -> list[Path]:  # sorted
+def score_files(composers: tuple[str, ...]) -> list[Path]:  # folders of music21's corpus → sorted
     "List the scores of composers. Raises `ImportError` without music21."
     corpus = package_dir("music21") / "corpus"
     files = [file for composer in composers for file in (corpus / composer).rglob("*") if file.suffix in _SUFFIXES]

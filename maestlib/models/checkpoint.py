@@ -99,10 +99,8 @@ def read_tensors(
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         has_code = isinstance(error, pickle.UnpicklingError) and (zipfile.is_zipfile(path) or start[:1] == b"\x80")
     if has_code:
-        raise ValueError(
-            f"{path}: contains Python objects, which could run code, and was not loaded; "
-            "ask for a file that contains only tensors"
-        )
+        hint = "ask for a file that contains only tensors"
+        raise ValueError(f"{path}: contains Python objects, which could run code, and was not loaded; {hint}")
     raise ValueError(f"{path}: not a checkpoint, or a damaged one; copy or download it again")
 
 # %% ../../nbs/models/checkpoint.ipynb #5cf0c008

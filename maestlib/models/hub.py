@@ -70,23 +70,14 @@ def _released_maest(line):
 _PASST = ReleasedModel(
     "passt_s_swa_p16_128_ap476",
     "https://github.com/kkoutini/PaSST/releases/download/v0.0.1-audioset/passt-s-f128-p16-s10-ap.476-swa.pt",
-    344665734,
-    "302903fa8c4aee817b11dc982da0b29aaf8d11a3e722420476d0a12c9db70c2c",
-    seconds=10,
-    num_labels=527,
-    license="Apache-2.0",
-    layout="passt",
-)
+    344665734, "302903fa8c4aee817b11dc982da0b29aaf8d11a3e722420476d0a12c9db70c2c",
+    seconds=10, num_labels=527, license="Apache-2.0", layout="passt",
+)  # fmt: skip
 _DEIT = ReleasedModel(
     "deit_base_distilled_patch16_384",
     "https://dl.fbaipublicfiles.com/deit/deit_base_distilled_patch16_384-d0272ac0.pth",  # timm's address
-    None,
-    "d0272ac0",
-    seconds=None,
-    num_labels=1000,
-    license="Apache-2.0",
-    layout="deit",
-)
+    None, "d0272ac0", seconds=None, num_labels=1000, license="Apache-2.0", layout="deit",
+)  # fmt: skip
 RELEASED_MODELS: dict[str, ReleasedModel] = {
     model.name: model for model in (*map(_released_maest, _MAEST.strip().splitlines()), _PASST, _DEIT)
 }

@@ -66,9 +66,7 @@ def extract_state_dict(checkpoint) -> dict[str, torch.Tensor]:  # by name, witho
 TIME_POS, FREQ_POS = "time_new_pos_embed", "freq_new_pos_embed"  # (1, embed_dim, 1, columns), (1, embed_dim, rows, 1)
 
 
-def detect_layout(
-    tensors: dict[str, torch.Tensor],  # by their names in the file
-) -> str:  # released, passt, deit or ast
+def detect_layout(tensors: dict[str, torch.Tensor]) -> str:  # by their names in the file → released, passt, deit or ast
     "Recognize the layout by its names. Raises `ValueError` for another architecture."
     names = {k.removeprefix(AST_PREFIX).removeprefix("embeddings.") for k in tensors}
     required = {"released": {TIME_POS, FREQ_POS}, "ast": {"position_embeddings"}, "deit": {"pos_embed", "dist_token"}}

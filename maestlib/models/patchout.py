@@ -18,9 +18,7 @@ from ..core.checks import check_number, check_numbers
 PATCH, STRIDE = 16, 10  # in bands and in frames alike
 
 
-def pad_to_patch(
-    mel: torch.Tensor,  # (…, frames)
-) -> torch.Tensor:  # (…, at least 16 frames)
+def pad_to_patch(mel: torch.Tensor) -> torch.Tensor:  # (…, frames) → (…, at least 16 frames)
     "Zero-pad a mel that is shorter than one patch; a longer one is returned as it is."
     return F.pad(mel, (0, max(0, PATCH - mel.shape[-1])))
 
@@ -109,10 +107,7 @@ class PatchSelection(NamedTuple):
     columns: torch.Tensor  # (kept columns,) or (batch, kept columns)
     offset: torch.Tensor  # () int64: column of the time encoding at which clips start
 
-    def to(
-        self,
-        device: torch.device,
-    ) -> "PatchSelection":
+    def to(self, device: torch.device) -> "PatchSelection":
         "Copy to a device, without waiting for it."
         return PatchSelection(*(index.to(device, non_blocking=True) for index in self))
 

@@ -6,7 +6,6 @@
 __all__ = ['model_card', 'save_pretrained', 'push_to_hub']
 
 # %% ../../nbs/models/publish.ipynb #9b3de003
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -62,10 +61,8 @@ def model_card(
 ) -> str:  # Markdown with a YAML header
     "Describe a model. Raises `ValueError` for a licence that is no identifier."
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise ValueError(
-            f"license={license!r}: give an identifier such as apache-2.0 or cc-by-nc-sa-4.0, see "
-            "https://huggingface.co/docs/hub/repositories-licenses"
-        )
+        known = "apache-2.0 or cc-by-nc-sa-4.0, see https://huggingface.co/docs/hub/repositories-licenses"
+        raise ValueError(f"license={license!r}: give an identifier such as {known}")
     with optional_import("hub"):
         from huggingface_hub import ModelCardData
 
@@ -75,16 +72,10 @@ def model_card(
     thresholds = "uncalibrated" if model.thresholds is None else "one for each label"
     settings |= {"labels": len(model.config.labels), "decision thresholds": thresholds}
     return _CARD.format(
-        header=header,
-        name=name,
-        title=name.rsplit("/", 1)[-1],
-        license=license,
-        text=f"{text.strip()}\n\n" if text else "",
-        architecture=type(model).__name__,
-        settings=_rows(settings),
-        mel=_rows(model.config.mel.to_dict()),
-        labels=", ".join(model.config.labels),
-    )
+        header=header, name=name, title=name.rsplit("/", 1)[-1], license=license,
+        text=f"{text.strip()}\n\n" if text else "", architecture=type(model).__name__,
+        settings=_rows(settings), mel=_rows(model.config.mel.to_dict()), labels=", ".join(model.config.labels),
+    )  # fmt: skip
 
 # %% ../../nbs/models/publish.ipynb #c8f12d84
 def _rows(values):

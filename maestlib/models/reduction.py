@@ -19,7 +19,6 @@ from torch import nn
 from ..core.checks import check_number
 from ..core.device import default_dtype
 from .maest import MAEST
-from .patchout import Patchout
 
 # %% ../../nbs/models/reduction.ipynb #827bdd33
 def merge_tokens(

@@ -12,19 +12,12 @@ import numpy as np
 import polars as pl
 
 from ..core.text import format_interval
-from maestlib.stats.metrics import (
-    METRICS,
-    bootstrap_weights,
-    confidence_interval,
-    label_levels,
-    macro_average,
-    score_labels,
-)
+from ..stats import metrics
 from ..stats.significance import simultaneous_intervals
 
 # %% ../../nbs/paper/comparison.ipynb #2fd0980b
 def _score_row(metric: str, values: np.ndarray) -> dict:  # (1 + resamples,)
-    low, high = map(float, confidence_interval(values[1:], values[0], limits=(0, 1)))
+    low, high = map(float, metrics.confidence_interval(values[1:], values[0], limits=(0, 1)))
     return {"metric": metric, "value": float(values[0]), "low": low, "high": high}
 
 
@@ -52,19 +45,19 @@ def compare_settings(
     Scores have 95 % intervals of their own, differences have simultaneous ones over all pairs of a metric (see
     `simultaneous_intervals`). Several runs are resampled with the artists. Raises `ValueError` as `score_labels` does.
     """
-    weights = bootstrap_weights(len(targets), n_bootstrap, seed, clusters)
-    levels = [level for level in label_levels(labels, targets.sum(0)) if level[0] == "macro"]
+    weights = metrics.bootstrap_weights(len(targets), n_bootstrap, seed, clusters)
+    levels = [level for level in metrics.label_levels(labels, targets.sum(0)) if level[0] == "macro"]
     rows, macro = [], {}
     for name, values in scores.items():
-        by_label = score_labels(targets, values, labels, weights, seed)
+        by_label = metrics.score_labels(targets, values, labels, weights, seed)
         common = {"setting": name, "reference": None, "runs": len(values) if np.ndim(values) == 3 else 1}
         for _, level, members in levels:
-            average = macro_average(by_label[members])
+            average = metrics.macro_average(by_label[members])
             macro.setdefault(name, average)  # of all labels, which come first
             suffix = "" if level == "all" else f", {level} labels"
-            rows += [common | _score_row(metric + suffix, x) for metric, x in zip(METRICS, average, strict=True)]
+            rows += [common | _score_row(name + suffix, x) for name, x in zip(metrics.METRICS, average, strict=True)]
     pairs = list(combinations(scores, 2)) if pairs is None else pairs
-    for i, metric in enumerate(METRICS if pairs else ()):
+    for i, metric in enumerate(metrics.METRICS if pairs else ()):
         differences = np.stack([macro[a][i] - macro[b][i] for a, b in pairs])
         rows += difference_rows(simultaneous_intervals([f"{a} - {b}" for a, b in pairs], differences), pairs, metric)
     return [row | {"unit": "track" if clusters is None else "artist"} for row in rows]

@@ -50,14 +50,9 @@ def write_report(
 
 # %% ../../nbs/paper/experiments.ipynb #28ea7ace
 RUNNERS = {
-    "fig2": run_fig2,
-    "init": run_init,
-    "length": run_length,
-    "teacher": run_teacher,
-    "downstream": run_downstream,
-    "fig3": run_fig3,
-    "curation": run_curation,
-}  # by the names of `EXPERIMENTS`
+    "fig2": run_fig2, "init": run_init, "length": run_length, "teacher": run_teacher, "downstream": run_downstream,
+    "fig3": run_fig3, "curation": run_curation,
+}  # by the names of `EXPERIMENTS`  # fmt: skip
 
 
 def results_path(config: PaperConfig) -> Path:

@@ -7,7 +7,6 @@ __all__ = ['load_probe_corpus', 'model_title', 'load_models', 'embed_all', 'prob
            'fixed_setting', 'run_fig2', 'run_downstream']
 
 # %% ../../nbs/paper/probes.ipynb #9c426692
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -23,22 +22,13 @@ from ..models.effnet import EffNet
 from ..models.hub import RELEASED_MODELS
 from ..models.maest import MAEST, SIZES, MAESTConfig
 from ..models.patchout import Patchout
-
-# %% ../../nbs/paper/probes.ipynb #6815c2c9
 from .comparison import compare_settings, describe_differences, difference_rows
 from .published import FINDINGS
 from .results import Report, join_reports, make_manifest, make_results, plot_results
 from .scales import PUBLIC_DATASETS, PaperConfig, audio_folder, dataset_names, describe_scale, split_names
+from ..probing import layers
 from ..probing.embeddings import Embeddings, check_whole_tracks, extract_embeddings, subset_corpus
 from ..probing.features import features_from_onnx, read_features
-from maestlib.probing.layers import (
-    PAPER_GRID,
-    best_setting,
-    named_contrasts,
-    paired_differences,
-    plot_layers,
-    summarize,
-)
 from ..probing.musicnn import find_musicnn, load_musicnn, musicnn_features
 from ..probing.probe import ProbeConfig
 from ..probing.study import ResampledStudy, probe_settings, resample_study, run_study
@@ -81,10 +71,7 @@ def load_models(config: PaperConfig) -> dict[str, torch.nn.Module]:
 
 # %% ../../nbs/paper/probes.ipynb #fe20b74e
 def _embed_rival(config: PaperConfig, corpus: Corpus, name: str, model: MAEST) -> tuple[str, Embeddings]:
-    """Embed the tracks of a corpus by one of the rivals, and name it; `random` is the untrained twin of `model`.
-
-    Raises `ValueError` or `OSError` for one that is unavailable.
-    """
+    "Embed a corpus by a rival (`random`: the untrained `model`), and name it. Raises `ValueError` or `OSError`."
     if name == "mel":
         return "mel statistics", extract_embeddings(corpus, "mel")
     if name == "musicnn":
@@ -179,7 +166,7 @@ def _score_rows(scores: pl.DataFrame, title: str) -> list[dict]:
 
 def _difference_rows(study: ResampledStudy, contrasts: dict[str, tuple[dict, dict]], title: str) -> list[dict]:
     pairs = [(_label(a, title), _label(b, title)) for a, b in contrasts.values()]
-    tests = {metric: paired_differences(study, contrasts, metric=metric) for metric in METRICS if contrasts}
+    tests = {metric: layers.paired_differences(study, contrasts, metric=metric) for metric in METRICS if contrasts}
     return [row for metric, table in tests.items() for row in difference_rows(table, pairs, metric)]
 
 # %% ../../nbs/paper/probes.ipynb #69a87064
@@ -191,14 +178,14 @@ def _fig2_of(config: PaperConfig, dataset: str, models: dict[str, torch.nn.Modul
     table = pl.concat(
         [probe(config, dataset, corpus, embeddings[name], name, chosen) for name, chosen in settings.items()]
     )
-    study, contrasts = resample_study(table, corpus, config.n_bootstrap), named_contrasts(table, title)
-    scores = summarize(study)
+    study, contrasts = resample_study(table, corpus, config.n_bootstrap), layers.named_contrasts(table, title)
+    scores = layers.summarize(study)
     rows = _score_rows(scores, title) + _difference_rows(study, contrasts, title)
-    findings = [f"{dataset}: chosen on validation is {_label(best_setting(table, title), title)}"]
+    findings = [f"{dataset}: chosen on validation is {_label(layers.best_setting(table, title), title)}"]
     findings += [f"{dataset}: {text}" for text in describe_differences(rows)] + skipped
     common = {"experiment": "fig2", "scale": config.scale, "dataset": dataset, "unit": "artist"}
     manifest = make_manifest(corpus, models, config.settings)
-    figure = plot_layers(scores, title).update_layout(title=f"Figure 2 on {dataset}: {title}")
+    figure = layers.plot_layers(scores, title).update_layout(title=f"Figure 2 on {dataset}: {title}")
     return Report(make_results([row | common for row in rows], manifest), [figure], findings)
 
 
@@ -213,7 +200,7 @@ def run_fig2(config: PaperConfig) -> Report:
 def _fixed_scores(config: PaperConfig, dataset: str, corpus: Corpus, title: str, values: Embeddings) -> np.ndarray:
     "Test scores at the fixed block and stack; with `grid`, at the point of the grid that is best on validation."
     setting = fixed_setting(config, values)
-    table = probe(config, dataset, corpus, values, title, [setting], **(PAPER_GRID if config.grid else {}))
+    table = probe(config, dataset, corpus, values, title, [setting], **(layers.PAPER_GRID if config.grid else {}))
     if config.grid:
         point = ["batch_size", "epochs", "dropout", "learning_rate"]
         means = table.group_by(point, maintain_order=True).agg(pl.col("val_roc_auc").mean()).sort("val_roc_auc")
@@ -229,7 +216,7 @@ def _downstream_of(config: PaperConfig, dataset: str, models: dict[str, torch.nn
     for title in models:
         if embeddings[title].tokens != "e":
             table = probe(config, dataset, corpus, embeddings[title], title, probe_settings(embeddings[title]))
-            chosen[f"{title}, block chosen"] = score_matrix(table.filter(**best_setting(table, title)), corpus)
+            chosen[f"{title}, block chosen"] = score_matrix(table.filter(**layers.best_setting(table, title)), corpus)
     pairs = [*combinations(fixed, 2), *((name, name.removesuffix(", block chosen")) for name in chosen)]
     test, counterpart = corpus.indices("test"), dataset if dataset in PUBLIC_DATASETS else "mtt"
     compared = compare_settings(

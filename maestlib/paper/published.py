@@ -21,15 +21,9 @@ EXPERIMENTS = {
     "curation": "curation of the training data (§3.1)",
 }
 DATASET_TITLES = {
-    "mtg-genre": "MTGJ-Genre",
-    "mtg-instrument": "MTGJ-Inst",
-    "mtg-mood": "MTGJ-Mood",
-    "mtg-top50": "MTGJ-T50",
-    "mtt": "MTT",
-    "msd": "MSDs",
-    "msd-cals": "MSDc",
-    "discogs20": "Discogs20",
-}
+    "mtg-genre": "MTGJ-Genre", "mtg-instrument": "MTGJ-Inst", "mtg-mood": "MTGJ-Mood", "mtg-top50": "MTGJ-T50",
+    "mtt": "MTT", "msd": "MSDs", "msd-cals": "MSDc", "discogs20": "Discogs20",
+}  # fmt: skip
 FINDINGS = {
     "fig2": "middle blocks give the best embeddings; stacking cls, dist and the patch mean helps",
     "fig3": "with two to three times the throughput of the CNN, patchout at inference still exceeds its mAP",
@@ -54,26 +48,19 @@ _ABLATIONS = {  # (experiment, dataset, weights): mAP in per cent, by setting
     ("length", "mtt", "SWA"): {"5 s": 40.9, "10 s": 41.0, "20 s": 41.2, "30 s": 41.5},
 }
 PAPER_CURATION = {  # §3.1 and §3.3
-    "labels": 400,
-    "labels per track": 2.1,
-    "training tracks": 3_300_000,
-    "validation tracks": 40_000,
+    "labels": 400, "labels per track": 2.1, "training tracks": 3_300_000, "validation tracks": 40_000,
     "test tracks": 40_000,
-}
+}  # fmt: skip
 
 # %% ../../nbs/paper/published.ipynb #4253d384
-def _downstream_rows() -> list[tuple]:
-    return [
+def published_scores() -> pl.DataFrame:  # experiment, dataset, setting, weights (last, SWA or null), metric, published
+    "Return the paper's ROC-AUC and mAP, as fractions, and the counts of its curation."
+    rows = [
         ("downstream", dataset, model, None, metric, round(float(value) / 100, 4))
         for model, cells in _DOWNSTREAM.items()
         for dataset, cell in zip(DATASET_TITLES, cells.split(), strict=False)
         for metric, value in zip(METRICS, cell.split("/"), strict=True)
     ]
-
-
-def published_scores() -> pl.DataFrame:  # experiment, dataset, setting, weights (last, SWA or null), metric, published
-    "Return the paper's ROC-AUC and mAP, as fractions, and the counts of its curation."
-    rows = _downstream_rows()
     for (experiment, dataset, weights), scores in _ABLATIONS.items():
         rows += [(experiment, dataset, name, weights, "map", round(x / 100, 4)) for name, x in scores.items()]
     rows += [("curation", "discogs20", name, None, "count", float(n)) for name, n in PAPER_CURATION.items()]

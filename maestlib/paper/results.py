@@ -42,13 +42,6 @@ def _commit() -> str | None:  # with `-dirty` if files are changed; None: this i
     return run.stdout.strip() if run.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:  # None: it is not installed
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def data_fingerprints(corpus: Corpus) -> dict[str, str]:
     "Identify the data of a result by fingerprints of split, labels and mel front end."
     joined = pl.concat_str("split", pl.col("labels").list.join("\t"), separator="\t")
@@ -62,8 +55,9 @@ def make_manifest(
     settings: dict | None = None,  # seeds, steps and whatever else the result depends on; values that `json` can encode
 ) -> dict:  # versions, commit, machine, fingerprints, settings
     "Describe the circumstances of a result. Raises `TypeError` for a setting that is not JSON."
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
     manifest = {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONED},
+        "versions": {"python": platform.python_version()} | {name: installed.get(name) for name in VERSIONED},
         "commit": _commit(),
         "machine": f"{device_name(default_device())}, {torch.get_num_threads()} threads, {platform.system()}",
         "data": data_fingerprints(corpus) if corpus else {},

@@ -107,10 +107,7 @@ class PaperConfig(PaperParameters):
 
     @classmethod
     def from_params(cls, params: dict) -> "PaperConfig":  # without `auto`, except `block` and `depth`
-        """Fill in the scale's values for a notebook's `globals()`, whose other names are ignored.
-
-        Raises `ValueError` for values that no experiment could use.
-        """
+        "Fill in the scale's values in a notebook's `globals()`. Raises `ValueError` for what no experiment can use."
         config = parse_parameters(cls, params, ignore_unknown=True)
         values = SCALES[config.scale] | {"out_dir": f"{runs_dir()}/paper"}
         automatic = {name: value for name, value in values.items() if getattr(config, name) == "auto"}

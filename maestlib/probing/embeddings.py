@@ -100,9 +100,7 @@ def _duration_s(track: dict) -> float:  # infinite where it is unknown
         return math.inf
 
 # %% ../../nbs/probing/embeddings.ipynb #356b57c2
-def check_whole_tracks(
-    corpus: Corpus,  # its store and the lengths of its files
-):
+def check_whole_tracks(corpus: Corpus):  # its store and the lengths of its files
     "Raise `ValueError` where the store holds only the middle of tracks, unlike the paper's protocol (§3.3)."
     store = corpus.store
     if store.seconds is None:
@@ -111,11 +109,9 @@ def check_whole_tracks(
     full = np.flatnonzero(frames >= store.config.num_frames(store.seconds))
     for track in corpus.table[full[:: len(full) // _MAX_CHECKED + 1]].iter_rows(named=True):
         if _duration_s(track) > store.seconds + 0.5:  # codecs add some milliseconds
-            raise ValueError(
-                f"{store.path}: holds the middle {store.seconds:g} s of {track['track_id']} and others, the paper's "
-                "probes read whole tracks; load_corpus(stored_s=None) or extract_mels(seconds=None) stores them, "
-                "whole_tracks=False does without"
-            )
+            what = f"holds the middle {store.seconds:g} s of {track['track_id']} and others"
+            hint = "load_corpus(stored_s=None) or extract_mels(seconds=None) stores them, whole_tracks=False does"
+            raise ValueError(f"{store.path}: {what}, the paper's probes read whole tracks; {hint} without")
 
 # %% ../../nbs/probing/embeddings.ipynb #7ef8aa56
 @dataclass
@@ -177,14 +173,9 @@ def _make_forward(
 # %% ../../nbs/probing/embeddings.ipynb #191e85ef
 def _describe(model, patchout, dtype: torch.dtype, mel: MelConfig) -> dict:
     "Return what the values depend on besides the mels."
-    is_mel = isinstance(model, str)
-    return {
-        "model": model if is_mel else model_fingerprint(model),
-        "patchout": repr(patchout),
-        "kind": "mel" if is_mel else type(model).__name__,
-        "mel": mel.fingerprint(),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    name, kind = (model, "mel") if isinstance(model, str) else (model_fingerprint(model), type(model).__name__)
+    meta = {"model": name, "patchout": repr(patchout), "kind": kind, "mel": mel.fingerprint()}
+    return meta | {"dtype": str(dtype).removeprefix("torch.")}
 
 # %% ../../nbs/probing/embeddings.ipynb #59362386
 def _check_meta(folder: Path, meta: dict):
@@ -207,13 +198,15 @@ def _read_parts(folder: Path) -> dict[tuple[str, int], np.ndarray]:  # (track_id
                 keys = zip(part["ids"].tolist(), part["sums"].tolist(), strict=True)
                 embedded |= zip(keys, part["values"], strict=True)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path}: not a whole file of embeddings ({error}); delete it to embed its tracks again"
-            ) from error
+            raise ValueError(f"{path}: not a whole file ({error}); delete it to embed its tracks again") from error
     return embedded
 
 # %% ../../nbs/probing/embeddings.ipynb #1b2d4a27
 def _write_part(folder: Path, keys: list[tuple[str, int]], values: np.ndarray):
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+    if len(bad):
+        names = ", ".join(keys[i][0] for i in bad[:3])
+        raise ValueError(f"embeddings of {names} are not finite: the model has diverged, or float16 overflows")
     path = folder / f"{zlib.crc32(repr(keys).encode()):08x}.npz"
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, ids=np.array([k[0] for k in keys]), sums=np.array([k[1] for k in keys]), values=values)
@@ -240,17 +233,9 @@ def embed_in_parts(
     for start in tqdm(range(0, len(missing), tracks_per_file), "embedding", unit=f"{tracks_per_file} tracks", delay=2):
         chosen = missing[start : start + tracks_per_file]
         values, part_keys = compute(chosen), [keys[i] for i in chosen]
-        _check_finite(part_keys, values)
         _write_part(folder, part_keys, values)
         embedded |= zip(part_keys, values, strict=True)
     return Embeddings(np.stack([embedded[key] for key in keys]), meta, keys)
-
-# %% ../../nbs/probing/embeddings.ipynb #120b0f80
-def _check_finite(keys: list[tuple[str, int]], values: np.ndarray):
-    bad = np.flatnonzero(~np.isfinite(values).all((1, 2, 3)))
-    if len(bad):
-        names = ", ".join(keys[i][0] for i in bad[:3])
-        raise ValueError(f"embeddings of {names} are not finite: the model has diverged, or float16 overflows")
 
 # %% ../../nbs/probing/embeddings.ipynb #b4c1e803
 def extract_embeddings(

@@ -46,10 +46,7 @@ def from_features(
     name: str,  # of the model, for errors and fingerprints
     corpus: Corpus,  # whose tracks to take, in its order
 ) -> Embeddings:  # values (tracks, 1, 1, values) float32, for `run_study`
-    """Bring features of any origin into the order of a corpus.
-
-    Raises `ValueError` for tracks of the corpus that have none, for repeated ids, another shape, NaN or infinity.
-    """
+    "Order features as a corpus. Raises `ValueError` for missing or repeated ids, another shape, NaN or infinity."
     track_ids, matrix = [str(i) for i in track_ids], np.asarray(matrix, np.float32)
     _check_matrix(track_ids, matrix, name)
     rows, wanted = {track: i for i, track in enumerate(track_ids)}, [str(i) for i in corpus.table["track_id"]]

@@ -177,14 +177,9 @@ class _BatchedMLP:
         d_logits = torch.baddbmm(b2, hidden, w2).float().sigmoid_().sub_(targets[tracks])
         d_logits = d_logits.div_(targets.shape[1] * tracks.shape[1]).to(dtype)  # of the mean binary cross-entropy
         d_hidden = torch.bmm(d_logits, w2.mT).mul_(hidden.sign()).mul_(self.dropout_scale)  # 0 if dropped or negative
-        grads = (
-            torch.bmm(x.mT, d_hidden),
-            d_hidden.sum(1, keepdim=True),
-            torch.bmm(hidden.mT, d_logits),
-            d_logits.sum(1, keepdim=True),
-        )
-        for buffer, grad in zip(self.grads, grads, strict=True):
-            buffer.copy_(grad)
+        for i, (inputs, d_outputs) in enumerate(((x, d_hidden), (hidden, d_logits))):
+            self.grads[2 * i].copy_(torch.bmm(inputs.mT, d_outputs))
+            self.grads[2 * i + 1].copy_(d_outputs.sum(1, keepdim=True))
         self.optimizer.step()
 
 # %% ../../nbs/probing/probe.ipynb #67605bc4

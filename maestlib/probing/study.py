@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core.files import file_lock, log, resolve_path, write_parquet
 from ..core.text import split_label
-from ..datasets.batches import Corpus
+from ..datasets.batches import Corpus, log_missing_positives
 from .embeddings import Embeddings
 from .probe import Probe, ProbeConfig, ProbeResult, split_indices, standardize, train_probes
 from .references import CROSS_CHECKS
@@ -92,15 +92,6 @@ def _list_keys(
             setting = study_id | {"blocks": "+".join(map(str, blocks)), "tokens": tokens, "method": method}
             rows += [setting | values for values in (mlp_fields if method == "mlp" else [dict.fromkeys(PROBE_FIELDS)])]
     return pl.DataFrame(rows, schema={key: STUDY_SCHEMA[key] for key in KEY_COLUMNS}).unique(maintain_order=True)
-
-# %% ../../nbs/probing/study.ipynb #2441c5db
-def _log_missing_positives(corpus: Corpus, splits: dict[str, torch.Tensor]):
-    for split, positions in splits.items():
-        counts = corpus.targets[positions.numpy()].sum(0)
-        names = [label for label, count in zip(corpus.labels, counts, strict=True) if not count]
-        if names:
-            effect = "they do not count for the best epoch" if split == "validation" else "they have no score"
-            log.info(f"{len(names)} labels have no positive in {split}: {', '.join(names[:5])[:200]}; {effect}")
 
 # %% ../../nbs/probing/study.ipynb #5491d4b5
 def _train_rows(
@@ -193,7 +184,7 @@ def run_study(
         raise ValueError(f"methods={unknown}: give some of mlp, {', '.join(CROSS_CHECKS)}")
     splits = split_indices(corpus)
     if not quiet:
-        _log_missing_positives(corpus, splits)
+        log_missing_positives(corpus)
     study_id = {"model": name, "embeddings": embeddings.fingerprint(), "data": data_id(corpus)}
     path = resolve_path(out) if out else None
     known = _read_known(path)
@@ -278,9 +269,8 @@ def resample_study(
     for value, key in zip(values, tqdm(settings.select(SETTING_COLUMNS).rows(), "resampling", delay=2), strict=True):
         part = parts[key]
         if part["label"].to_list() != labels * (len(part) // len(labels)):
-            raise ValueError(
-                f"table: block {part['blocks'][0]}, {part['tokens'][0]} of {part['model'][0]} lacks labels"
-            )
+            setting = f"block {part['blocks'][0]}, {part['tokens'][0]} of {part['model'][0]}"
+            raise ValueError(f"table: {setting} lacks labels")
         runs = part["scores"].explode().to_numpy().reshape(-1, len(labels), len(test)).swapaxes(1, 2)
         value[:] = score_labels(targets, runs, labels, weights, seed)
     return ResampledStudy(table.drop("scores"), settings, labels, targets.sum(0).astype(int), values)

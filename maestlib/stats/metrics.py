@@ -121,10 +121,7 @@ def chance_average_precision(
     positives: np.ndarray,  # any shape: number of positive tracks
     tracks: int,  # of the test set
 ) -> np.ndarray:  # of the same shape; NaN without a positive track
-    """Compute the expected average precision of a random ranking, exactly (Bestgen 2015).
-
-    Raises `ValueError` where more tracks are positive than there are.
-    """
+    "Compute the mean AP of random rankings (Bestgen 2015). Raises `ValueError` for more positives than tracks."
     positives = np.asarray(positives, np.float64)
     if (positives > tracks).any():
         raise ValueError(f"positives={positives.max():g}: there are {tracks} tracks")
@@ -177,10 +174,8 @@ def confidence_interval(
 def _score_run(targets, scores, labels, weights):  # scores (tracks, labels) → (labels, metrics, rows)
     targets, scores = np.asarray(targets), np.asarray(scores)
     if not (targets.shape == scores.shape == (len(targets), len(labels)) and len(targets) > 0):
-        raise ValueError(
-            f"targets {targets.shape}, scores {scores.shape}, {len(labels)} labels: targets and scores must both be "
-            "(tracks, labels), with at least one track"
-        )
+        hint = "targets and scores must both be (tracks, labels), with at least one track"
+        raise ValueError(f"targets {targets.shape}, scores {scores.shape}, {len(labels)} labels: {hint}")
     if targets.dtype.kind not in "biuf" or not np.isfinite(targets).all():
         raise ValueError(f"targets of {targets.dtype}: give 0 or 1 for each track and label")
     if scores.dtype.kind not in "biuf" or not np.isfinite(scores).all():
@@ -224,9 +219,7 @@ def label_levels(
     return levels + [("label", label, [i]) for i, label in enumerate(labels)]
 
 # %% ../../nbs/stats/metrics.ipynb #57a70008
-def macro_average(
-    values: np.ndarray,  # (..., labels, metrics, rows)
-) -> np.ndarray:  # (..., metrics, rows)
+def macro_average(values: np.ndarray) -> np.ndarray:  # (..., labels, metrics, rows) → (..., metrics, rows)
     "Average over the labels that have a score; NaN where none has one."
     with np.errstate(invalid="ignore"):
         return np.nansum(values, -3) / np.isfinite(values).sum(-3)

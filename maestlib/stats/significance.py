@@ -9,14 +9,7 @@ __all__ = ['simultaneous_intervals', 'paired_bootstrap']
 import numpy as np
 import polars as pl
 
-from maestlib.stats.metrics import (
-    METRICS,
-    bootstrap_weights,
-    confidence_interval,
-    label_levels,
-    macro_average,
-    score_labels,
-)
+from . import metrics
 
 # %% ../../nbs/stats/significance.ipynb #51600010
 def _standardize(observed, resampled, count):  # (contrasts,), (contrasts, resamples), (contrasts,) defined resamples
@@ -45,9 +38,7 @@ def simultaneous_intervals(
     Raises `ValueError` where there is not one row for each name.
     """
     if not names or np.ndim(differences) != 2 or len(names) != len(differences):
-        raise ValueError(
-            f"differences {np.shape(differences)}: give (contrasts, 1 + resamples), {len(names)} contrasts"
-        )
+        raise ValueError(f"differences {np.shape(differences)}: give ({len(names)} contrasts, 1 + resamples)")
     observed, resampled = np.split(np.asarray(differences, np.float64), [1], 1)
     observed, count = observed[:, 0], np.isfinite(resampled).sum(1)
     statistics, scaled, errors = _standardize(observed, resampled, count)
@@ -57,7 +48,7 @@ def simultaneous_intervals(
     )
     equal, undefined = (errors == 0) & (observed == 0), count == 0
     p, p_max_t = (np.where(undefined, np.nan, np.where(equal, 1, values)) for values in (p, p_max_t))
-    low, high = confidence_interval(resampled, observed)
+    low, high = metrics.confidence_interval(resampled, observed)
     margin = np.where(undefined, np.nan, np.quantile(largest, 0.95, method="higher") * errors)
     columns = {"contrast": names, "difference": observed, "low": low, "high": high}
     columns |= {"simultaneous_low": observed - margin, "simultaneous_high": observed + margin}
@@ -79,15 +70,15 @@ def paired_bootstrap(
     `*_high` are the 95 % interval of the difference by itself; `*_p` is adjusted for all labels, or all groups (see
     `simultaneous_intervals`), and `*_significant` is p <= 0.05. Raises `ValueError` as `score_labels` does.
     """
-    weights = bootstrap_weights(len(targets), n_bootstrap, seed, clusters)
-    values_a, values_b = (score_labels(targets, s, labels, weights, seed) for s in (scores_a, scores_b))
-    levels = label_levels(labels, np.asarray(targets).sum(0))
-    a, b = (np.stack([macro_average(values[members]) for *_, members in levels]) for values in (values_a, values_b))
+    weights = metrics.bootstrap_weights(len(targets), n_bootstrap, seed, clusters)
+    values_a, values_b = (metrics.score_labels(targets, s, labels, weights, seed) for s in (scores_a, scores_b))
+    levels = metrics.label_levels(labels, np.asarray(targets).sum(0))
+    a, b = (np.stack([metrics.macro_average(x[members]) for *_, members in levels]) for x in (values_a, values_b))
     columns = {"level": [level for level, *_ in levels], "name": [name for _, name, _ in levels]}
     families = {}  # each macro average is a question of its own
     for i, (level, name, _) in enumerate(levels):
         families.setdefault((level, name if level == "macro" else ""), []).append(i)
-    for metric, of_a, of_b in zip(METRICS, a.swapaxes(0, 1), b.swapaxes(0, 1), strict=True):
+    for metric, of_a, of_b in zip(metrics.METRICS, a.swapaxes(0, 1), b.swapaxes(0, 1), strict=True):
         names, difference = np.array(columns["name"]), of_a - of_b
         tests = pl.concat([simultaneous_intervals(names[i].tolist(), difference[i]) for i in families.values()])
         columns |= {f"{metric}_a": of_a[:, 0], f"{metric}_b": of_b[:, 0]}

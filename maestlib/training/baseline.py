@@ -10,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..datasets.batches import Corpus
-from ..datasets.splits import sample_balanced
+from ..datasets.splits import balanced_weights, sample_balanced
 from ..stats.metrics import evaluate
 from ..stats.ridge import ridge_path
 
@@ -39,7 +39,7 @@ def mel_baseline(
     """
     scored, train, validation = scored or corpus, corpus.indices("train"), corpus.indices("validation")
     if len(train) > max_tracks:
-        train = train[sample_balanced(corpus.targets[train], max_tracks, seed=seed)]
+        train = train[sample_balanced(balanced_weights(corpus.targets[train]), max_tracks, seed=seed)]
     parts = (corpus, train), (corpus, validation), (scored, scored.indices("test"))
     features = [_band_statistics(*part) for part in parts]
     mean, deviation = features[0].mean(0), features[0].std(0)

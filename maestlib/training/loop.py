@@ -111,12 +111,6 @@ def _warn_on_oserror(trainer: Trainer):
         log.info(f"{trainer.run_dir}: nothing written at step {trainer.step:,} ({error}); make room, the run continues")
 
 
-def _save_best(trainer: Trainer, model: torch.nn.Module, weights: str, score: float):
-    notes = {"step": str(trainer.step), "weights": weights, "validation_map": str(score)}
-    with _warn_on_oserror(trainer):
-        save_checkpoint(model, trainer.run_dir / "best.safetensors", **notes)
-
-
 def _best_map(rows: list[dict]) -> float:  # 0 if there is none
     return max((row.get(f"{prefix}map") or 0 for row in rows for prefix in ("", "swa_")), default=0)
 
@@ -125,10 +119,8 @@ def _training_row(trainer: Trainer) -> dict:
     "The columns of `metrics.parquet` that describe the training since the last validation."
     last_step = trainer.history[-1]["step"] if trainer.history else 0
     clips = trainer.step * trainer.batches.batch_size
-    return {
-        "step": trainer.step,
-        "epoch": trainer.step / trainer.batches.steps_per_epoch,
-        "clips": clips,
+    progress = {"step": trainer.step, "epoch": trainer.step / trainer.batches.steps_per_epoch, "clips": clips}
+    return progress | {
         "elapsed_s": trainer.elapsed_s,
         "loss": float(pl.concat(trainer.step_log).filter(pl.col("step") >= last_step)["loss"].mean()),
         "learning_rate": trainer.step_log[-1]["learning_rate"][-1],
@@ -156,7 +148,10 @@ def _validate(trainer: Trainer, writer=None, on_batch=None) -> dict:  # the new 
         else:
             scores = _score_validation(trainer, model, on_batch)
             if trainer.rank == 0 and (scores[1] or 0) >= _best_map([*trainer.history, row]):
-                _save_best(trainer, model, prefix.rstrip("_") or "plain", scores[1])
+                notes = {"step": str(trainer.step), "weights": prefix.rstrip("_") or "plain"}
+                with _warn_on_oserror(trainer):
+                    path = trainer.run_dir / "best.safetensors"
+                    save_checkpoint(model, path, **notes, validation_map=str(scores[1]))
         row |= dict(zip(names, scores, strict=True))
     names = "roc_auc", "map", "swa_roc_auc", "swa_map", "clips_per_s"
     _write_scalars(writer, "validation", {name: row[name] for name in names}, trainer.step)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'SWA_START_EPOCH', 'SWA_EVERY', 'COSINE_WARMUP', 'TEACHER_THRESHOLD', 'mixup_lambda', 'mixup',
-           'specaugment_mask', 'specaugment', 'equalizer_curves', 'equalize', 'lr_factor', 'param_groups',
-           'whiten_patch_embed_', 'pseudo_labels']
+           'specaugment_mask', 'specaugment', 'equalizer_curves', 'lr_factor', 'param_groups', 'whiten_patch_embed_',
+           'pseudo_labels']
 
 # %% ../../nbs/training/recipe.ipynb #966e8941
 import numpy as np
@@ -71,18 +71,10 @@ def equalizer_curves(
     n_bands: int,  # of the mel
     strength: float,  # standard deviation of the gain, in units of a normalized mel; 0: no equalization
 ) -> torch.Tensor:  # (batch, bands) float32
-    "Draw a gain for each clip, and a tilt and two bends of half its strength over the bands."
+    "Draw for each clip what is added to every frame: a gain, and a tilt and two bends of half its strength."
     u = np.linspace(-1, 1, n_bands)
     shapes = np.stack([np.ones(n_bands), u / 2, np.cos(np.pi * u) / 2, np.sin(np.pi * u) / 2])
     return torch.from_numpy(strength * rng.normal(size=(batch_size, len(shapes))) @ shapes).float()
-
-
-def equalize(
-    mel: torch.Tensor,  # (batch, 96, frames), normalized
-    curves: torch.Tensor,  # (batch, 96) from `equalizer_curves`, on the same device
-) -> torch.Tensor:  # a new tensor of mel's shape
-    "Add a curve to every frame of each clip."
-    return mel + curves[:, :, None]
 
 # %% ../../nbs/training/recipe.ipynb #1de4d11f
 EPOCHS = 130  # length of the paper's runs; one epoch of the recipe is 1/130 of any run
@@ -138,13 +130,6 @@ def param_groups(
     return [{"params": params, "lr_scale": lr_scale} for lr_scale, params in groups.items()]
 
 # %% ../../nbs/training/recipe.ipynb #e197ca60
-def _sample_patches(mels, rng, patches_per_clip):  # → (clips * patches_per_clip, 256) float64
-    patches = mels.unfold(1, PATCH, STRIDE).unfold(2, PATCH, STRIDE)  # (clips, rows, columns, 16, 16)
-    clip = np.repeat(np.arange(len(mels)), patches_per_clip)
-    row, column = (rng.integers(n, size=len(clip)) for n in patches.shape[1:3])
-    return patches[clip, row, column].flatten(1).double()
-
-
 def whiten_patch_embed_(
     model: nn.Module,  # a MAEST with random weights; its patch projection is changed in place
     mels: torch.Tensor,  # (clips, 96, frames), normalized
@@ -155,7 +140,10 @@ def whiten_patch_embed_(
     "Initialize the patch projection by PCA whitening of these mels' patches, followed by a random rotation."
     projection = model.patch_embed["proj"]
     rng = named_rng(seed, "whiten")
-    patches = _sample_patches(mels, rng, patches_per_clip)
+    patches = mels.unfold(1, PATCH, STRIDE).unfold(2, PATCH, STRIDE)  # (clips, rows, columns, 16, 16)
+    clip = np.repeat(np.arange(len(mels)), patches_per_clip)
+    row, column = (rng.integers(n, size=len(clip)) for n in patches.shape[1:3])
+    patches = patches[clip, row, column].flatten(1).double()  # (clips * patches_per_clip, 256)
     mean = patches.mean(0)
     variance, components = torch.linalg.eigh(torch.cov(patches.T))  # ascending
     embed_dim = projection.out_channels

@@ -40,13 +40,6 @@ def label_frequencies(corpus: Corpus) -> torch.Tensor:  # (labels,) float32, 0.0
     return torch.from_numpy(frequencies).float().clamp(1e-3, 1 - 1e-3)
 
 
-def _init_effnet(config: TrainConfig, corpus: Corpus) -> EffNet:
-    model = EffNet(EffNetConfig(config.seconds, corpus.labels, corpus.mel), config.seed)
-    with torch.no_grad():
-        model.head.bias.copy_(label_frequencies(corpus).logit())
-    return model
-
-
 def _init_random_maest(config: TrainConfig, corpus: Corpus) -> MAEST:
     shape = dict(depth=config.depth, seconds=config.seconds, separate_heads=bool(config.teacher))
     of_corpus = dict(labels=corpus.labels, mel=corpus.mel, column_labels=corpus.column_labels)
@@ -56,12 +49,13 @@ def _init_random_maest(config: TrainConfig, corpus: Corpus) -> MAEST:
     return model
 
 
-def _init_head_(model: MAEST, corpus: Corpus):
-    "Start both heads at the labels' log-odds, with small weights."
-    with torch.no_grad():
-        for layer in (model.head[1], model.head_dist):
-            layer.bias.copy_(label_frequencies(corpus).logit())
-            layer.weight.mul_(0.1)
+@torch.no_grad()
+def _init_head_(model: MAEST | EffNet, corpus: Corpus):
+    "Start the heads at the labels' log-odds, those of a MAEST with small weights."
+    is_maest = isinstance(model, MAEST)
+    for layer in (model.head[1], model.head_dist) if is_maest else (model.head,):
+        layer.bias.copy_(label_frequencies(corpus).logit())
+        layer.weight.mul_(0.1 if is_maest else 1)
 
 # %% ../../nbs/training/trainer.ipynb #04ec6a72
 def _load_pretrained(config: TrainConfig, corpus: Corpus) -> tuple[MAEST, bool]:  # the model; whether its head is new
@@ -75,24 +69,21 @@ def _load_pretrained(config: TrainConfig, corpus: Corpus) -> tuple[MAEST, bool]:
     return keep_first_blocks(model_from_tensors(tensors, model_config), config.depth), True
 
 
-def _check_size(config: TrainConfig, model: MAEST):
-    size = next((name for name, (dim, _) in SIZES.items() if dim == model.config.embed_dim), "of another width")
-    if size != config.size:
-        raise ValueError(f"init={config.init}: it is {size}, not {config.size}; give size={size}")
-
-
 def create_model(
     config: TrainConfig,  # resolved
     corpus: Corpus,  # whose labels; with pretrained weights, `corpus.mel` is set to the checkpoint's
 ) -> torch.nn.Module:  # MAEST or EffNet, on the CPU
     "Create the model with its initial weights. Raises `ValueError` if a checkpoint has another size or mel front end."
+    head_is_new = True
     if config.model == "effnet-b0":
-        return _init_effnet(config, corpus)
-    if config.init == "random":
-        model, head_is_new = _init_random_maest(config, corpus), True
+        model = EffNet(EffNetConfig(config.seconds, corpus.labels, corpus.mel), config.seed)
+    elif config.init == "random":
+        model = _init_random_maest(config, corpus)
     else:
         model, head_is_new = _load_pretrained(config, corpus)
-        _check_size(config, model)
+        size = next((name for name, (dim, _) in SIZES.items() if dim == model.config.embed_dim), "of another width")
+        if size != config.size:
+            raise ValueError(f"init={config.init}: it is {size}, not {config.size}; give size={size}")
         corpus.mel = model.config.mel
         corpus.mel.check_compatible(corpus.store.config, f"init={config.init}, the dataset; init=random takes any")
     if head_is_new:
@@ -150,7 +141,7 @@ def augment(
     if config.mixup:
         mel, targets = recipe.mixup(mel, targets, randomness.lam[clips])
     if config.equalizer:
-        mel = recipe.equalize(mel, randomness.curves[clips])
+        mel = mel + randomness.curves[clips][:, :, None]
     if config.time_masks or config.frequency_masks:
         mel = recipe.specaugment(mel, randomness.time_mask[clips], randomness.frequency_mask[clips])
     return mel, targets

@@ -94,10 +94,7 @@ def attention_maps(
     mel: torch.Tensor,  # (n_mels, frames), normalized
     patchout: Patchout | None = None,  # a fixed pattern; None keeps all patches
 ) -> AttentionMaps:
-    """Compute the attention of every block in one forward pass.
-
-    Raises `ValueError` for a random patchout, whose pattern would not be known here, and where the model does.
-    """
+    "Compute the attention of every block in one pass. Raises `ValueError` as the model, and for random patchout."
     if patchout and (patchout.random_rows or patchout.random_columns):
         raise ValueError(f"patchout={patchout}: give a fixed pattern, keep_every and drop_rows")
     device = next(model.parameters()).device
@@ -113,17 +110,11 @@ def attention_maps(
     with capture_qk(model, summarize_block):
         last = model.config.depth - 1
         model.embed(mel[None].to(device), (last,), patchout)  # in `forward` the last block has only two queries
-    return AttentionMaps(
-        rows=rows.cpu().numpy(),
-        columns=columns.cpu().numpy(),
-        weights=np.stack(weights),
-        rollout=rollout(mean_attention)[:, :, 2:].unflatten(-1, grid).cpu().numpy(),
-    )
+    rolled = rollout(mean_attention)[:, :, 2:].unflatten(-1, grid).cpu().numpy()
+    return AttentionMaps(rows.cpu().numpy(), columns.cpu().numpy(), np.stack(weights), rolled)
 
 # %% ../../nbs/widgets/attention.ipynb #65cde13b
-def relative_to_uniform(
-    weights: np.ndarray,  # of any shape
-) -> np.ndarray:  # the same shape, float32, with mean 1
+def relative_to_uniform(weights: np.ndarray) -> np.ndarray:  # of any shape → the same shape, float32, with mean 1
     "Divide attention weights by their mean: 1 is uniform attention."
     return (weights / weights.mean()).astype(np.float32)
 

@@ -17,18 +17,10 @@ from ..datasets.batches import Corpus
 from ..models.maest import MAESTConfig
 from ..probing.embeddings import Embeddings
 from ..probing.layers import block_vectors, plot_map, track_titles
-from ..stats.layout import align_map, tsne_map
-from maestlib.widgets.controls import (
-    LatestOnlyWorker,
-    Message,
-    Player,
-    load_for_playback,
-    make_control,
-    panel,
-    row,
-    side_by_side,
-)
-from .figures import nearest_per_block, pca_maps, plot_neighbors
+from ..stats.layout import align_map, pca_map, tsne_map
+from . import controls as parts
+from .controls import Message, Player, make_control
+from .figures import nearest_per_block, plot_neighbors
 from .live_figure import LiveFigure
 from .theme import TEXT_COLOR, neutral_theme
 
@@ -81,44 +73,22 @@ class LayerControls:
         self.label = make_control(w.Dropdown, "color", "Labels shown as colors", "label", options=labels)
         tip = "PCA is fast and linear; t-SNE takes seconds and keeps neighbors together"
         self.method = make_control(w.ToggleButtons, "map", tip, "method", options=["PCA", "t-SNE"])
-        self.box = row(self.track, w.HBox([self.block, self.play]), self.tokens, self.label, self.method)
+        self.box = parts.row(self.track, w.HBox([self.block, self.play]), self.tokens, self.label, self.method)
 
 # %% ../../nbs/widgets/explore_layers.ipynb #76959537
-class BlockMaps:
-    "Compute and cache the maps of all blocks."
+class BlockMaps(parts.LayoutCache):
+    "Maps of blocks, each aligned with the block before, and a t-SNE with its PCA; spaces are (tokens, block)."
 
-    def __init__(
-        self,
-        embeddings: Embeddings,
-        on_ready: Callable[[], None],  # called when a t-SNE map is done
-        show_message: Callable[[str | Exception], None],  # called with the state of the t-SNE, or an error
-    ):
-        self.embeddings, self.on_ready, self.show_message = embeddings, on_ready, show_message
-        self.pca = {}  # tokens → (blocks, tracks, 2)
-        self.tsne = {}  # (tokens, block) → (tracks, 2)
-        self.worker = LatestOnlyWorker(self._run_tsne, show_message)
+    def __init__(self, embeddings: Embeddings, *callbacks):  # `on_ready`, `show_message`
+        super().__init__(self._map, *callbacks)
+        self.embeddings = embeddings
 
-    def coordinates(
-        self,
-        method: str,  # PCA or t-SNE
-        tokens: str,  # see `block_vectors`
-        block: int,  # counted from 0
-    ) -> np.ndarray | None:  # (tracks, 2); None: t-SNE is running, `on_ready` will be called
-        "Return the map of a block, or start computing it."
-        if tokens not in self.pca:
-            self.pca[tokens] = pca_maps(self.embeddings, tokens)
-        if method == "PCA":
-            return self.pca[tokens][block]
-        if (tokens, block) not in self.tsne:
-            self.worker(tokens, block)
-        return self.tsne.get((tokens, block))
-
-    def _run_tsne(self, tokens, block):
-        self.show_message(f"t-SNE of block {block} …")
-        pca = self.pca[tokens][block]
-        self.tsne[tokens, block] = align_map(tsne_map(block_vectors(self.embeddings, (block,), tokens), pca), pca)
-        self.show_message("")
-        self.on_ready()
+    def _map(self, method, space):
+        tokens, block = space
+        before = space if method == "t-SNE" else (tokens, block - 1)
+        reference = self.compute("PCA", before) if before[1] >= 0 else None
+        x = block_vectors(self.embeddings, (block,), tokens)
+        return align_map(pca_map(x)[0] if method == "PCA" else tsne_map(x, reference), reference)
 
 # %% ../../nbs/widgets/explore_layers.ipynb #86b36062
 class TrackMap:
@@ -197,8 +167,8 @@ class LayerExplorer:
         self.map = TrackMap(corpus, embeddings, self.choose)
         self.neighbors = NeighborView(corpus, embeddings, self.choose)
         self.controls = controls = LayerControls(corpus, embeddings.blocks, track)
-        figures = side_by_side(self.map.figure, self.neighbors.figure)
-        self.box = panel("layers", controls.box, self.player, self.message, figures)
+        figures = parts.side_by_side(self.map.figure, self.neighbors.figure)
+        self.box = parts.panel("layers", controls.box, self.player, self.message, figures)
         for control in (controls.block, controls.tokens, controls.label, controls.method):
             control.observe(lambda _: self.draw(), "value")
         controls.track.observe(lambda change: change.new != self.chosen and self.choose(change.new), "value")
@@ -207,7 +177,7 @@ class LayerExplorer:
     def choose(self, track: int):  # an index into the corpus
         "Choose a track and play it; if it cannot be loaded, show why and keep the previous one."
         try:
-            self.player.load(load_for_playback(self.corpus.table["path"][track])[0])
+            self.player.load(parts.load_for_playback(self.corpus.table["path"][track])[0])
         except (ValueError, OSError) as error:
             self.message.show(error)
             self.controls.track.value = self.chosen
@@ -219,8 +189,8 @@ class LayerExplorer:
     def draw(self):
         "Show the map of the chosen block, the neighbors, and a frame around the block."
         method, tokens, block = (getattr(self.controls, name).value for name in ("method", "tokens", "block"))
-        coordinates = self.maps.coordinates(method, tokens, block)
-        if coordinates is not None:
-            neighbors = self.neighbors.show(self.chosen, tokens, block)
-            self.map.recolor(self.controls.label.value)
-            self.map.move(coordinates, self.chosen, neighbors, f"{method} of block {block}")
+        (coordinates,) = self.maps.get(method, (tokens, block))
+        neighbors = self.neighbors.show(self.chosen, tokens, block)
+        self.map.recolor(self.controls.label.value)
+        shown = method if (tokens, block) in self.maps.done else "PCA"
+        self.map.move(coordinates, self.chosen, neighbors, f"{shown} of block {block}")

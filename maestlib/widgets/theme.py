@@ -27,9 +27,7 @@ TEXT_COLOR, GRID_COLOR = "#797979", "rgba(127,127,127,0.25)"
 FIGURE_WIDTH = 900  # pixels
 
 
-def neutral_theme(
-    figure: go.Figure,  # changed in place
-) -> go.Figure:  # the same figure
+def neutral_theme(figure: go.Figure) -> go.Figure:  # changed in place → the same figure
     "Give a figure a transparent background and medium-gray text, readable on a light and on a dark page."
     clear = "rgba(0,0,0,0)"
     axis = dict(gridcolor=GRID_COLOR, zeroline=False, linecolor=GRID_COLOR)
