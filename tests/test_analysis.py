@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 import torch
 
-from maestlib.audio import channels
+from maestlib.demo import channels
 from maestlib.collection.cli import main
 from maestlib.core.files import asset_path
 from maestlib.inference.embedding import tag

@@ -12,13 +12,23 @@ from collections.abc import Callable
 
 from fastcore.docments import docments
 
+# %% ../../nbs/core/docs.ipynb #ee4327d9
+def _docments(item: Callable) -> dict:  # name: its type, default and comment, `docment`
+    "Read a signature; in one of a single line, `# of the parameter → of what is returned`."
+    described = docments(item, full=True)
+    single = [name for name in described if name not in ("self", "cls", "return")]
+    comment = (described.get("return") or {}).get("docment") or ""
+    if len(single) == 1 and not described[single[0]]["docment"] and " → " in comment:
+        described[single[0]]["docment"], described["return"]["docment"] = comment.split(" → ", 1)
+    return described
+
 # %% ../../nbs/core/docs.ipynb #0a51bcc3
 def parameter_comments(
     item: Callable,  # a function or a class
 ) -> dict[str, str]:  # name: comment; those of a dataclass may stand in one that it inherits from
     "Read the comments of the parameters or fields that have one."
     parents = [parent for parent in getattr(item, "__mro__", ())[:0:-1] if dataclasses.is_dataclass(parent)]
-    described = {name: comment for part in (*parents, item) for name, comment in docments(part).items() if comment}
+    described = {name: p["docment"] for part in (*parents, item) for name, p in _docments(part).items() if p["docment"]}
     described.pop("return", None)
     return described
 
@@ -27,7 +37,7 @@ def parameter_section(
     function: Callable,  # a function or a class, with comments beside its parameters or fields
 ) -> str:  # "Parameters" and "Returns" in NumPy's format; empty where nothing is documented
     "Format the comments of a signature as a section of a docstring."
-    described = docments(function, full=True)
+    described = _docments(function)
     returned, comments = described.pop("return", None), parameter_comments(function)
     lines = []
     for name, parameter in described.items():

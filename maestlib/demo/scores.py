@@ -17,10 +17,10 @@ import polars as pl
 import torch
 from tqdm.auto import tqdm
 
-from ..audio import channels
 from ..audio.isolated import imap_isolated, time_limit
 from ..core.device import cpu_count
 from ..core.files import cache_path, file_lock, log, named_rng, write_parquet
+from . import channels
 from .sounds import BROKEN_PROGRAMS, SAMPLE_RATE, VOICES, find_font, play_font, play_voice
 from .synth import BAR_S, choose_chord
 from .textures import TEXTURES, Bar, sample_style
