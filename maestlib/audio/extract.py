@@ -24,7 +24,7 @@ import polars as pl
 import torch
 from tqdm.auto import tqdm
 
-from .isolated import imap_isolated
+from .isolated import imap_isolated, read_duration
 from .mel import MEL, MelConfig, audio_duration, load_audio, logmel, validate_mel
 from .store import INDEX_SCHEMA, TABLES, shard_path, table_checksums
 from ..core.chunks import ChunkClaims, discard_folder
@@ -81,11 +81,8 @@ def _mean_duration(table: pl.DataFrame) -> float:
     "Seconds per track: the mean of `duration_s` if the table has it, else of the headers of about 50 files."
     if "duration_s" in table.columns:
         return table["duration_s"].mean() or 0.0
-    durations = []
-    for path in table["path"].gather_every(len(table) // 50 + 1):
-        with contextlib.suppress(ValueError, OSError):
-            durations.append(audio_duration(path))
-    return float(np.mean(durations or 0))
+    durations = map(read_duration, map(resolve_path, table["path"].gather_every(len(table) // 50 + 1)))
+    return float(np.mean([d for d in durations if d is not None] or 0))
 
 # %% ../../nbs/audio/extract.ipynb #4336d7d4
 def _check_disk(store: Path, table: pl.DataFrame, seconds: float | None, config: MelConfig) -> None:

@@ -218,13 +218,13 @@ def watch_channels(
     warn: Callable[[str], None] = log.warning,
 ) -> Iterator[tuple[int, int, SampleReader]]:  # what `opener` yields
     "Open a file; warn when it is closed if the mean of its channels is at least 20 dB below them in what was read."
-    products = np.zeros((1, 1))
+    products, peak = np.zeros((1, 1)), 0.0
 
     def read_and_watch(start, count):
-        nonlocal products
+        nonlocal products, peak
         samples = read(start, count)
         some = samples[::7]  # tell as much
-        products = products + some.T @ some
+        products, peak = products + some.T @ some, max(peak, some.max(initial=0))
         return samples
 
     with opener(path) as (rate, length, read):
@@ -232,6 +232,8 @@ def watch_channels(
     if 0 < products.trace() and 100 * products.mean() <= products.trace() / len(products):
         hint = "load_audio(…, channel=0) reads one of them"
         warn(f"{path}: its channels cancel each other, and their mean is nearly silent; {hint}")
+    if peak > 16:  # as for `check_wave`
+        warn(f"{path}: samples up to {peak:,.0f}, where full scale is 1; divide them by 32768, and write it again")
 
 # %% ../../nbs/audio/mel.ipynb #21957691
 def load_audio(

@@ -10,6 +10,7 @@ import importlib
 import os
 import pkgutil
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,16 +78,22 @@ def _file_key(path: Path) -> str:
     return path_key(os.path.realpath(path))
 
 
+def _other_forms(folder: Path, name: str) -> Iterator[Path]:
+    "Files of a name that is composed in another way in Unicode, or has spaces around it."
+    forms = [name, *(unicodedata.normalize(form, text) for text in (name, name.strip()) for form in ("NFC", "NFD"))]
+    return (folder / form for form in forms if form and (folder / form).is_file())
+
+
 def _find_files(names: pl.Series, folder: Path, tags: str) -> tuple[list[str | None], list[str]]:
     "Return the file of each row, None where it is missing, and the audio without a row. Raises `ValueError`."
     audio = {_file_key(file): file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES}
     files, row_of = [], {}
     for row, name in enumerate(names):
-        texts = (name, name.strip()) if name else ()
-        forms = [folder / unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
-        paths = [audio.get(_file_key(folder / name)), folder / name, *forms] if name else []
-        files.append(next((str(path) for path in paths if path and path.is_file()), None))
-        if files[-1] and (first := row_of.setdefault(_file_key(files[-1]), row)) != row:
+        key = _file_key(folder / name) if name else None
+        file = audio.get(key) or next(_other_forms(folder, name or ""), None)
+        files.append(file and str(file))
+        key = key if key in audio else file and _file_key(file)
+        if file and (first := row_of.setdefault(key, row)) != row:
             raise ValueError(f"{folder / tags}: {names[first]!r} and {name!r} are the same file; keep one of the rows")
     return files, sorted(str(file.relative_to(folder)) for key, file in audio.items() if key not in row_of)
 
