@@ -95,10 +95,11 @@ def _flac_frames(data: bytes, like: bytes) -> Iterator[tuple[int, int]]:  # numb
             yield number, 192 if size == 1 else 576 << size - 2 if size < 6 else 256 << size - 8
 
 
-def _flac_header(file: BinaryIO) -> tuple[int, int, bytes]:  # samples, where the first frame begins, its header
+def _check_flac(file: BinaryIO, size: int) -> tuple[bool, bool]:
+    "Whether a flac file is one, and whether its last frame ends with the last sample that its header counts."
     at = _skip_id3(file) + 4
     file.seek(at + 17)
-    samples = int.from_bytes(file.read(5), "big") & (1 << 36) - 1
+    total = int.from_bytes(file.read(5), "big") & (1 << 36) - 1
     for _ in range(1000):  # blocks of metadata; the first bit of the last one is set
         file.seek(at)
         block = file.read(4)
@@ -106,13 +107,13 @@ def _flac_header(file: BinaryIO) -> tuple[int, int, bytes]:  # samples, where th
         if block[:1] >= b"\x80":
             break
     file.seek(at)
-    return samples, at, file.read(16).ljust(16, b"\0")
-
-
-def _flac_starts(file: BinaryIO, size: int) -> list[int]:
-    _, start, like = _flac_header(file)
-    in_order = _is_in_order(file, start, size, lambda data: (number for number, _ in _flac_frames(data, like)))
-    return [] if in_order else [0, *_find_all(file, b"fLaC\0\0\0\x22")[1:]]
+    first = file.read(16).ljust(16, b"\0")
+    file.seek(max(at, size - _PAGE))
+    frames, is_counted = [*_flac_frames(file.read(), first)], first[1] & 1 == 0  # else its first sample is the number
+    unit = next(_flac_frames(first, first), (0, 0))[1] if is_counted else 1
+    ends = {unit * number + samples for number, samples in frames} - {unit * number for number, _ in frames}
+    in_order = _is_in_order(file, at, size, lambda data: (number for number, _ in _flac_frames(data, first)))
+    return in_order, total in ends
 
 # %% ../../nbs/audio/lengths.ipynb #ca6a3144
 def find_sections(
@@ -125,7 +126,7 @@ def find_sections(
         if head[:4] == b"OggS" and size > 27:
             starts = [*_link_starts(file, size)]
         elif head[:4] == b"fLaC":
-            starts = _flac_starts(file, size)
+            starts = [] if _check_flac(file, size)[0] else [0, *_find_all(file, b"fLaC\0\0\0\x22")[1:]]
         elif head[:4] in (b"RIFF", b"FORM", b".snd") or head[4:8] == b"ftyp":
             starts = [*_file_starts(file, head)]
     return list(itertools.pairwise([*(starts or [0]), size]))
@@ -161,15 +162,6 @@ def check_mp3_count(
     return None if tag < 0 else has_both and checksum in map(_crc16, variants)
 
 # %% ../../nbs/audio/lengths.ipynb #3137dbb5
-def _check_flac_total(file: BinaryIO, size: int) -> bool:
-    total, start, like = _flac_header(file)
-    file.seek(max(start, size - _PAGE))
-    frames, first = [*_flac_frames(file.read(), like)], next(_flac_frames(like, like), (0, 0))
-    unit = first[1] if like[1] & 1 == 0 else 1  # frames are counted, or samples
-    ends = {unit * number + samples for number, samples in frames}
-    return total in ends - {unit * number for number, _ in frames}
-
-
 def _check_data_size(file: BinaryIO, start: int, stop: int) -> bool:
     "Whether the samples of a wav or aiff file end where its header says."
     file.seek(start)
@@ -177,21 +169,19 @@ def _check_data_size(file: BinaryIO, start: int, stop: int) -> bool:
     while at + 8 < stop:
         file.seek(at)
         name, length = file.read(4), int.from_bytes(file.read(4), order)
+        at += 8
         if name == b"ds64":  # of RF64: sizes that need 64 bits
             long_size = int.from_bytes(file.read(16)[8:], order)
         if name in (b"data", b"SSND"):
-            length = long_size if length == 0xFFFFFFFF else length
-            file.seek(at + 8 + length)
-            behind, rest = file.read(9), stop - at - 8 - length
-            chunks = (behind[i : i + 8] for i in (length % 2, 0))  # the padding may be missing
-            return not length or rest < 4096 or any(_is_chunk(chunk, rest, order) for chunk in chunks)
-        at += 8 + length + length % 2
+            at += long_size if length == 0xFFFFFFFF else length
+            file.seek(at)
+            behind, rest = file.read(9), stop - at
+            has_tag = behind.startswith((b"ID3", b"TAG", b"APETAGEX"))
+            heads = (behind[at % 2 :], behind)  # the byte of padding may be missing
+            has_chunk = any(re.match(b"[ -~]{4}", h) and int.from_bytes(h[4:8], order) <= rest for h in heads)
+            return not length or rest < 4096 or has_tag or has_chunk
+        at += length + length % 2
     return True
-
-
-def _is_chunk(head: bytes, rest: int, order: str) -> bool:
-    is_tag = head.startswith((b"ID3", b"TAG", b"APETAGEX"))
-    return is_tag or bool(re.match(b"[ -~]{4}", head)) and int.from_bytes(head[4:], order) <= rest
 
 # %% ../../nbs/audio/lengths.ipynb #2aa51b9d
 def check_length(
@@ -205,5 +195,5 @@ def check_length(
         start = _skip_id3(file, start)
         mark = file.read(4)
         if mark == b"fLaC":
-            return _check_flac_total(file, stop)
+            return _check_flac(file, stop)[1]
         return mark not in (b"RIFF", b"RF64", b"FORM") or _check_data_size(file, start, stop)

@@ -10,7 +10,6 @@ import importlib
 import os
 import pkgutil
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -78,22 +77,18 @@ def _file_key(path: Path) -> str:
     return path_key(os.path.realpath(path))
 
 
-def _other_forms(folder: Path, name: str) -> Iterator[Path]:
-    "Files of a name that is composed in another way in Unicode, or has spaces around it."
-    forms = [name, *(unicodedata.normalize(form, text) for text in (name, name.strip()) for form in ("NFC", "NFD"))]
-    return (folder / form for form in forms if form and (folder / form).is_file())
-
-
 def _find_files(names: pl.Series, folder: Path, tags: str) -> tuple[list[str | None], list[str]]:
     "Return the file of each row, None where it is missing, and the audio without a row. Raises `ValueError`."
     audio = {_file_key(file): file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES}
     files, row_of = [], {}
     for row, name in enumerate(names):
-        key = _file_key(folder / name) if name else None
-        file = audio.get(key) or next(_other_forms(folder, name or ""), None)
+        key = _file_key(folder / name) if name else ""
+        texts = (name, name.strip()) if name and key not in audio else ()
+        forms = [folder / unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
+        paths = [folder / name, *forms] if texts else []
+        file = audio.get(key) or next((path for path in paths if path.is_file()), None)
         files.append(file and str(file))
-        key = key if key in audio else file and _file_key(file)
-        if file and (first := row_of.setdefault(key, row)) != row:
+        if file and (first := row_of.setdefault(key if key in audio else _file_key(file), row)) != row:
             raise ValueError(f"{folder / tags}: {names[first]!r} and {name!r} are the same file; keep one of the rows")
     return files, sorted(str(file.relative_to(folder)) for key, file in audio.items() if key not in row_of)
 
