@@ -136,13 +136,6 @@ def _input_span(first: int, count: int, up: int, down: int) -> tuple[int, int, i
     last_period = math.ceil((first + count) / up) + margin
     return first_period * down, last_period * down, first - first_period * up
 
-# %% ../../nbs/audio/mel.ipynb #aa397c84
-def _output_span(total, offset_s, duration_s, center, sample_rate) -> tuple[int, int]:  # as for `read_span`
-    "The first sample and the number of samples wanted of a file of `total` samples at `sample_rate`; (first, 0): none."
-    count = total if duration_s is None else round(duration_s * sample_rate)
-    first = max(0, total - count) // 2 if center else round(offset_s * sample_rate)
-    return first, max(0, min(count, total - first))
-
 # %% ../../nbs/audio/mel.ipynb #74c0fb43
 _BLOCK = 1 << 20  # samples read at a time; eight channels at 192 kHz are 32 MB
 
@@ -199,7 +192,9 @@ def read_span(
     ratio = Fraction(sample_rate, rate).limit_denominator(1000)
     up, down = ratio.numerator, ratio.denominator
     total = math.ceil(length * up / down)
-    first, count = _output_span(total, offset_s, duration_s, center, sample_rate)
+    count = total if duration_s is None else round(duration_s * sample_rate)
+    first = max(0, total - count) // 2 if center else round(offset_s * sample_rate)
+    count = max(0, min(count, total - first))
     if count == 0 and first < total:
         raise ValueError(f"{path}: duration_s={duration_s} is less than one sample")
     start, stop, drop = _input_span(first, count, up, down)
