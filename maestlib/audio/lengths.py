@@ -7,6 +7,7 @@ __all__ = ['SEARCHED_BYTES', 'find_sections', 'check_mp3_count', 'check_length']
 
 # %% ../../nbs/audio/lengths.ipynb #55a4070d
 import itertools
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -57,12 +58,8 @@ def _is_in_order(file: BinaryIO, start: int, size: int, numbers: Callable[[bytes
 
 
 def _find_all(file: BinaryIO, mark: bytes) -> list[int]:  # its positions
-    found, end, data = [], 0, b""
-    file.seek(0)
-    while block := file.read(1 << 20):
-        data, end = data[1 - len(mark) :] + block, end + len(block)
-        found += [end - len(data) + match.start() for match in re.finditer(re.escape(mark), data)]
-    return found
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return [match.start() for match in re.finditer(re.escape(mark), data)]
 
 # %% ../../nbs/audio/lengths.ipynb #0b0b0001
 def _link_starts(file: BinaryIO, size: int) -> Iterator[int]:  # of Ogg

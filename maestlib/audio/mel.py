@@ -212,14 +212,14 @@ def watch_channels(
     opener: Callable = open_audio,  # or that of `DecoderProcesses`
     warn: Callable[[str], None] = log.warning,
 ) -> Iterator[tuple[int, int, SampleReader]]:  # what `opener` yields
-    "Open a file; warn when it is closed if the mean of its channels is at least 20 dB below them in what was read."
-    products, peak = np.zeros((1, 1)), 0.0
+    "Open a file; warn when it is closed if channels cancelled in what was read (20 dB), or samples were integers."
+    products, count = np.zeros((1, 1)), 0
 
-    def read_and_watch(start, count):
-        nonlocal products, peak
-        samples = read(start, count)
+    def read_and_watch(start, wanted):
+        nonlocal products, count
+        samples = read(start, wanted)
         some = samples[::7]  # tell as much
-        products, peak = products + some.T @ some, max(peak, some.max(initial=0))
+        products, count = products + some.T @ some, count + len(some)
         return samples
 
     with opener(path) as (rate, length, read):
@@ -227,8 +227,9 @@ def watch_channels(
     if 0 < products.trace() and 100 * products.mean() <= products.trace() / len(products):
         hint = "load_audio(…, channel=0) reads one of them"
         warn(f"{path}: its channels cancel each other, and their mean is nearly silent; {hint}")
-    if peak > 16:  # as for `check_wave`
-        warn(f"{path}: samples up to {peak:,.0f}, where full scale is 1; divide them by 32768, and write it again")
+    level = math.sqrt(products.max() / max(1, count))
+    if level > 16:  # as for `check_wave`
+        warn(f"{path}: samples of {level:,.0f} (RMS), where full scale is 1; divide them by 32768, and write it again")
 
 # %% ../../nbs/audio/mel.ipynb #21957691
 def load_audio(
@@ -242,7 +243,7 @@ def load_audio(
     """Decode and resample a part of a file, reading only that part. Equal to the same part of the whole file.
 
     Raises `FileNotFoundError`, or `ValueError` for a file that is not audio, empty, damaged or not finite, and for a
-    part outside of it. Logs a warning where the channels cancel each other.
+    part outside of it. Logs a warning where the channels cancel each other, or where samples are on another scale.
     """
     path = resolve_path(path)
     with (watch_channels if channel is None else open_audio)(path) as opened:
