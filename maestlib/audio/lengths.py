@@ -22,7 +22,7 @@ def _skip_id3(file: BinaryIO, start: int = 0) -> int:  # the byte behind a tag o
     file.seek(start)
     return start
 
-
+# %% ../../nbs/audio/lengths.ipynb #59b09cdb
 def _file_starts(file: BinaryIO, first: bytes) -> Iterator[int]:  # of RIFF (wav), FORM (aiff), au and mp4
     at, head, is_mp4, is_au = 0, first, first[4:8] == b"ftyp", first[:4] == b".snd"
     order = "little" if first[:4] == b"RIFF" else "big"
@@ -56,7 +56,7 @@ def _is_in_order(file: BinaryIO, start: int, size: int, numbers: Callable[[bytes
         found.append(next(numbers(file.read(_PAGE)), -1))
     return size > SEARCHED_BYTES and found[0] >= 0 and all(a < b for a, b in itertools.pairwise(found))
 
-
+# %% ../../nbs/audio/lengths.ipynb #f848f65e
 def _find_all(file: BinaryIO, mark: bytes) -> list[int]:  # its positions
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return [match.start() for match in re.finditer(re.escape(mark), data)]
@@ -91,7 +91,7 @@ def _flac_frames(data: bytes, like: bytes) -> Iterator[tuple[int, int]]:  # numb
         else:
             yield number, 192 if size == 1 else 576 << size - 2 if size < 6 else 256 << size - 8
 
-
+# %% ../../nbs/audio/lengths.ipynb #997d1f1b
 def _check_flac(file: BinaryIO, size: int) -> tuple[bool, bool]:
     "Whether a flac file is one, and whether its last frame ends with the last sample that its header counts."
     at = _skip_id3(file) + 4
