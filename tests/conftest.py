@@ -86,7 +86,7 @@ def crash_on(tmp_path, monkeypatch):
             f"        os.abort() if {part!r} in str(file) else super().__init__(file, *args, **options)\n"
             "soundfile.SoundFile = SoundFile\n"
         )
-        for module in ("inference.windows", "collection.scan", "collection.plan"):
+        for module in ("inference.windows", "collection.scan", "collection.plan", "audio.isolated"):
             monkeypatch.setattr(f"maestlib.{module}.decoder_processes", lambda: decoders)
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{RUNS.parents[1]}")
 

@@ -412,6 +412,13 @@ def test_every_name_of_a_file_is_the_same_file(tmp_path, capsys):
             registry.load_dataset(folder)
 
 
+def test_the_links_of_each_path_are_resolved_once(tmp_path, monkeypatch):
+    folder, calls, realpath = make_folder(tmp_path, ["path,labels", "a.wav,x", "b.wav,x"]), [], os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path, **options: calls.append(path) or realpath(path, **options))
+    registry.load_dataset(folder)
+    assert len(calls) == 3 + 2, "of each file in the folder, and of each row"
+
+
 def test_load_dataset_checks_names_and_fractions(tmp_path):
     with pytest.raises(ValueError, match="dataset=nowhere: give tunes, .*or a path"):
         registry.load_dataset("nowhere")

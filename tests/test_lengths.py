@@ -11,6 +11,8 @@ import torch
 from helpers import one_thread, tiny_model  # noqa: F401
 
 from maestlib.audio.decode import AUDIO_SUFFIXES, list_audio
+from maestlib.audio import lengths
+from maestlib.audio.lengths import check_length, find_sections
 from maestlib.audio.mel import MEL, audio_duration, load_audio
 from maestlib.collection.scan import scan
 from maestlib.inference.windows import stream_mel
@@ -67,9 +69,21 @@ def put(data: bytes, at: int, value: bytes) -> bytes:
     return data[:at] + value + data[at + len(value) :]
 
 
+def with_total(data: bytes, total: int) -> bytes:
+    "A flac file with another number of samples in its header."
+    return put(data, 21, bytes([data[21] & 0xF0]) + total.to_bytes(4, "big"))
+
+
+def with_old_sizes(data: bytes, mark: bytes, order: str) -> bytes:
+    "A wav or aiff file of 2 s as a recorder leaves it that was switched off: with the sizes after a second."
+    at = data.find(mark) + 4
+    size = int.from_bytes(data[at : at + 4], order)
+    return put(put(data, at, (size // 2).to_bytes(4, order)), 4, (at + size // 2).to_bytes(4, order))
+
+
 LOW, HIGH = 440, 1500  # Hz
 MP3, MP3_HIGH = mp3(tone(LOW)), mp3(tone(HIGH))
-WAV = write(tone(LOW), "WAV")
+WAV, RF64 = write(tone(LOW), "WAV"), write(tone(LOW), "RF64")
 FLAC = write(tone(LOW), "FLAC")
 FILES = {  # name: content, the tones in it
     "joined.mp3": (MP3 + MP3_HIGH + MP3, (LOW, HIGH, LOW)),
@@ -107,7 +121,14 @@ FILES = {  # name: content, the tones in it
     "size of 0.wav": (put(put(WAV, WAV.find(b"data") + 4, bytes(4)), 4, bytes(4)), (LOW,)),
     "largest size.wav": (put(put(WAV, WAV.find(b"data") + 4, b"\xff" * 4), 4, b"\xff" * 4), (LOW,)),
     "gsm.wav": (write(tone(LOW, rate=8000, channels=1), "WAV", 8000, "GSM610"), (LOW,)),
-    "no total.flac": (put(FLAC, 21, bytes([FLAC[21] & 0xF0, 0, 0, 0, 0])), (LOW,)),
+    "no total.flac": (with_total(FLAC, 0), (LOW,)),
+    "half the total.flac": (with_total(FLAC, 44100), (LOW,)),
+    "without the last frame's.flac": (with_total(FLAC, 88200 // 4096 * 4096), (LOW,)),
+    "ten times the total.flac": (with_total(FLAC, 882000), (LOW,)),
+    "tagged, half the total.flac": (b"ID3\4\0\0\0\0\1\0" + bytes(128) + with_total(FLAC, 44100), (LOW,)),
+    "old size.wav": (with_old_sizes(WAV, b"data", "little"), (LOW,)),
+    "old size of the samples.wav": (put(with_old_sizes(WAV, b"data", "little"), 4, WAV[4:8]), (LOW,)),
+    "old size.rf64": (put(RF64, RF64.find(b"ds64") + 16, (176400).to_bytes(8, "little")), (LOW,)),
 }
 
 
@@ -197,6 +218,31 @@ def test_the_whole_and_excerpts_lie_where_the_source_does(tmp_path, encoder, rat
             assert np.allclose(part, whole[round(offset * RATE) :][: len(part)], atol=1e-3)
 
 
+@pytest.mark.parametrize("behind", [b"LIST\x04\0\1\0INFO" + bytes(65536), b"ID3\4" + bytes(9999), bytes(999), b""])
+def test_what_is_no_sound_behind_the_samples_is_not_read(tmp_path, behind):
+    (tmp_path / "a.wav").write_bytes(WAV + behind)
+    assert len(load_audio(tmp_path / "a.wav")) == 2 * RATE
+    assert check_length(tmp_path / "a.wav")
+
+
+def test_a_size_that_cannot_be_ignored_is_named(tmp_path):
+    (tmp_path / "a.aiff").write_bytes(with_old_sizes(write(tone(LOW), "AIFF"), b"SSND", "big"))
+    with pytest.raises(ValueError, match="a.aiff: holds more samples than its header says"):
+        load_audio(tmp_path / "a.aiff")
+
+
+@pytest.mark.parametrize("seconds", [(14, 14), (14, 9), (1, 14)], ids=str)
+@pytest.mark.parametrize("container", ["FLAC", "OGG"])
+def test_long_files_that_were_joined_are_read_to_their_end(tmp_path, monkeypatch, container, seconds):
+    monkeypatch.setattr(lengths, "SEARCHED_BYTES", 1 << 16)  # else they would have to be longer
+    noise = 0.1 * np.random.default_rng(0).normal(size=(2, 14 * RATE)).astype(np.float32)
+    parts = [write(noise[:, : count * RATE], container, RATE) for count in seconds]
+    (tmp_path / "one").write_bytes(parts[-1])
+    (tmp_path / "joined").write_bytes(b"".join(parts))
+    assert len(load_audio(tmp_path / "joined")) == sum(seconds) * RATE
+    assert len(load_audio(tmp_path / "one")) == seconds[-1] * RATE and len(find_sections(tmp_path / "one")) == 1
+
+
 def test_an_mp3_that_was_cut_ends_where_it_ends(tmp_path):
     (tmp_path / "cut.mp3").write_bytes(MP3[: len(MP3) // 2])
     assert len(load_audio(tmp_path / "cut.mp3")) / RATE == pytest.approx(1, abs=0.1)
@@ -236,6 +282,12 @@ def test_channels_that_cancel_are_reported(tmp_path, caplog, gain, cancels):
     assert np.abs(load_audio(tmp_path / "a.wav", channel=0).numpy() - left).max() < 1e-3
     assert np.abs(load_audio(tmp_path / "a.wav", channel=1).numpy() - gain * left).max() < 1e-3
     assert not caplog.text
+
+
+def test_floats_on_the_scale_of_integers_are_reported_with_their_file(tmp_path, caplog):
+    (tmp_path / "a.wav").write_bytes(write(20_000 * tone(LOW), "WAV", subtype="FLOAT"))
+    load_audio(tmp_path / "a.wav")
+    assert re.search(r"a.wav: samples of 4,24. .* 32768", caplog.text)
 
 
 def test_channels_that_cancel_are_a_row_of_a_scan(tmp_path):

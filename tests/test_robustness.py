@@ -22,10 +22,11 @@ from helpers import PROJECT, TIMEOUT_S, audio_folder, one_thread, recording, tin
 from processes import start_python
 
 import maestlib as ml
+from maestlib.audio.extract import extract_mels
 from maestlib.audio.isolated import DecoderProcesses
 from maestlib.collection import scan as scan_module
 from maestlib.collection.cli import build_parser, main
-from maestlib.collection.files import hash_file, read_identity
+from maestlib.collection.files import hash_file, parse_path_list, read_identity
 from maestlib.collection.library import Library
 from maestlib.collection.playlist import write_playlist
 from maestlib.collection.scan import scan
@@ -116,7 +117,7 @@ def test_broken_files_with_names_that_are_not_utf8(music, model, tmp_path):
 
 
 def test_no_file_is_opened_in_the_main_process(music, model, tmp_path, monkeypatch):
-    "Not by the plan, by the timing of a dry run, by `embed` and `tag`, or by a search for a file outside."
+    "Not by the plan, the timing of a dry run, `embed` and `tag`, a search for a file outside, or an extraction."
     save_checkpoint(model, tmp_path / "m.safetensors")
     shutil.copy(music / "album 0/00.wav", tmp_path / "outside.wav")
 
@@ -131,6 +132,9 @@ def test_no_file_is_opened_in_the_main_process(music, model, tmp_path, monkeypat
     assert ml.embed(music, model, average=True).height == 3
     assert ml.tag(tmp_path / "outside.wav", model).height == 3
     assert nearest(tmp_path / "outside.wav", tmp_path / "library", k=1).height == 1
+    table = pl.DataFrame({"track_id": [1], "path": [str(tmp_path / "outside.wav")]})
+    options = dict(seconds=None, num_workers=0, load=lambda path, **_: torch.zeros(9999))
+    assert extract_mels(table, tmp_path / "store", **options).is_empty(), "its space was estimated"
 
 
 def test_a_decoder_that_crashes_at_the_header(music, model, tmp_path, crash_on):
@@ -146,6 +150,18 @@ def test_a_decoder_that_crashes_at_the_header(music, model, tmp_path, crash_on):
             function(path, model)
     save_checkpoint(model, tmp_path / "m.safetensors")
     assert main(["tag", path, "--model", str(tmp_path / "m.safetensors")]) == 2
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfea\0\n", b"\xfe\xff\0a\0"], ids=repr)
+def test_a_list_of_paths_that_was_cut_is_named(data):
+    with pytest.raises(ValueError, match="list.txt: its UTF-16 is not valid"):
+        parse_path_list(data, "list.txt")
+
+
+@pytest.mark.parametrize("flush_s", [-1, float("nan"), "60", None])
+def test_a_time_that_is_none_is_named(flush_s, music, model, tmp_path):
+    with pytest.raises(ValueError, match="flush_s="):
+        scan(music, tmp_path / "library", model, flush_s=flush_s)
 
 
 @pytest.mark.parametrize("suffix", ["wav", "ogg", "flac"])

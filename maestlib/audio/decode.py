@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 import soundfile
 
-from .lengths import check_mp3_count, find_sections
+from .lengths import check_length, check_mp3_count, find_sections
 
 # %% ../../nbs/audio/decode.ipynb #c3ab5132
 AUDIO_SUFFIXES = set(  # of the files that are read in folders
@@ -35,20 +35,21 @@ _VORBIS_TAIL_S = 12  # libsndfile seeks to a wrong sample of the last page, of u
 _GENERIC_INDEX = 0x100  # FFmpeg's flag of containers without a table of contents
 _BARE = ("mp3", "aac")  # frames and nothing else: a damaged one is left out, and `cat` joins files
 
-
+# %% ../../nbs/audio/decode.ipynb #6292f98c
 @contextlib.contextmanager
 def open_stream(
     path: str | Path,
     section: tuple[int, int] | None = None,  # start and stop (bytes) of a file in it, as `find_sections` has them
 ) -> Iterator[tuple]:
-    "Open the first audio stream with FFmpeg: container and stream. Raises `ValueError`."
+    "Open the first audio stream with FFmpeg: container and stream. Raises `ValueError` and `OSError`."
     import av  # here, because importing it is slow, and most files are read by libsndfile
 
-    url = str(path)
+    url, is_complete = str(path), check_length(path, *(section or ()))
     if section and section != (0, os.path.getsize(path)):
         url = f"subfile,,start,{section[0]},end,{section[1]},,:{path}"
     try:
         options = {"protocol_whitelist": "file,subfile"}  # a playlist must not use the network
+        options["ignore_length"] = str(int(not is_complete))  # of a wav file
         container = av.open(url, options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         hint = "is it audio, and complete?"
@@ -60,6 +61,8 @@ def open_stream(
             raise ValueError(f"{path}: FFmpeg has no decoder for its audio; convert it")
         if container.streams.audio[0].codec_context.codec_tag == "drms":
             raise ValueError(f"{path}: is copy-protected (DRM); only a copy without it can be read")
+        if container.format.name == "aiff" and not is_complete:
+            raise ValueError(f"{path}: holds more samples than its header says; mend the header, or convert it to wav")
         yield container, container.streams.audio[0]
 
 # %% ../../nbs/audio/decode.ipynb #b5932737
@@ -258,7 +261,8 @@ def _open_libsndfile(path: Path) -> _SoundfileReader | None:
         file = soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path)  # a name may be no UTF-8
     except soundfile.LibsndfileError:
         return None
-    is_known = check_mp3_count(path) if file.format == "MP3" else len(find_sections(path)) == 1
+    is_mp3 = file.format == "MP3"
+    is_known = check_mp3_count(path) if is_mp3 else len(find_sections(path)) == 1 and check_length(path)
     if is_known and file.seekable() and 0 < file.frames < 1 << 40:
         return _SoundfileReader(path, file)
     file.close()

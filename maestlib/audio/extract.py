@@ -24,7 +24,7 @@ import polars as pl
 import torch
 from tqdm.auto import tqdm
 
-from .isolated import imap_isolated
+from .isolated import imap_isolated, read_duration
 from .mel import MEL, MelConfig, audio_duration, load_audio, logmel, validate_mel
 from .store import INDEX_SCHEMA, TABLES, shard_path, table_checksums
 from ..core.chunks import ChunkClaims, discard_folder
@@ -76,21 +76,15 @@ def _place_chunks(plan: dict[str, Any], num_tracks: int) -> dict[str, tuple[int,
     starts = enumerate(range(first, num_tracks, size), plan["first_shard"])
     return {f"{shard:05}.parquet": (start, min(size, num_tracks - start)) for shard, start in starts}
 
-# %% ../../nbs/audio/extract.ipynb #e1673f0a
-def _mean_duration(table: pl.DataFrame) -> float:
-    "Seconds per track: the mean of `duration_s` if the table has it, else of the headers of about 50 files."
-    if "duration_s" in table.columns:
-        return table["duration_s"].mean() or 0.0
-    durations = []
-    for path in table["path"].gather_every(len(table) // 50 + 1):
-        with contextlib.suppress(ValueError, OSError):
-            durations.append(audio_duration(path))
-    return float(np.mean(durations or 0))
-
 # %% ../../nbs/audio/extract.ipynb #4336d7d4
 def _check_disk(store: Path, table: pl.DataFrame, seconds: float | None, config: MelConfig) -> None:
     "Raise `OSError` if the mels of the table do not fit on the disk of the store."
-    frames = config.num_frames(_mean_duration(table) if seconds is None else seconds)
+    if seconds is None and "duration_s" in table.columns:
+        seconds = table["duration_s"].mean() or 0.0
+    elif seconds is None:
+        durations = map(read_duration, map(resolve_path, table["path"].gather_every(len(table) // 50 + 1)))
+        seconds = float(np.mean([d for d in durations if d is not None] or 0))
+    frames = config.num_frames(seconds)
     needed, free = len(table) * frames * config.n_mels * 2, shutil.disk_usage(store).free
     if needed > free:
         sizes = f"need about {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free"
@@ -267,8 +261,12 @@ def _find_plan(store: Path, table: pl.DataFrame, meta: dict[str, Any], chunk_siz
             return plan
 
 # %% ../../nbs/audio/extract.ipynb #3169d90a
-def _check_table(table: pl.DataFrame) -> None:
-    "Raise `ValueError` for a table that `extract_mels` cannot use."
+def _check_arguments(table: pl.DataFrame, seconds: float | None, config: MelConfig, chunk_size: int | None) -> None:
+    "Raise `ValueError` for a table and for sizes that `extract_mels` cannot use."
+    if seconds is not None and seconds * config.sample_rate < config.n_fft:
+        raise ValueError(f"seconds={seconds}: less than a frame")
+    if chunk_size is not None and chunk_size < len(table) / 60_000:  # shards have numbers of 16 bits
+        raise ValueError(f"chunk_size={chunk_size}: give at least {len(table) // 60_000 + 1}, or None")
     if not {"track_id", "path"} <= set(table.columns):
         raise ValueError(f"table with {table.columns}: needs track_id and path")
     if not len(table):
@@ -279,14 +277,6 @@ def _check_table(table: pl.DataFrame) -> None:
     if not duplicates.is_empty():
         sample = ", ".join(map(str, duplicates.head(3)))
         raise ValueError(f"table: track_id {sample} more than once; ids must be unique")
-
-# %% ../../nbs/audio/extract.ipynb #fe258d1d
-def _check_sizes(table: pl.DataFrame, seconds: float | None, config: MelConfig, chunk_size: int | None) -> None:
-    "Raise `ValueError` for sizes that `extract_mels` cannot use."
-    if seconds is not None and seconds * config.sample_rate < config.n_fft:
-        raise ValueError(f"seconds={seconds}: less than a frame")
-    if chunk_size is not None and chunk_size < len(table) / 60_000:  # shards have numbers of 16 bits
-        raise ValueError(f"chunk_size={chunk_size}: give at least {len(table) // 60_000 + 1}, or None")
 
 # %% ../../nbs/audio/extract.ipynb #999b8793
 def _run_plan(
@@ -322,8 +312,7 @@ def extract_mels(
     or settings other than the store's, and `OSError` when the disk is full.
     """
     store = resolve_path(store)
-    _check_table(table)
-    _check_sizes(table, seconds, config, chunk_size)
+    _check_arguments(table, seconds, config, chunk_size)
     store.mkdir(parents=True, exist_ok=True)
     meta = {"seconds": seconds and float(seconds), "min_seconds": float(min_seconds)}
     meta |= {"fingerprint": config.fingerprint(), "config": config.to_dict()}

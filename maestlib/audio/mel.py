@@ -136,13 +136,6 @@ def _input_span(first: int, count: int, up: int, down: int) -> tuple[int, int, i
     last_period = math.ceil((first + count) / up) + margin
     return first_period * down, last_period * down, first - first_period * up
 
-# %% ../../nbs/audio/mel.ipynb #aa397c84
-def _output_span(total, offset_s, duration_s, center, sample_rate) -> tuple[int, int]:  # as for `read_span`
-    "The first sample and the number of samples wanted of a file of `total` samples at `sample_rate`; (first, 0): none."
-    count = total if duration_s is None else round(duration_s * sample_rate)
-    first = max(0, total - count) // 2 if center else round(offset_s * sample_rate)
-    return first, max(0, min(count, total - first))
-
 # %% ../../nbs/audio/mel.ipynb #74c0fb43
 _BLOCK = 1 << 20  # samples read at a time; eight channels at 192 kHz are 32 MB
 
@@ -199,7 +192,9 @@ def read_span(
     ratio = Fraction(sample_rate, rate).limit_denominator(1000)
     up, down = ratio.numerator, ratio.denominator
     total = math.ceil(length * up / down)
-    first, count = _output_span(total, offset_s, duration_s, center, sample_rate)
+    count = total if duration_s is None else round(duration_s * sample_rate)
+    first = max(0, total - count) // 2 if center else round(offset_s * sample_rate)
+    count = max(0, min(count, total - first))
     if count == 0 and first < total:
         raise ValueError(f"{path}: duration_s={duration_s} is less than one sample")
     start, stop, drop = _input_span(first, count, up, down)
@@ -217,14 +212,14 @@ def watch_channels(
     opener: Callable = open_audio,  # or that of `DecoderProcesses`
     warn: Callable[[str], None] = log.warning,
 ) -> Iterator[tuple[int, int, SampleReader]]:  # what `opener` yields
-    "Open a file; warn when it is closed if the mean of its channels is at least 20 dB below them in what was read."
-    products = np.zeros((1, 1))
+    "Open a file; warn when it is closed if channels cancelled in what was read (20 dB), or samples were integers."
+    products, count = np.zeros((1, 1)), 0
 
-    def read_and_watch(start, count):
-        nonlocal products
-        samples = read(start, count)
-        some = samples[::7]  # tell as much
-        products = products + some.T @ some
+    def read_and_watch(start, wanted):
+        nonlocal products, count
+        samples = read(start, wanted)
+        some = samples[::31]  # tell as much
+        products, count = products + some.T @ some, count + len(some)
         return samples
 
     with opener(path) as (rate, length, read):
@@ -232,6 +227,9 @@ def watch_channels(
     if 0 < products.trace() and 100 * products.mean() <= products.trace() / len(products):
         hint = "load_audio(…, channel=0) reads one of them"
         warn(f"{path}: its channels cancel each other, and their mean is nearly silent; {hint}")
+    level = math.sqrt(products.max() / max(1, count))
+    if level > 16:  # as for `check_wave`
+        warn(f"{path}: samples of {level:,.0f} (RMS), where full scale is 1; divide them by 32768, and write it again")
 
 # %% ../../nbs/audio/mel.ipynb #21957691
 def load_audio(
@@ -245,7 +243,7 @@ def load_audio(
     """Decode and resample a part of a file, reading only that part. Equal to the same part of the whole file.
 
     Raises `FileNotFoundError`, or `ValueError` for a file that is not audio, empty, damaged or not finite, and for a
-    part outside of it. Logs a warning where the channels cancel each other.
+    part outside of it. Logs a warning where the channels cancel each other, or where samples are on another scale.
     """
     path = resolve_path(path)
     with (watch_channels if channel is None else open_audio)(path) as opened:

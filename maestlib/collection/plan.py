@@ -11,7 +11,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ import polars as pl
 import torch
 
 from ..audio.decode import Listing
-from ..audio.isolated import decoder_processes
+from ..audio.isolated import decoder_processes, read_duration
 from .files import real_path
 from .library import LibrarySettings
 from ..core.device import worker_count
@@ -61,10 +60,8 @@ def estimate_seconds(
     suffixes = [os.path.splitext(path)[1].lower() for path in files["path"]]
     seconds, sizes = Counter(), Counter()
     for i in np.unique(np.linspace(0, len(files) - 1, min(count, len(files))).astype(int)):
-        try:
-            with decoder_processes().open_audio(Path(real_path(files["path"][int(i)]))) as (rate, length, _):
-                duration = length / rate
-        except (ValueError, OSError):  # the scan will report it
+        duration = read_duration(real_path(files["path"][int(i)]))
+        if duration is None:  # the scan will report it
             continue
         for key in (suffixes[i], ""):
             seconds[key] += duration

@@ -26,6 +26,7 @@ from ..audio.mel import watch_channels
 from .files import Identity, hash_file, read_identity, real_path
 from .library import Library, LibrarySettings, remove_songs, song_table
 from .plan import estimate_seconds, log_costs, plan_scan
+from ..core.checks import check_number
 from ..core.device import default_device
 from ..core.files import log, resolve_path
 from ..inference.embedding import count_vectors, make_embedder, resolve_blocks
@@ -327,7 +328,7 @@ def scan(
     `FileNotFoundError` for a path, `ValueError` for other settings than those of the library and while another scan
     of it is running, and `OSError` where it cannot be written.
     """
-    start = time.monotonic()
+    start, flush_s = time.monotonic(), check_number("flush_s", flush_s, 0)
     folders, listing = _list_folders(paths)
     with contextlib.ExitStack() as stack:
         if dry_run and not (resolve_path(out) / "library.json").exists():

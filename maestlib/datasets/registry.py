@@ -82,11 +82,13 @@ def _find_files(names: pl.Series, folder: Path, tags: str) -> tuple[list[str | N
     audio = {_file_key(file): file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES}
     files, row_of = [], {}
     for row, name in enumerate(names):
-        texts = (name, name.strip()) if name else ()
+        key = _file_key(folder / name) if name else ""
+        texts = (name, name.strip()) if name and key not in audio else ()
         forms = [folder / unicodedata.normalize(form, text) for text in texts for form in ("NFC", "NFD")]
-        paths = [audio.get(_file_key(folder / name)), folder / name, *forms] if name else []
-        files.append(next((str(path) for path in paths if path and path.is_file()), None))
-        if files[-1] and (first := row_of.setdefault(_file_key(files[-1]), row)) != row:
+        paths = [folder / name, *forms] if texts else []
+        file = audio.get(key) or next((path for path in paths if path.is_file()), None)
+        files.append(file and str(file))
+        if file and (first := row_of.setdefault(key if key in audio else _file_key(file), row)) != row:
             raise ValueError(f"{folder / tags}: {names[first]!r} and {name!r} are the same file; keep one of the rows")
     return files, sorted(str(file.relative_to(folder)) for key, file in audio.items() if key not in row_of)
 
