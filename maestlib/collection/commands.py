@@ -10,12 +10,12 @@ __all__ = ['DEFAULT_MODEL', 'AddOption', 'LIBRARY_COMMANDS', 'add_command', 'add
 # %% ../../nbs/collection/commands.ipynb #b8a0e003
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from .files import parse_path_list
 from ..core.text import split_label
 
 # %% ../../nbs/collection/commands.ipynb #b8a0e005
@@ -140,7 +140,7 @@ def _listed_paths(source: str | None) -> list[str]:
     if source is None:
         return []
     data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
-    return [os.fsdecode(path) for path in (data.split(b"\0") if b"\0" in data else data.splitlines()) if path]
+    return parse_path_list(data, "stdin" if source == "-" else source)
 
 
 def print_json(value) -> None:
