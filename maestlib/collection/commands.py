@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from .files import parse_path_list
 from ..core.text import split_label
 
 # %% ../../nbs/collection/commands.ipynb #b8a0e005
@@ -137,6 +136,8 @@ def add_library_commands(commands: argparse._SubParsersAction) -> None:
 # %% ../../nbs/collection/commands.ipynb #b8a0e008
 def _listed_paths(source: str | None) -> list[str]:
     "The paths in a file, or on stdin."
+    from maestlib.collection.files import parse_path_list
+
     if source is None:
         return []
     data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
