@@ -295,17 +295,6 @@ def test_search_in_float16_is_exact():
         assert np.allclose(full[rows] @ full[row], expected, atol=1e-6) and np.allclose(cosines, expected, atol=1e-5)
 
 
-def test_the_graph_finds_nearly_all(tmp_path):
-    pytest.importorskip("usearch")
-    vectors = clustered(3_000, 64, 1)
-    exact = VectorIndex(vectors.copy())
-    graph = VectorIndex(vectors.copy(), tmp_path / "a.usearch")
-    hits = [len({*exact.top(exact[i], 10)[0]} & {*graph.top(exact[i], 10)[0]}) for i in range(0, 3_000, 60)]
-    assert np.mean(hits) / 10 >= 0.98
-    stored = VectorIndex(vectors.copy(), tmp_path / "a.usearch")
-    assert np.array_equal(stored.top(exact[5], 10)[0], graph.top(exact[5], 10)[0])
-
-
 def test_a_song_from_outside_and_its_copy(music, undisturbed, tmp_path, monkeypatch, model):
     monkeypatch.setattr("maestlib.collection.scan.load_library_model", lambda library: model)
     index = SongIndex(undisturbed)
