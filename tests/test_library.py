@@ -271,12 +271,6 @@ def test_command_line(music, tmp_path, capsys, monkeypatch):
     assert stop.value.code == 0 and "maestlib" in capsys.readouterr().out
 
 
-def test_completion(capsys):
-    pytest.importorskip("shtab")
-    assert main(["completion", "bash"]) == 0
-    assert "--keep-every" in capsys.readouterr().out
-
-
 def clustered(n, dim, seed):
     "Vectors with a common component and a falling spectrum, as embeddings have."
     rng = np.random.default_rng(seed)
