@@ -47,13 +47,10 @@ def open_library(
     key = hashlib.sha256(key.encode()).hexdigest()[:8]
     name = paths[0].name if is_path else paths[0].parent.name
     out = resolve_path(runs_dir()) / "libraries" / f"{name}-{key}"
-    settings = {}
-    if not (out / "library.json").exists():
-        settings = dict(block=(loaded.config.middle_block, loaded.config.depth - 1), excerpt_s=excerpt_s)
+    settings = dict(block=(loaded.config.middle_block, loaded.config.depth - 1), excerpt_s=excerpt_s)
     with file_lock(out):  # another notebook may be scanning it
-        if (out / "library.json").exists():
-            settings = {}
-        scan(paths, out, None if not settings else model, **settings)
+        is_known = (out / "library.json").exists()
+        scan(paths, out, None if is_known else model, **({} if is_known else settings))
     log.info(f"library: {os.path.relpath(out, resolve_path('.'))}")
     return Library(out)
 

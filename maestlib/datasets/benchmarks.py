@@ -245,17 +245,16 @@ def read_lastfm_tags(
     path: str | Path,  # lastfm_tags.db: tables tids, tags and tid_tag (tid, tag, val)
     ids: list[str],  # of tracks
     tags: list[str],  # the tags that count, spelled as in the file
-    threshold: float = 50,  # a tag counts when its weight is above it, of 100
 ) -> dict[str, list[str]]:  # track_id: its tags, in the order of `tags`
-    "Read the Last.fm tags of MSD tracks. Raises `ValueError` for a track that the file lacks, or another kind of file."
+    "Read tags of a weight above 50. Raises `ValueError` for a track that the file lacks, or another kind of file."
     query = f"""
         SELECT tids.tid, tags.tag FROM tid_tag
         JOIN tags ON tid_tag.tag = tags.ROWID JOIN tids ON tid_tag.tid = tids.ROWID
-        WHERE tid_tag.val > ? AND tags.tag IN ({",".join("?" * len(tags))})"""
+        WHERE tid_tag.val > 50 AND tags.tag IN ({",".join("?" * len(tags))})"""
     try:
         db = sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True)
         known = {track for (track,) in db.execute("SELECT tid FROM tids")}
-        rows = db.execute(query, [threshold, *tags]).fetchall()
+        rows = db.execute(query, tags).fetchall()
         db.close()
     except sqlite3.Error as error:
         raise ValueError(f"{path}: no Last.fm tags ({error}); give the MSD's lastfm_tags.db") from error
