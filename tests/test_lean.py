@@ -12,7 +12,7 @@ LEAN |= {"fastcore"}
 BLOCKED = """
     timm torchvision huggingface_hub sklearn scipy joblib lxml PIL plotly jupyterlab ipykernel IPython ipywidgets
     anywidget traitlets papermill nbformat nbclient music21 symusic pretty_midi matplotlib pandas onnx onnxscript
-    onnxruntime tensorboard ray pyarrow mutagen usearch shtab
+    onnxruntime tensorboard ray pyarrow mutagen
 """.split()
 
 PREFIX = f"""

@@ -271,12 +271,6 @@ def test_command_line(music, tmp_path, capsys, monkeypatch):
     assert stop.value.code == 0 and "maestlib" in capsys.readouterr().out
 
 
-def test_completion(capsys):
-    pytest.importorskip("shtab")
-    assert main(["completion", "bash"]) == 0
-    assert "--keep-every" in capsys.readouterr().out
-
-
 def clustered(n, dim, seed):
     "Vectors with a common component and a falling spectrum, as embeddings have."
     rng = np.random.default_rng(seed)
@@ -293,17 +287,6 @@ def test_search_in_float16_is_exact():
         expected = np.sort(full @ full[row])[::-1][:10]
         rows, cosines = index.top(index[row], 10)
         assert np.allclose(full[rows] @ full[row], expected, atol=1e-6) and np.allclose(cosines, expected, atol=1e-5)
-
-
-def test_the_graph_finds_nearly_all(tmp_path):
-    pytest.importorskip("usearch")
-    vectors = clustered(3_000, 64, 1)
-    exact = VectorIndex(vectors.copy())
-    graph = VectorIndex(vectors.copy(), tmp_path / "a.usearch")
-    hits = [len({*exact.top(exact[i], 10)[0]} & {*graph.top(exact[i], 10)[0]}) for i in range(0, 3_000, 60)]
-    assert np.mean(hits) / 10 >= 0.98
-    stored = VectorIndex(vectors.copy(), tmp_path / "a.usearch")
-    assert np.array_equal(stored.top(exact[5], 10)[0], graph.top(exact[5], 10)[0])
 
 
 def test_a_song_from_outside_and_its_copy(music, undisturbed, tmp_path, monkeypatch, model):

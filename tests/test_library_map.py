@@ -47,7 +47,7 @@ def scanned(tmp_path_factory):
 
 def test_ten_thousand_songs_are_drawn_by_webgl_and_selected(tmp_path):
     explorer = LibraryExplorer(vectors_library(tmp_path, 10_000))
-    explorer.layouts.worker.pending = None
+    explorer.layouts.worker.latest.cancel()
     explorer.controls.method.value = "PCA"
     dots = explorer.maps[0].figure.data[0]
     assert dots.type == "scattergl" and len(dots.x) == 10_000 and np.isfinite(dots.x).all()

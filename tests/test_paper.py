@@ -27,8 +27,9 @@ from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.paper.experiments import RUNNERS, PaperReport, results_path, run_experiment
 from maestlib.paper.probes import embed_all, model_title
 from maestlib.paper.published import EXPERIMENTS
-from maestlib.paper.results import Report, append_results, make_manifest, make_results, plot_results, to_latex
+from maestlib.paper.results import KEY, Report, make_manifest, make_results, plot_results, to_latex
 from maestlib.paper.scales import PUBLIC_DATASETS, PaperConfig
+from maestlib.probing.study import append_rows
 
 pytest.importorskip("papermill")
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,7 +190,7 @@ def test_seven_datasets_beside_the_paper(results, public, monkeypatch):
 @pytest.mark.slow
 def test_grid_is_searched_on_validation(results, public, monkeypatch):
     grid = {"batch_size": (64,), "epochs": (2, 3), "dropout": (0.5,), "learning_rate": (1e-4, 1e-3)}
-    monkeypatch.setattr("maestlib.paper.probes.PAPER_GRID", grid)
+    monkeypatch.setattr("maestlib.probing.layers.PAPER_GRID", grid)
     paper = in_process(public, monkeypatch, grid=True, experiment="downstream", rivals="", out_dir=f"{public}/grid")
     paper.show("downstream")
     paper.check()
@@ -305,8 +306,8 @@ def test_a_dataset_with_two_counterparts_has_a_row_for_each():
 
 def test_both_counterparts_of_one_dataset_are_kept(tmp_path):
     results = make_results([score("5 s", name, "map", 0.4) for name in ("discogs20", "mtt")], make_manifest())
-    append_results(tmp_path / "results.parquet", results)
-    assert len(append_results(tmp_path / "results.parquet", results[1:])) == 2
+    append_rows(tmp_path / "results.parquet", results, KEY)
+    assert len(append_rows(tmp_path / "results.parquet", results[1:], KEY)) == 2
 
 
 def test_latex_names_the_dataset_of_the_papers_values():
@@ -379,6 +380,6 @@ def test_answers_of_earlier_parameters_are_not_counted(tmp_path):
     rows = [score("5 s", "mtt", "map", 0.4)]
     now, before = (make_results(rows, make_manifest(settings={"seed": seed})) for seed in (0, 1))
     for results in (before, now):
-        append_results(results_path(paper.config), results)
+        append_rows(results_path(paper.config), results, KEY)
     paper.reports["length"] = Report(now)
     assert paper.results().equals(now)

@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from . import commands as shell
-from ..core.extras import optional_import
 from ..core.files import log
 
 # %% ../../nbs/collection/cli.ipynb #d91b1ac8
@@ -81,8 +80,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("runs", nargs=2, metavar="RUN", help="run folders, tested on the same tracks; differences are the first's gain")
     add("--labels", action="store_true", help="also a row for each label")
     add("--json", action="store_true", help="print JSON")
-    add = shell.add_command(commands, "completion", "Print a script that completes commands and options in a shell.")
-    add("shell", choices=["bash", "zsh", "tcsh"])
     return parser
 
 # %% ../../nbs/collection/cli.ipynb #da46f732
@@ -128,14 +125,6 @@ def _run_compare(args: argparse.Namespace) -> int:
             gain = format_interval(*(row[f"{metric}_{part}"] for part in ("difference", "low", "high")), sign=True)
             rows[-1] |= {title: " - ".join(scores), f"{title}, difference": gain, f"{title}, p": row[f"{metric}_p"]}
     return _print_table(pl.DataFrame(rows, infer_schema_length=None))
-
-# %% ../../nbs/collection/cli.ipynb #eb335865
-def _run_completion(args: argparse.Namespace) -> int:
-    with optional_import("completion"):
-        import shtab
-
-    print(shtab.complete(build_parser(), args.shell))
-    return 0
 
 # %% ../../nbs/collection/cli.ipynb #612049c4
 def _run_tag(args: argparse.Namespace) -> int:
@@ -206,8 +195,7 @@ def main(
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows cannot take every letter of a path
             stream.reconfigure(encoding=None if stream.isatty() else "utf8", errors="replace")
     args = build_parser().parse_args(arguments)
-    commands = {"embed": _run_embed, "tag": _run_tag, "models": _run_models}
-    commands |= {"compare": _run_compare, "completion": _run_completion}
+    commands = {"embed": _run_embed, "tag": _run_tag, "models": _run_models, "compare": _run_compare}
     try:
         with _log_to_stderr(getattr(args, "quiet", False)):
             return (shell.LIBRARY_COMMANDS | commands)[args.command](args)

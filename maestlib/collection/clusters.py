@@ -24,15 +24,14 @@ def distinctive_tags(
     activations: np.ndarray,  # (songs, labels)
     groups: np.ndarray,  # (songs,) the number of a group, from 0
     labels: list[str] | tuple[str, ...],
-    top: int = 2,  # tags of a group at most
 ) -> list[list[str]]:  # of each group, without the genre of `Genre---Style`
-    "Name groups by the tags whose mean activation is farthest above that of all songs."
+    "Name groups by the two tags whose mean activation is farthest above that of all songs."
     activations = activations.astype(np.float32)
     deviation = activations.std(0) + 1e-6
     names = []
     for group in range(groups.max() + 1):
         excess = (activations[groups == group].mean(0) - activations.mean(0)) / deviation
-        best = np.argsort(-excess, kind="stable")[:top]
+        best = np.argsort(-excess, kind="stable")[:2]
         names.append([split_label(labels[i])[1] for i in best if excess[i] > 0])
     return names
 
@@ -40,7 +39,6 @@ def distinctive_tags(
 def cluster_songs(
     library: Library | SongIndex | str | Path,  # or its folder
     n: int = 12,  # clusters
-    seed: int = 0,
     out: str | Path | None = None,  # a folder for a playlist of each cluster
 ) -> pl.DataFrame:  # cluster (0 is the largest), name, cosine (to its center), path, artist, title, duration_s
     "Cluster the songs of a library by their vectors. Raises `ValueError` for `n` below 2 or above the number of songs."
@@ -50,7 +48,7 @@ def cluster_songs(
     if not 2 <= n <= len(index.songs):
         raise ValueError(f"n={n}: give a number of clusters from 2 to {len(index.songs):,}, the number of songs")
     vectors = index.vectors[:]
-    groups = MiniBatchKMeans(n, random_state=seed, n_init=3, batch_size=4096).fit_predict(vectors)
+    groups = MiniBatchKMeans(n, random_state=0, n_init=3, batch_size=4096).fit_predict(vectors)
     by_size = np.unique(groups, return_counts=True)
     groups = np.argsort(np.argsort(-by_size[1], kind="stable"))[np.searchsorted(by_size[0], groups)]
     centers = np.stack([vectors[groups == group].mean(0) for group in range(len(by_size[0]))])

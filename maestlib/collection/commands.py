@@ -101,7 +101,6 @@ def _add_search(commands) -> None:
         add("-k", type=int, default=k, help="how many songs")
         add("--per-artist", type=int, default=2 if name == "playlist" else None, help="songs of one artist at most")
         add("--block", type=int, help="whose embeddings are compared (default: the first of the library)")
-        add("--approximate", action="store_true", help="search a graph, for a million songs and more")
         add("--out", help="a file that ends in .m3u8, .json or .parquet")
         add("--json", action="store_true", help="print JSON")
 
@@ -184,7 +183,7 @@ def run_search(args: argparse.Namespace) -> int:  # the exit code
     from maestlib.collection.playlist import playlist, write_playlist
     from maestlib.collection.search import SongIndex
 
-    index = SongIndex(from_shell(args.library), args.block, args.approximate)
+    index = SongIndex(from_shell(args.library), args.block)
     songs, options = _songs_from_shell(args.songs), dict(tags=args.tags, k=args.k, per_artist=args.per_artist)
     options["without"] = _songs_from_shell(args.without)
     if args.command == "search":

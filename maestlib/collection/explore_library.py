@@ -364,7 +364,8 @@ def _connect(explorer: ExplorerFiles) -> None:
     c.most.on_click(lambda _: explorer.select_likeliest())
     c.playlist.on_click(lambda _: explorer.save_playlist())
     c.figure.on_click(lambda _: explorer.save_figure())
-    c.upload.on_file, c.copy.text = explorer.open, explorer.show_code
+    c.code.on_click(lambda _: explorer.show_code())
+    c.upload.on_file = explorer.open
 
 # %% ../../nbs/collection/explore_library.ipynb #c3a0e006
 class LibraryExplorer(ExplorerFiles):
@@ -382,7 +383,7 @@ class LibraryExplorer(ExplorerFiles):
         listed = w.VBox([c.songs, row(c.nearest), self.title, self.player])
         lower = w.HBox([listed, tags], layout=dict(flex_flow="row wrap"))
         above = row(c.color, c.find, c.method, c.beside), row(c.first, c.second, w.HBox([c.glide, c.play]))
-        saving = row(c.name, c.playlist, c.figure, c.copy, c.upload)
+        saving = row(c.name, c.playlist, c.figure, c.code, c.upload)
         self.box = panel("library", *above, self.status, self.figures, self.message, lower, saving, self.code)
         _connect(self)
         self.resize()

@@ -36,12 +36,10 @@ def place_songs(
     queries: np.ndarray,  # (m, dim) of unit length
     vectors: np.ndarray,  # (n, dim) of unit length: songs on the map
     layout: np.ndarray,  # (n, 2) of these
-    k: int = 5,  # neighbors
-    temperature: float = 0.05,  # how many cosines a neighbor may be farther and still count
 ) -> np.ndarray:  # (m, 2)
-    "Place songs on a map: each at the mean of its nearest neighbors, weighted by a softmax of the cosines."
-    rows, cosines = top_k(queries, [(np.arange(len(vectors)), vectors)], k)
-    weights = np.exp((cosines - cosines.max(1, keepdims=True)) / temperature)
+    "Place songs on a map: each at the mean of its five nearest neighbors, weighted by a softmax of the cosines."
+    rows, cosines = top_k(queries, [(np.arange(len(vectors)), vectors)], 5)
+    weights = np.exp((cosines - cosines.max(1, keepdims=True)) / 0.05)  # how far a neighbor still counts
     return np.einsum("mk,mkd->md", weights, layout[rows]) / weights.sum(1)[:, None]
 
 # %% ../../nbs/collection/library_map.ipynb #e65a3296

@@ -114,19 +114,19 @@ class MyTagProbe(NamedTuple):
         )
 
 # %% ../../nbs/collection/my_tags.ipynb #a206650f
-def _fit(x: np.ndarray, y: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
-    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=300).fit(x, y)
+def _fit(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+    model = LogisticRegression(C=10, class_weight="balanced", max_iter=300).fit(x, y)
     return model.coef_[0], model.intercept_[0]
 
 # %% ../../nbs/collection/my_tags.ipynb #eafaa973
-def _ranked_right(x, y, i, j, groups, strength) -> tuple[float, bool]:
+def _ranked_right(x, y, i, j, groups) -> tuple[float, bool]:
     "Whether a pair that was left out is ranked right, and whether other songs of its groups were left out, too."
     keep = np.ones(len(y), bool)
     keep[[i, j]] = False
     others = keep & ~np.isin(groups, [groups[i], groups[j]])
     is_grouped = len(np.unique(y[others])) == 2
     train = others if is_grouped else keep
-    weights, _ = _fit(x[train], y[train], strength)
+    weights, _ = _fit(x[train], y[train])
     difference = float((x[i] - x[j]) @ weights)
     return 0.5 * (1 + np.sign(difference)), is_grouped
 
@@ -135,9 +135,7 @@ def fit_my_tag(
     vectors: np.ndarray,  # (songs, dim)
     labels: np.ndarray,  # (songs,) 1: yes, 0: no, NaN: not labeled
     groups: Sequence[str | None] | None = None,  # (songs,) artists; None: unknown
-    seed: int = 0,  # of the pairs, where there are more than `max_pairs`
     max_pairs: int = 60,
-    strength: float = 10.0,  # of the fit, the inverse of the regularization
 ) -> MyTagProbe:
     "Fit a tag to a few labeled songs. Raises `ValueError` where there are fewer than two of a kind."
     known = np.flatnonzero(~np.isnan(labels))
@@ -152,11 +150,11 @@ def fit_my_tag(
     names = np.array([groups[i] or f"song {i}" for i in known])  # a song without an artist is a group of its own
     pairs = np.array([(i, j) for i in positives for j in negatives])
     if len(pairs) > max_pairs:
-        pairs = pairs[named_rng(seed, "pairs").choice(len(pairs), max_pairs, replace=False)]
-    outcomes = [_ranked_right(x[known], y, i, j, names, strength) for i, j in pairs]
+        pairs = pairs[named_rng(0, "pairs").choice(len(pairs), max_pairs, replace=False)]
+    outcomes = [_ranked_right(x[known], y, i, j, names) for i, j in pairs]
     roc_auc = float(np.mean([right for right, _ in outcomes]))
     is_grouped = all(groups[i] for i in known) and all(grouped for _, grouped in outcomes)
-    weights, bias = _fit(x[known], y, strength)
+    weights, bias = _fit(x[known], y)
     degrees = (1 / (1 + np.exp(-(x @ weights + bias)))).astype(np.float32)
     counts = len(positives), len(negatives)
     return MyTagProbe(degrees, *counts, roc_auc, *auc_interval(roc_auc, *counts), len(pairs), is_grouped)

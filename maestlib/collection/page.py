@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['RUNTIME', 'RUNTIME_VERSION', 'PageMAEST', 'store_as_float16', 'sweep', 'export_page_model', 'page_config',
-           'fetch_runtime', 'unpack_runtime', 'export_page', 'main']
+           'fetch_runtime', 'unpack_runtime', 'export_page']
 
 # %% ../../nbs/collection/page.ipynb #4ea60003
-import argparse
 import base64
 import hashlib
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -231,24 +228,3 @@ def export_page(
         with atomic_write(out / source.relative_to(sources)) as temporary:
             shutil.copyfile(source, temporary)
     return out / "index.html"
-
-# %% ../../nbs/collection/page.ipynb #4ea60052
-def main(arguments: Sequence[str] | None = None) -> int:  # None: those of the command line → exit code
-    "Write the page from the command line."
-    parser = argparse.ArgumentParser(
-        "python -m maestlib.collection.page", description=export_page.__doc__.split("\n")[0]
-    )
-    parser.add_argument("out", help="folder to write to")
-    parser.add_argument("--model", help="a file, a run folder or a released name; default: the bundled model")
-    options = parser.parse_args(arguments)
-    try:
-        page = export_page(options.out, options.model)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"{page}\nserve it: python -m http.server -d {page.parent}")
-    return 0
-
-
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
-    sys.exit(main())

@@ -13,6 +13,7 @@ import sqlite3
 import zlib
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -141,56 +142,28 @@ def _read_annotations(path: Path) -> pl.DataFrame:  # clip_id, path, labels
     return table.select("clip_id", path="mp3_path", labels=tags)
 
 # %% ../../nbs/datasets/benchmarks.ipynb #f3c628c8
-def _read_ground_truth(path: Path) -> pl.DataFrame:  # path, labels, file_split
+def _read_ground_truth(path: Path) -> pl.DataFrame:  # path, labels
     table = read_table(path)
     if table.columns != ["split", "path", "tags"]:
         raise ValueError(f"{path}: columns are not split, path, tags")
     tags = pl.col("tags").fill_null("").str.split(",").list.eval(pl.element().filter(pl.element() != ""))
-    return table.select("path", labels=tags, file_split="split")
+    return table.select("path", labels=tags)
 
 # %% ../../nbs/datasets/benchmarks.ipynb #5d1d4009
-def _split_by_folder(table: pl.DataFrame, source: Path) -> pl.DataFrame:
+def _split_by_folder(table: pl.DataFrame) -> pl.DataFrame:
     "Add track_id, artist and the split 12-1-3, all from the path."
     folder = pl.col("path").str.head(1).str.to_integer(base=16)
     is_train, is_validation = folder < 12, folder == 12
     split = pl.when(is_train).then(pl.lit("train")).when(is_validation).then(pl.lit("validation"))
-    table = table.with_columns(
+    return table.with_columns(
         track_id=pl.col("path").str.slice(2).str.strip_suffix(".mp3"),
         artist=pl.col("path").str.extract("/(.+?)-"),
         split=split.otherwise(pl.lit("test")),
     )
-    if "file_split" not in table.columns:
-        return table
-    wrong = table.filter(pl.col("file_split") != pl.col("split"))["path"]
-    if len(wrong):
-        raise ValueError(f"{source}: {wrong.first()} is not in the split of its folder; use the file as published")
-    return table.drop("file_split")
-
-# %% ../../nbs/datasets/benchmarks.ipynb #658c07f3
-def _read_clip_lists(folder: Path) -> pl.DataFrame:  # path, split
-    "Read the lists of Won et al.: train.npy, valid.npy, test.npy."
-    rows = []
-    for split, name in zip(SPLITS, ("train.npy", "valid.npy", "test.npy"), strict=True):
-        if not (folder / name).is_file():
-            raise ValueError(f"clips={folder}: no {name} in it; give all, tagged or such a folder")
-        rows += [(str(entry).split("\t")[-1], split) for entry in _read_array(folder / name)]
-    return pl.DataFrame(rows, ["path", "split"], orient="row")
-
-# %% ../../nbs/datasets/benchmarks.ipynb #aea86e9b
-def _select_clips(table: pl.DataFrame, clips: str | Path, source: Path) -> pl.DataFrame:
-    if clips == "all":
-        return table
-    if clips == "tagged":
-        return table.filter(pl.col("labels").list.len() > 0)
-    listed = _read_clip_lists(resolve_path(clips))
-    unknown = listed.join(table, on="path", how="anti")["path"]
-    if len(unknown):
-        raise ValueError(f"clips={clips}: unknown track {unknown.first()!r} ({len(unknown)} such), not in {source}")
-    return listed.join(table.drop("split"), on="path", how="left", maintain_order="left")
 
 # %% ../../nbs/datasets/benchmarks.ipynb #45efcc10
 def load_magnatagatune(
-    clips: str | Path = "all",  # all (25,860), tagged (21,108), or a folder with train.npy, valid.npy, test.npy
+    clips: Literal["all", "tagged"] = "all",  # all (25,860), or those with a tag (21,108)
     splits: str | Path | None = None,  # folder of annotations_final.csv or groundtruth_12-1-3.tsv; None: see above
     audio: str | Path | None = None,  # folder with 0/….mp3; None: paths stay relative, audio is not looked for
     drop_empty: bool = False,  # remove labels that a split has no positive of
@@ -198,8 +171,10 @@ def load_magnatagatune(
     """Load MagnaTagATune (Law et al., 2009), split 12-1-3, with its fifty most frequent tags.
 
     Raises `FileNotFoundError` for a missing file or folder, and `ValueError` for a file that differs from the
-    published format, a clip that is not in it, or a label without a positive in a split.
+    published format, other `clips`, or a label without a positive in a split.
     """
+    if clips not in ("all", "tagged"):
+        raise ValueError(f"clips={clips}: give all or tagged")
     folder = _split_folder(splits, "mtt")
     path = _find_file(folder, "annotations_final.csv", "groundtruth_12-1-3.tsv")
     if path is None:
@@ -207,7 +182,9 @@ def load_magnatagatune(
     read = _read_annotations if path.name.startswith("annotations") else _read_ground_truth
     table = read(path)
     _check_ids(table["path"].to_list(), r"[0-9a-f]/.+\.mp3", str(path))
-    table = _select_clips(_split_by_folder(table, path), clips, path)
+    table = _split_by_folder(table)
+    if clips == "tagged":
+        table = table.filter(pl.col("labels").list.len() > 0)
     return _finish_table(table, "mtt", audio, drop_empty, str(path))
 
 # %% ../../nbs/datasets/benchmarks.ipynb #20db482c
@@ -268,17 +245,16 @@ def read_lastfm_tags(
     path: str | Path,  # lastfm_tags.db: tables tids, tags and tid_tag (tid, tag, val)
     ids: list[str],  # of tracks
     tags: list[str],  # the tags that count, spelled as in the file
-    threshold: float = 50,  # a tag counts when its weight is above it, of 100
 ) -> dict[str, list[str]]:  # track_id: its tags, in the order of `tags`
-    "Read the Last.fm tags of MSD tracks. Raises `ValueError` for a track that the file lacks, or another kind of file."
+    "Read tags of a weight above 50. Raises `ValueError` for a track that the file lacks, or another kind of file."
     query = f"""
         SELECT tids.tid, tags.tag FROM tid_tag
         JOIN tags ON tid_tag.tag = tags.ROWID JOIN tids ON tid_tag.tid = tids.ROWID
-        WHERE tid_tag.val > ? AND tags.tag IN ({",".join("?" * len(tags))})"""
+        WHERE tid_tag.val > 50 AND tags.tag IN ({",".join("?" * len(tags))})"""
     try:
         db = sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True)
         known = {track for (track,) in db.execute("SELECT tid FROM tids")}
-        rows = db.execute(query, [threshold, *tags]).fetchall()
+        rows = db.execute(query, tags).fetchall()
         db.close()
     except sqlite3.Error as error:
         raise ValueError(f"{path}: no Last.fm tags ({error}); give the MSD's lastfm_tags.db") from error

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACEHOLDER_ARTIST_NAMES', 'drop_placeholder_artists', 'artist_components', 'artist_split', 'split_fingerprint',
-           'check_split', 'balanced_weights', 'sample_balanced']
+           'balanced_weights', 'sample_balanced']
 
 # %% ../../nbs/datasets/splits.ipynb #48da7906
 import hashlib
@@ -132,28 +132,6 @@ def split_fingerprint(tracks: pl.DataFrame) -> str:  # track_id, split → 16 he
     "Hash a split, independently of the order of its rows: SHA-256 of the sorted lines `track_id<tab>split`."
     lines = tracks.select(pl.format("{}\t{}\n", "track_id", "split").sort()).to_series()
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
-
-# %% ../../nbs/datasets/splits.ipynb #5d1d000a
-def check_split(
-    tracks: pl.DataFrame,  # track_id, labels, split; artists (list) or artist; optionally work
-) -> pl.DataFrame:  # split, tracks, labels, components, largest_component, artists
-    "Check that no artist is in two splits, and count. Raises `ValueError` that names one."
-    keys = _group_keys(tracks).join(tracks.lazy().with_row_index("row").select("row", "split"), on="row").collect()
-    leaks = keys.group_by("key").agg(pl.col("split").n_unique()).filter(pl.col("split") > 1)
-    if not leaks.is_empty():
-        example = leaks["key"].first()
-        raise ValueError(f"{leaks.height} artists are in two splits, such as {example!r}; use artist_split()")
-    artists = keys.filter(~pl.col("key").str.starts_with("\n"))
-    artists = artists.group_by("split").agg(artists=pl.col("key").n_unique())
-    table = tracks.select("split", "labels", component=artist_components(tracks))
-    counts = table.group_by("split").agg(
-        tracks=pl.len(),
-        labels=pl.col("labels").explode().n_unique(),
-        components=pl.col("component").n_unique(),
-        largest_component=pl.col("component").unique_counts().max(),
-    )
-    log.info(f"no artist is in two splits; fingerprint {split_fingerprint(tracks)}")
-    return counts.join(artists, on="split", how="left").sort("tracks", descending=True)
 
 # %% ../../nbs/datasets/splits.ipynb #59dded85
 def balanced_weights(

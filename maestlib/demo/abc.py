@@ -290,15 +290,14 @@ def _beat_pitches(bars: list, beats: tuple[float, ...]) -> list[int | None]:
 def melodic_skeletons(
     bars: list,  # from `parse_melody`
     metre: str,  # from `parse_metre`
-    window: int = 3,  # bars
 ) -> set[tuple[int, ...]]:  # beats per bar, then semitones above the first pitch at every beat of the window
-    """Describe a tune by the intervals on its beats, for every run of `window` bars; the key makes no difference.
+    """Describe a tune by the intervals on its beats, for every run of three bars; the key makes no difference.
 
     Windows with a rest on a beat, or with fewer than four different pitches (a drum call), are skipped.
     """
     beats = _BEATS.get(metre, (0, 1 / 4, 1 / 2, 3 / 4))
     pitches = _beat_pitches(bars, beats)
-    skeletons, size = set(), len(beats) * window
+    skeletons, size = set(), 3 * len(beats)
     for first in range(0, len(pitches) - size + 1, len(beats)):
         part = pitches[first : first + size]
         if None not in part and len(set(part)) >= 4:

@@ -232,15 +232,13 @@ def arrange(
 ) -> dict[str, list[tuple[float, float, int, int]]]:  # layer: notes (start in s, duration in s, MIDI pitch, velocity)
     """Write the notes of every layer, from 0 to a little over `CLIP_S` seconds.
 
-    The layers are lead, second, drone, bass, chords and drums, according to the plan. Raises `ValueError` if a thousand
-    bars do not fill the clip.
+    The layers are lead, second, drone, bass, chords and drums, according to the plan.
     """
-    writer = _LayerWriter(plan)
-    for count in range(999):
+    writer, count = _LayerWriter(plan), 0
+    while writer.time <= writer.end:
         _arrange_bar(writer, count)
-        if writer.time > writer.end:
-            return dict(writer.layers)
-    raise ValueError(f"clip {plan['clip']}: bars of {plan['bar_s']} s do not fill {CLIP_S} s")
+        count += 1
+    return dict(writer.layers)
 
 # %% ../../nbs/demo/synth.ipynb #056afcfd
 def _filter_response(n_fft: int, rng: np.random.Generator) -> np.ndarray:  # gain of each bin of `np.fft.rfft`

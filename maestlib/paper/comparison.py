@@ -38,18 +38,17 @@ def compare_settings(
     clusters: np.ndarray | None = None,  # (tracks,) the artist of each; None: tracks by themselves
     pairs: list[tuple[str, str]] | None = None,  # comparisons that were named beforehand; None: all pairs
     n_bootstrap: int = 10_000,
-    seed: int = 0,
 ) -> list[dict]:  # setting, reference (None: a score), metric, value, low, high, runs, unit
     """Score settings on one test set, and compare pairs of them.
 
     Scores have 95 % intervals of their own, differences have simultaneous ones over all pairs of a metric (see
     `simultaneous_intervals`). Several runs are resampled with the artists. Raises `ValueError` as `score_labels` does.
     """
-    weights = metrics.bootstrap_weights(len(targets), n_bootstrap, seed, clusters)
+    weights = metrics.bootstrap_weights(len(targets), n_bootstrap, clusters=clusters)
     levels = [level for level in metrics.label_levels(labels, targets.sum(0)) if level[0] == "macro"]
     rows, macro = [], {}
     for name, values in scores.items():
-        by_label = metrics.score_labels(targets, values, labels, weights, seed)
+        by_label = metrics.score_labels(targets, values, labels, weights)
         common = {"setting": name, "reference": None, "runs": len(values) if np.ndim(values) == 3 else 1}
         for _, level, members in levels:
             average = metrics.macro_average(by_label[members])

@@ -18,9 +18,10 @@ from .curation import run_curation
 from .fig3 import run_fig3
 from .probes import run_downstream, run_fig2
 from .published import EXPERIMENTS
-from .results import KEY, Report, append_results
+from .results import KEY, Report
 from .runs import run_init, run_length, run_teacher
 from .scales import PaperConfig
+from ..probing.study import append_rows
 
 # %% ../../nbs/paper/experiments.ipynb #1e608c41
 def show_report(report: Report) -> None:
@@ -64,7 +65,7 @@ def run_experiment(name: str, config: PaperConfig) -> Report:
     "Run one of `RUNNERS` and add its results to the file. Raises what it raises; nothing that is done is lost."
     start = time.perf_counter()
     report = RUNNERS[name](config)
-    append_results(results_path(config), report.results)
+    append_rows(results_path(config), report.results, KEY)
     write_report(report, results_path(config).with_name(f"{name}.md"), EXPERIMENTS[name])
     elapsed = time.perf_counter() - start
     log.info(f"{name}: {len(report.results)} results in {elapsed:.0f} s, in {config.out_dir}/{name}.md")

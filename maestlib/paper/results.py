@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSIONED', 'KEY', 'RESULTS_SCHEMA', 'data_fingerprints', 'make_manifest', 'paper_setting', 'make_results',
-           'append_results', 'to_latex', 'plot_results', 'Report', 'join_reports']
+           'to_latex', 'plot_results', 'Report', 'join_reports']
 
 # %% ../../nbs/paper/results.ipynb #5a327eb4
 import importlib.metadata
@@ -13,14 +13,13 @@ import platform
 import subprocess
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import polars as pl
 import torch
 
 from ..core.device import default_device, device_name
 from ..core.extras import optional_import
-from ..core.files import file_lock, project_root, resolve_path, write_parquet
+from ..core.files import project_root
 from ..core.plotting import PALETTE, interval_bars, style_figure
 from ..datasets.batches import Corpus
 from ..datasets.splits import split_fingerprint
@@ -102,24 +101,6 @@ def make_results(
     joined = table.join(paper, on=_PAPER_KEY, how="left", nulls_equal=True, maintain_order="left")
     only_scores = pl.when(pl.col("reference").is_null()).then(pl.col("published"))
     return joined.with_columns(setting=pl.col("shown"), published=only_scores).select(*RESULTS_SCHEMA)
-
-# %% ../../nbs/paper/results.ipynb #791122a8
-def append_results(
-    path: str | Path,  # a parquet file of results; need not exist
-    results: pl.DataFrame,  # of `make_results`
-) -> pl.DataFrame:  # all that the file holds now
-    "Add results to a file, in place of older answers to the same questions. Raises `ValueError` for another file."
-    path = resolve_path(path)
-    with file_lock(path):
-        if path.exists():
-            known = pl.read_parquet(path)
-            if known.schema != results.schema:
-                columns = ", ".join(known.columns)
-                raise ValueError(f"{path}: not a table of results (columns {columns}); give another out")
-            kept = known.join(results, on=KEY, how="anti", nulls_equal=True)
-            results = pl.concat([kept, results])
-        write_parquet(path, results)
-    return results
 
 # %% ../../nbs/paper/results.ipynb #fc8e746c
 def _latex_text(text: str) -> str:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..datasets.table import SPLITS
 from .probe import ProbeResult
 from ..stats.metrics import roc_auc
-from ..stats.ridge import choose_ridge
+from ..stats.ridge import STRENGTHS, ridge_path
 
 # %% ../../nbs/probing/references.ipynb #89b9e3b9
 def ridge_probe(
@@ -23,10 +23,11 @@ def ridge_probe(
 ) -> ProbeResult:  # its `epoch` is the exponent of the chosen strength, 10**epoch
     "Fit ridge regression with strengths 1 to 1e5; the best by validation ROC-AUC."
     train, validation, test = (splits[name] for name in SPLITS)
-    parts = [part.numpy() for part in (x[train], targets[train], x[validation], targets[validation])]
-    weights, strength, auc = choose_ridge(*parts)
+    weights, _ = ridge_path(x[train].numpy(), targets[train].numpy())
     scores, val_scores = (x[part].double().numpy() @ weights for part in (test, validation))
-    return ProbeResult(scores, round(np.log10(strength)), auc, val_scores)
+    auc = np.nanmean(roc_auc(targets[validation], val_scores), -1)
+    best = int(np.argmax(auc))
+    return ProbeResult(scores[best], round(np.log10(STRENGTHS[best])), float(auc[best]), val_scores[best])
 
 # %% ../../nbs/probing/references.ipynb #96826588
 def knn_probe(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKEN_STACKS', 'PROBE_FIELDS', 'KEY_COLUMNS', 'SETTING_COLUMNS', 'STUDY_SCHEMA', 'BlockTokens', 'PROBE_SCALES',
-           'probe_settings', 'fill_scale', 'data_id', 'run_study', 'ResampledStudy', 'list_settings', 'resample_study']
+           'probe_settings', 'fill_scale', 'data_id', 'append_rows', 'run_study', 'ResampledStudy', 'list_settings',
+           'resample_study']
 
 # %% ../../nbs/probing/study.ipynb #a6eade38
 import zlib
@@ -142,22 +143,19 @@ def _tabulate(
         tables.append(key.join(columns, how="cross").cast(STUDY_SCHEMA).with_columns(pl.col(METRICS).fill_nan(None)))
     return tables
 
-# %% ../../nbs/probing/study.ipynb #945e72b9
-def _read_known(path: Path | None) -> pl.DataFrame:
-    if not path or not path.exists():
-        return pl.DataFrame(schema=STUDY_SCHEMA)
-    known = pl.read_parquet(path)
-    missing = [column for column in STUDY_SCHEMA if column not in known.columns]
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; it is of another version: give another out")
-    return known.select(*STUDY_SCHEMA)
-
 # %% ../../nbs/probing/study.ipynb #16d5a883
-def _append(path: Path, new: pl.DataFrame) -> pl.DataFrame:  # all rows that are in the file now
+def append_rows(
+    path: Path,  # a parquet file; need not exist
+    rows: pl.DataFrame,
+    key: Sequence[str],  # columns
+) -> pl.DataFrame:  # all that the file holds now
+    "Add rows to a file, in place of those with the same key. Raises `ValueError` for a file with other columns."
     with file_lock(path):
-        known = _read_known(path)
-        table = pl.concat([known.join(new, on=KEY_COLUMNS, how="anti", nulls_equal=True), new])
-        if len(new):
+        known = pl.read_parquet(path) if path.exists() else rows[:0]
+        if known.schema != rows.schema:
+            raise ValueError(f"{path}: other columns than expected ({', '.join(known.columns)}); give another out")
+        table = pl.concat([known.join(rows, on=key, how="anti", nulls_equal=True), rows])
+        if len(rows):
             write_parquet(path, table)
     return table
 
@@ -187,7 +185,9 @@ def run_study(
         log_missing_positives(corpus)
     study_id = {"model": name, "embeddings": embeddings.fingerprint(), "data": data_id(corpus)}
     path = resolve_path(out) if out else None
-    known = _read_known(path)
+    known = pl.DataFrame(schema=STUDY_SCHEMA)
+    if path:
+        known = append_rows(path, known, KEY_COLUMNS)
     if not settings:
         return known.filter(**study_id)
     configs = [ProbeConfig()] if configs is None else configs
@@ -195,7 +195,7 @@ def run_study(
     missing = requested.join(known, on=KEY_COLUMNS, how="anti", nulls_equal=True, maintain_order="left").to_dicts()
     results = _train_rows(missing, embeddings, corpus, splits, **options)
     new = pl.concat([known[:0], *_tabulate(missing, results, corpus, splits)])
-    table = _append(path, new) if path else new
+    table = append_rows(path, new, KEY_COLUMNS) if path else new
     return table.join(requested, on=KEY_COLUMNS, how="semi", nulls_equal=True, maintain_order="left")
 
 # %% ../../nbs/probing/study.ipynb #57d70001

@@ -29,7 +29,6 @@ def _band_statistics(corpus, indices):  # → (tracks, 2 bands) float64
 def mel_baseline(
     corpus: Corpus,  # trained on its training split
     max_tracks: int = 20_000,  # training tracks; of more, a balanced sample is drawn
-    seed: int = 0,  # of the sample
     scored: Corpus | None = None,  # whose test split is scored; None: the same
 ) -> np.ndarray:  # (test tracks, labels) scores, of which the order counts; not confined to 0 to 1
     """Score the test split by ridge regression on the mean and standard deviation over time of each mel band.
@@ -39,7 +38,7 @@ def mel_baseline(
     """
     scored, train, validation = scored or corpus, corpus.indices("train"), corpus.indices("validation")
     if len(train) > max_tracks:
-        train = train[sample_balanced(balanced_weights(corpus.targets[train]), max_tracks, seed=seed)]
+        train = train[sample_balanced(balanced_weights(corpus.targets[train]), max_tracks)]
     parts = (corpus, train), (corpus, validation), (scored, scored.indices("test"))
     features = [_band_statistics(*part) for part in parts]
     mean, deviation = features[0].mean(0), features[0].std(0)

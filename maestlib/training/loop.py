@@ -52,20 +52,7 @@ def _check_finite(trainer: Trainer, losses: np.ndarray, first_step: int):
         )
 
 # %% ../../nbs/training/loop.ipynb #95e2f97d
-def _summary_writer(trainer: Trainer):  # None: not rank 0, or TensorBoard is not installed
-    with contextlib.suppress(ImportError):
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(trainer.run_dir / "tensorboard") if trainer.rank == 0 else None
-
-
-def _write_scalars(writer, group: str, values: dict, step: int):
-    for name, value in values.items():
-        if writer and value is not None:
-            writer.add_scalar(f"{group}/{name}", value, step)
-
-
-def _flush_metrics(trainer: Trainer, writer=None):
+def _flush_metrics(trainer: Trainer):
     "Move the pending metrics to `step_log`. Raises `FloatingPointError` if a loss is not finite."
     if not trainer.pending_metrics:
         return
@@ -78,7 +65,6 @@ def _flush_metrics(trainer: Trainer, writer=None):
     columns = np.arange(first_step, trainer.step), losses, norms, [float(rate) for rate in rates]
     table = pl.DataFrame(dict(zip(_STEP_SCHEMA, columns, strict=True)), _STEP_SCHEMA)
     trainer.step_log.append(table)
-    _write_scalars(writer, "training", table.drop("step").mean().row(0, named=True), trainer.step)
 
 # %% ../../nbs/training/loop.ipynb #60f1df43
 _update_means = get_swa_multi_avg_fn()
@@ -136,7 +122,7 @@ def _score_validation(trainer: Trainer, model: torch.nn.Module, on_batch=None) -
     return metrics.select("roc_auc", "map").row(0)  # the first row is the macro average
 
 # %% ../../nbs/training/loop.ipynb #6dc3c2e4
-def _validate(trainer: Trainer, writer=None, on_batch=None) -> dict:  # the new row of `history`
+def _validate(trainer: Trainer, on_batch=None) -> dict:  # the new row of `history`
     "Score the validation split, with the averaged weights only if they have changed, and save the best weights."
     last = trainer.history[-1] if trainer.history else {}
     n_averaged = int(trainer.swa_model.n_averaged) if trainer.swa_model else 0
@@ -153,8 +139,6 @@ def _validate(trainer: Trainer, writer=None, on_batch=None) -> dict:  # the new 
                     path = trainer.run_dir / "best.safetensors"
                     save_checkpoint(model, path, **notes, validation_map=str(scores[1]))
         row |= dict(zip(names, scores, strict=True))
-    names = "roc_auc", "map", "swa_roc_auc", "swa_map", "clips_per_s"
-    _write_scalars(writer, "validation", {name: row[name] for name in names}, trainer.step)
     trainer.model.train()
     trainer.history.append(row)
     return row
@@ -302,7 +286,7 @@ def _log_time(trainer: Trainer, clock: TrainingClock, should_validate: bool):
 # %% ../../nbs/training/loop.ipynb #dfc6d75e
 def _train(trainer: Trainer, stop_requested: threading.Event, bar: tqdm, on_validation=None):
     "Train until the run is done. Raises `TrainingInterrupted` or `OSError`, after saving."
-    batches, writer = trainer.load_batches(), _summary_writer(trainer)
+    batches = trainer.load_batches()
     clock = TrainingClock(trainer.config, trainer.total_steps, trainer.step, trainer.elapsed_s)
     swa_updates = max(trainer.swa_updates_due, 0)
     last_save = last_time = time.perf_counter()
@@ -319,7 +303,7 @@ def _train(trainer: Trainer, stop_requested: threading.Event, bar: tqdm, on_vali
         is_done, should_validate = trainer.progress == 1, _validation_is_due(trainer)
         ends = stop or (failed and not is_done)
         if ends or should_validate or trainer.step % LOG_EVERY_STEPS == 0:
-            _flush_metrics(trainer, writer)
+            _flush_metrics(trainer)
             bar.update(100 * trainer.progress - bar.n)
             _log_time(trainer, clock, should_validate)
             if ends or should_validate or now - last_save > CHECKPOINT_EVERY_S:
@@ -330,7 +314,7 @@ def _train(trainer: Trainer, stop_requested: threading.Event, bar: tqdm, on_vali
             _end_run(trainer, failed, error)
         if should_validate:
             with _stop_validation(trainer, stop_requested) as check:
-                _validate(trainer, writer, check)
+                _validate(trainer, check)
             _show_validation(trainer, bar, on_validation)
             _save_checkpoint(trainer)
             last_save = last_time = time.perf_counter()  # validation is not training time

@@ -45,14 +45,13 @@ def specaugment_mask(
     batch_size: int,  # clips
     length: int,  # of the masked axis: frames, or bands
     n_masks: int,  # masks for each clip; they may overlap
-    max_width: int = 8,  # of a mask, in frames or bands
 ) -> torch.Tensor:  # (batch, length) float32: 1 keeps, 0 masks
-    "Draw SpecAugment's masks along one axis, independently for each clip (§3.2)."
+    "Draw SpecAugment's masks of up to 8 frames or bands along one axis, independently for each clip (§3.2)."
     mask = torch.ones(batch_size, 1, 1, length)
     with torch.random.fork_rng(devices=[]):  # torchaudio draws from the global generator
         torch.manual_seed(int(rng.integers(1 << 62)))
         for _ in range(n_masks):
-            mask = mask_along_axis_iid(mask, max_width, 0.0, axis=3)
+            mask = mask_along_axis_iid(mask, 8, 0.0, axis=3)
     return mask[:, 0, 0]
 
 

@@ -13,6 +13,7 @@ import io
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,25 +34,10 @@ with optional_import():
     import ipywidgets as w
     import traitlets
 
-# %% ../../nbs/widgets/controls.ipynb #752de209
+# %% ../../nbs/widgets/controls.ipynb #c5ab8785
 MODEL_LOCK = threading.Lock()
 
 
-def _work_until_idle(worker):
-    "The thread of a `LatestOnlyWorker`."
-    while True:
-        with worker.lock:
-            request, worker.pending = worker.pending, None
-            if request is None:
-                worker.thread = None
-                return
-        try:
-            with worker.resource:
-                worker.work(*request)
-        except Exception as error:  # shown in the widget; the worker must survive
-            worker.on_error(error)
-
-# %% ../../nbs/widgets/controls.ipynb #c5ab8785
 class LatestOnlyWorker:
     "Call `work(*request)` in a thread, for the latest request only."
 
@@ -62,27 +48,30 @@ class LatestOnlyWorker:
         resource: AbstractContextManager = MODEL_LOCK,  # held while it works; `nullcontext()` where no model is used
     ):
         self.work, self.on_error, self.resource = work, on_error, resource
-        self.lock = threading.Lock()  # guards the two attributes below
-        self.pending = None  # the latest request that has not been started
-        self.thread = None  # None while idle
+        self.pool, self.latest = ThreadPoolExecutor(1), Future()  # the future of the latest request
+        self.latest.cancel()
 
     @property
     def is_stale(self) -> bool:
         "Whether a newer request is waiting, so that `work` may stop early."
-        return self.pending is not None
+        return not (self.latest.running() or self.latest.done())
 
     def __call__(self, *request):
         "Submit a request; it replaces one that has not been started. Returns at once."
-        with self.lock:
-            self.pending = request
-            if self.thread is None:
-                self.thread = threading.Thread(target=_work_until_idle, args=(self,), daemon=True)
-                self.thread.start()
+        self.latest.cancel()  # does nothing once it was started
+        self.latest = self.pool.submit(self._run, request)
+
+    def _run(self, request):
+        try:
+            with self.resource:
+                self.work(*request)
+        except Exception as error:  # shown in the widget; the worker must survive
+            self.on_error(error)
 
     def wait(self):
         "Block until no request is running or pending."
-        while (thread := self.thread) is not None:
-            thread.join()
+        while not (latest := self.latest).done():
+            wait([latest])
 
 # %% ../../nbs/widgets/controls.ipynb #7a5afe90
 class LayoutCache:
