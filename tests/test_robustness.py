@@ -26,13 +26,13 @@ from maestlib.audio.extract import extract_mels
 from maestlib.audio.isolated import DecoderProcesses
 from maestlib.collection import scan as scan_module
 from maestlib.collection.cli import build_parser, main
+from maestlib.collection.expressions import rank_by_tags
 from maestlib.collection.files import hash_file, parse_path_list, read_identity
 from maestlib.collection.library import Library
 from maestlib.collection.playlist import write_playlist
 from maestlib.collection.scan import scan
 from maestlib.collection.search import SongIndex, nearest
 from maestlib.inference.embedding import count_vectors
-from maestlib.inference.labels import rank_by_tags
 from maestlib.models.checkpoint import BUNDLED_MODEL, load_model, save_checkpoint
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="such files, names and signals exist on POSIX")

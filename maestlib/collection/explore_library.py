@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from .expressions import label_degrees
 
 from .files import real_path
 from .library import Library
@@ -25,7 +26,6 @@ from .search import match_text
 from ..core.extras import optional_import
 from ..core.files import atomic_write
 from ..core.text import split_label
-from ..inference.labels import label_degrees
 from maestlib.widgets.controls import (
     MODEL_LOCK,
     LatestOnlyWorker,

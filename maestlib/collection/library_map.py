@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from .expressions import label_degrees
 
 from .library import Library
 from .search import SongIndex
@@ -24,7 +25,6 @@ from ..core.extras import optional_import
 from ..core.files import named_rng
 from ..core.plotting import PALETTE, style_figure
 from ..datasets.registry import load_dataset
-from ..inference.labels import label_degrees
 from ..stats.layout import align_map, pca_map, tsne_map
 from ..widgets.theme import FIGURE_WIDTH, TEXT_COLOR, neutral_theme
 

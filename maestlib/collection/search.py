@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from .expressions import rank_by_tags
 
 from ..audio.decode import printable_path
 from .library import Library
@@ -21,7 +22,6 @@ from .scan import LibraryReader
 from .vectors import VectorIndex, top_k, unit_vectors
 from ..core.checks import check_number
 from ..core.files import resolve_path
-from ..inference.labels import rank_by_tags
 
 # %% ../../nbs/collection/search.ipynb #b5a0e008
 class Selection:
