@@ -143,10 +143,10 @@ class SongMap:
         "Highlight songs; none: all are shown alike."
         self.figure.data[0].selectedpoints = songs or None
 
-# %% ../../nbs/collection/library_controls.ipynb #c4a0e016
+# %% ../../nbs/collection/library_controls.ipynb #df6d8094
 _FOLDER = r"([^/\\]+)[/\\][^/\\]+$"
 
-# %% ../../nbs/collection/library_controls.ipynb #df6d8094
+
 class SongColors:
     "What the songs of a map can be colored by."
 
