@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 import torch
 
-from maestlib.demo import channels
 from maestlib.collection.cli import main
 from maestlib.core.files import asset_path
+from maestlib.demo import channels
 from maestlib.inference.embedding import tag
 from maestlib.models.checkpoint import load_model, read_tensors, save_checkpoint
 from maestlib.models.effnet import EffNet, EffNetConfig
