@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 import torch
 
-from maestlib.demo import channels
 from maestlib.collection.cli import main
 from maestlib.core.files import asset_path
+from maestlib.demo import channels
 from maestlib.inference.embedding import tag
 from maestlib.models.checkpoint import load_model, read_tensors, save_checkpoint
 from maestlib.models.effnet import EffNet, EffNetConfig
@@ -80,12 +80,8 @@ CHANGES = {
     "codec": lambda wave: channels.encode_decode(wave, "libopus", 16),
     "noise": lambda wave: channels.add_white_noise(wave, snr_db=10),
     "band": lambda wave: channels.limit_band(wave, low_hz=300, high_hz=3400),
-    "gain": lambda wave: channels.change_gain(wave, db=-12),
     "clipping": lambda wave: channels.clip_peaks(wave, db=12),
     "room": lambda wave: channels.add_reverb(wave, rt60_s=0.5),
-    "pitch": lambda wave: channels.shift_pitch(wave, cents=-300),
-    "tempo × 1.05": lambda wave: channels.stretch_time(wave, ratio=1.05),
-    "tempo × 0.8": lambda wave: channels.stretch_time(wave, ratio=0.8),
 }
 
 
@@ -96,8 +92,7 @@ def test_changes_are_deterministic_and_keep_the_length(name):
     first, second = CHANGES[name](wave), CHANGES[name](wave)
     assert first.equal(second) and wave.equal(original) and first.dtype == torch.float32
     assert first.isfinite().all() and not first.equal(wave)
-    ratio = float(name.split("×")[1]) if name.startswith("tempo") else 1
-    assert len(first) == round(len(wave) / ratio)
+    assert len(first) == len(wave)
 
 
 def test_an_unknown_codec_is_named():

@@ -10,7 +10,7 @@ __all__ = ['ExplorerState', 'ExplorerMaps', 'ExplorerDrawing', 'ExplorerPlayer',
 import contextlib
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,11 @@ from .expressions import label_degrees
 from .files import real_path
 from .library import Library
 from .library_controls import ALL_SONGS, LibraryControls, SongColors, SongLayouts, SongMap
-from .library_map import SongSpaces, map_code, place_songs, plot_song_map, song_names
+from .library_map import SongSpaces, place_songs, plot_song_map, song_names
 from .my_tags import fit_my_tag
 from .playlist import write_playlist
 from .search import match_text
 from ..core.extras import optional_import
-from ..core.files import atomic_write
 from ..core.text import split_label
 from maestlib.widgets.controls import (
     MODEL_LOCK,
@@ -39,7 +38,6 @@ from maestlib.widgets.controls import (
 
 with optional_import():
     import ipywidgets as w
-    import plotly.graph_objects as go
 
 # %% ../../nbs/collection/explore_library.ipynb #af5562ba
 class ExplorerState:
@@ -106,20 +104,16 @@ class ExplorerMaps(ExplorerState):
             if songs.figure.data and songs.figure.data[0].marker.colorscale:
                 songs.figure.data[0].marker.showscale = legend or not is_beside
 
-    def color_values(self) -> tuple:  # as `SongColors.values`
-        "Return the chosen colors."
-        choice, title = self.controls.color.value, self.controls.first.value
-        return self.colors.values(choice, title, self.probes.get((choice.removeprefix("my:"), title)))
-
     def recolor(self, _=None):
         "Show the chosen colors."
-        values, name, _ = self.color_values()
+        choice, title = self.controls.color.value, self.controls.first.value
+        tag = choice.partition("my:")[2]
+        values, name = self.colors.values(choice, self.probes.get((tag, title)))
         for songs, layout in zip(self.maps, self._places()[0], strict=True):
             songs.show(plot_song_map(self.spaces.songs, layout, values, name=name))
         self.highlight()
         self.resize()
         self.draw()
-        tag = self.controls.color.value.partition("my:")[2]
         if tag and tag != self.controls.tag.value:
             self.controls.tag.value = tag  # which fits it
 
@@ -310,42 +304,22 @@ _SELECT_FIRST = "⚠ select songs first: draw around them, or find them"
 
 # %% ../../nbs/collection/explore_library.ipynb #16be54f5
 class ExplorerFiles(ExplorerLabels):
-    "Adds playlists, figures and code."
-
-    def _save(self, folder: str, suffix: str, write: Callable[[Path], None], what: str):
-        name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', " ", self.controls.name.value).strip(" .") or "my songs"
-        file = self.spaces.library.folder / folder / f"{name}{suffix}"
-        verb = "replaced" if file.exists() else "saved as"
-        try:
-            write(file)
-        except (ValueError, OSError) as error:
-            self.message.show(error)
-        else:
-            self.message.show(f"{what}: {verb} {file}")
+    "Adds playlists."
 
     def save_playlist(self):
         "Save the selected songs in the library."
-        songs = self.spaces.songs[self.selected]
-        if len(songs):
-            self._save("playlists", ".m3u8", lambda file: write_playlist(songs, file), _count(self.selected))
-        else:
+        if not self.selected:
             self.message.show(_SELECT_FIRST)
-
-    def save_figure(self):
-        "Save the map in the library."
-
-        def write(file):
-            with atomic_write(file) as temporary:
-                temporary.write_text(go.Figure(self.maps[0].figure).to_html(), encoding="utf8")
-
-        self._save("figures", ".html", write, "the map")
-
-    def show_code(self) -> str:
-        "Show the Python that repeats what is shown, and return it."
-        (titles, glide), (_, name, values) = self.shown, self.color_values()
-        code = map_code(self.spaces, titles, self.controls.method.value, glide, values, name, self.selected)
-        self.code.value = f"<pre>{html.escape(code)}</pre>"
-        return code
+            return
+        name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', " ", self.controls.name.value).strip(" .") or "my songs"
+        file = self.spaces.library.folder / "playlists" / f"{name}.m3u8"
+        verb = "replaced" if file.exists() else "saved as"
+        try:
+            write_playlist(self.spaces.songs[self.selected], file)
+        except (ValueError, OSError) as error:
+            self.message.show(error)
+        else:
+            self.message.show(f"{_count(self.selected)}: {verb} {file}")
 
 # %% ../../nbs/collection/explore_library.ipynb #24d15fe0
 def _connect(explorer: ExplorerFiles) -> None:
@@ -363,8 +337,6 @@ def _connect(explorer: ExplorerFiles) -> None:
         button.on_click(lambda _, is_positive=is_positive: explorer.label(is_positive))
     c.most.on_click(lambda _: explorer.select_likeliest())
     c.playlist.on_click(lambda _: explorer.save_playlist())
-    c.figure.on_click(lambda _: explorer.save_figure())
-    c.code.on_click(lambda _: explorer.show_code())
     c.upload.on_file = explorer.open
 
 # %% ../../nbs/collection/explore_library.ipynb #c3a0e006
@@ -377,14 +349,14 @@ class LibraryExplorer(ExplorerFiles):
         dataset: str = "",  # as for `SongSpaces`
     ):
         super().__init__(*libraries, dataset=dataset)
-        c, self.code = self.controls, w.HTML()
+        c = self.controls
         tags = [c.tag, row(c.yes, c.no, c.unlabel, c.most), self.score]
         tags = w.VBox(tags, layout=dict(width="32em", margin="0 0 0 16px"))
         listed = w.VBox([c.songs, row(c.nearest), self.title, self.player])
         lower = w.HBox([listed, tags], layout=dict(flex_flow="row wrap"))
         above = row(c.color, c.find, c.method, c.beside), row(c.first, c.second, w.HBox([c.glide, c.play]))
-        saving = row(c.name, c.playlist, c.figure, c.code, c.upload)
-        self.box = panel("library", *above, self.status, self.figures, self.message, lower, saving, self.code)
+        saving = row(c.name, c.playlist, c.upload)
+        self.box = panel("library", *above, self.status, self.figures, self.message, lower, saving)
         _connect(self)
         self.resize()
         self.recolor()

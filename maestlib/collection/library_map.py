@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_TSNE_SONGS', 'DEGREE_COLORS', 'place_songs', 'song_layout', 'TaggedSpaces', 'SongSpaces', 'song_names',
-           'plot_song_map', 'given_labels', 'map_code']
+           'plot_song_map', 'given_labels']
 
 # %% ../../nbs/collection/library_map.ipynb #c1a0e002
 import functools
 import html
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +86,7 @@ class _Spaces:
         dataset: str = "",  # whose labels and titles the songs have: a name, or a folder with tags.csv; empty: none
     ):
         self.libraries = [given if isinstance(given, Library) else Library(given) for given in libraries]
-        self.library, self.dataset = self.libraries[0], dataset
+        self.library = self.libraries[0]
         self.table = load_dataset(dataset) if dataset else None
         self.indices = {}  # title of a space: its index
         for library, name in zip(self.libraries, _space_names(self.libraries), strict=True):
@@ -246,40 +245,3 @@ def given_labels(
     prefix = f"{group}---"
     of_group = ([name for name in labels.get(path) or () if name.startswith(prefix)] for path in songs["path"])
     return [names[0].removeprefix(prefix) if names else None for names in of_group]
-
-# %% ../../nbs/collection/library_map.ipynb #c1a0e014
-def map_code(
-    spaces: SongSpaces,
-    titles: tuple[str, str],  # of the two spaces between which songs glide
-    method: str = "t-SNE",  # or PCA
-    glide: float = 0.0,  # 0 to 1
-    values: str = "None",  # an expression of `spaces` and `songs`: the colors
-    name: str = "",  # of the values
-    selected: Sequence[int] = (),  # songs
-) -> str:
-    "Write the Python that draws a map, and a playlist of the songs that are selected."
-    folders = ", ".join(repr(str(library.folder)) for library in spaces.libraries)
-    vectors = [f"spaces.vectors({title!r}), {method!r}" for title in (spaces.titles[0], *titles)]
-    ends = ["base" if code == vectors[0] else f"song_layout({code}, base)" for code in vectors[1:]]
-    lines = [
-        f"spaces = SongSpaces({folders}{f', dataset={spaces.dataset!r}' if spaces.dataset else ''})",
-        "songs = spaces.songs",
-        f"base = song_layout({vectors[0]})",
-        f"layout = {f'{1 - glide:g} * {ends[0]} + {glide:g} * {ends[1]}' if glide else ends[0]}",
-        f"values = {values}",
-        f"figure = plot_song_map(songs, layout, values, name={name!r})",
-    ]
-    if len(selected):
-        lines.append(f"selected = songs[{list(map(int, selected))}]")
-        lines.append('write_playlist(selected, "my songs.m3u8")')
-    used = set(re.findall(r"\w+", "\n".join(lines)))
-    imports = [f"from maestlib.{module} import {', '.join(sorted(used & names))}"
-               for module, names in _CODE_NAMES.items() if used & names]  # fmt: skip
-    return "\n".join([*imports, "", *lines, "figure"])
-
-
-_CODE_NAMES = {  # what the code may use
-    "collection.library_map": {"SongSpaces", "given_labels", "plot_song_map", "song_layout"},
-    "collection.my_tags": {"MyTags", "fit_my_tag"},
-    "collection.playlist": {"write_playlist"},
-}

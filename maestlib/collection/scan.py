@@ -252,33 +252,23 @@ def _scan_files(library, todo, model, report, dry_run, batch_size, num_workers, 
         _read_files(_Writer(library, todo, report), model, forward, expected, flush_s, progress, **options)
 
 # %% ../../nbs/collection/scan.ipynb #7b8f917b
-def _still_gone(library: Library, gone: list[str], dry_run: bool) -> list[str]:
-    "The files that are gone and have not moved; the rows of those that have are removed."
-    rows = library.songs.filter(pl.col("path").is_in(gone))
-    elsewhere = library.songs.filter(~pl.col("path").is_in(gone))["content"]
-    moved = rows.filter(pl.col("content").is_in(elsewhere.implode()))["path"]
+def _count_gone(library: Library, gone: list[str], report: ScanReport, prune: bool, force: bool, dry_run: bool) -> None:
+    "Remove files that have moved; prune those that are gone if asked for, unless they are suspiciously many."
+    songs, is_gone = library.songs, pl.col("path").is_in(gone)
+    elsewhere = songs.filter(~is_gone)["content"].implode()
+    moved = songs.filter(is_gone, pl.col("content").is_in(elsewhere))["path"]
     if len(moved) and not dry_run:
-        library.save_songs(library.songs.filter(~pl.col("path").is_in(moved.implode())))
-    return sorted(set(gone) - set(moved))
-
-# %% ../../nbs/collection/scan.ipynb #99eef1d4
-def _prune(library: Library, gone: list[str], force: bool) -> int:  # files that were removed
-    "Remove files that are gone, unless they are suspiciously many."
-    if len(gone) > 0.1 * len(library.songs) and not force:
+        library.save_songs(songs.filter(~pl.col("path").is_in(moved.implode())))
+    gone = sorted(set(gone) - set(moved))
+    is_pruned = prune and not dry_run and bool(gone)
+    if is_pruned and len(gone) > 0.1 * len(library.songs) and not force:
         log.warning(
             f"{len(gone):,} of {len(library.songs):,} files are gone, more than a tenth: nothing was pruned; "
             "is a disk missing? Otherwise force it"
         )
-        return 0
-    if gone:
+    elif is_pruned:
         remove_songs(library, gone)
-    return len(gone)
-
-# %% ../../nbs/collection/scan.ipynb #a049c7ca
-def _count_gone(library: Library, gone: list[str], report: ScanReport, prune: bool, force: bool, dry_run: bool) -> None:
-    "Prune files that are gone if that is asked for, and count them."
-    gone = _still_gone(library, gone, dry_run)
-    report.pruned = _prune(library, gone, force) if prune and not dry_run else 0
+        report.pruned = len(gone)
     report.gone = len(gone) - report.pruned
 
 # %% ../../nbs/collection/scan.ipynb #15367559

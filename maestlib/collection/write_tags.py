@@ -13,7 +13,7 @@ import re
 import shutil
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -270,15 +270,6 @@ def plan_tags(
     schema = {"path": pl.String, "field": pl.String, "before": pl.List(pl.String), "after": pl.List(pl.String)}
     return pl.DataFrame(rows, schema, orient="row"), errors
 
-# %% ../../nbs/collection/write_tags.ipynb #b7a0e015
-def _update_stamps(library: Library, paths: Sequence[str]) -> None:
-    "Update the sizes and times of files in the library."
-    statuses = [(path, os.stat(real_path(path))) for path in paths]
-    stamps = [(path, status.st_size, status.st_mtime_ns) for path, status in statuses]
-    if stamps:
-        schema = {name: library.songs.schema[name] for name in ("path", "size", "mtime_ns")}
-        library.save_songs(library.songs.update(pl.DataFrame(stamps, schema, orient="row"), on="path"))
-
 # %% ../../nbs/collection/write_tags.ipynb #ba5c4115
 def _apply(library: Library, changes: Sequence[tuple[str, dict]], journal: Path | None) -> dict[str, str]:
     "Write (path, {field: values}) one by one; journal them if there is one. Returns {path: error}."
@@ -298,7 +289,11 @@ def _apply(library: Library, changes: Sequence[tuple[str, dict]], journal: Path 
             except (ValueError, OSError) as error:
                 errors[path] = str(error)
     finally:
-        _update_stamps(library, written)
+        statuses = [(path, os.stat(real_path(path))) for path in written]
+        stamps = [(path, status.st_size, status.st_mtime_ns) for path, status in statuses]
+        if stamps:
+            schema = {name: library.songs.schema[name] for name in ("path", "size", "mtime_ns")}
+            library.save_songs(library.songs.update(pl.DataFrame(stamps, schema, orient="row"), on="path"))
     return errors
 
 # %% ../../nbs/collection/write_tags.ipynb #9873e258
@@ -326,14 +321,6 @@ def write_tags(
         errors |= _apply(library, list(grouped.items()), library.folder / "tags-journal.jsonl")
     return changes.filter(~pl.col("path").is_in(list(errors))), errors
 
-# %% ../../nbs/collection/write_tags.ipynb #6bd0a5d6
-def _journal(file: Path) -> Iterator[dict]:
-    "The entries of a journal; a last line that was cut off changed nothing."
-    lines = file.read_text(encoding="utf8").splitlines() if file.exists() else []
-    for line in lines:
-        if line.endswith("}"):
-            yield json.loads(line)
-
 # %% ../../nbs/collection/write_tags.ipynb #2dc84ece
 def _to_undo(entries: list[dict]) -> tuple[list[tuple[str, dict]], dict[str, str]]:  # as for `_apply`; {path: error}
     changes, errors = [], {}
@@ -357,7 +344,8 @@ def undo_tags(
     "Undo the latest `write_tags` of a library. Raises `ValueError` where there is nothing to undo, and `OSError`."
     library = library if isinstance(library, Library) else Library(library)
     journal = library.folder / "tags-journal.jsonl"
-    entries, changes, errors = list(_journal(journal)), [], {}
+    text, changes, errors = journal.read_text(encoding="utf8") if journal.exists() else "", [], {}
+    entries = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # a line cut off changed nothing
     if not entries:
         raise ValueError(f"{library.folder}: no tags were written, so there is nothing to undo")
     with library.writing():

@@ -273,20 +273,10 @@ def parse_melody(
     unit = 1 / (int(unit[1]) if unit else default_unit)
     return _fit_bars(_read_bars(_music_lines(text), unit, _key_signature(key.sharps)), bar_length)
 
-# %% ../../nbs/demo/abc.ipynb #e8b81e65
+# %% ../../nbs/demo/abc.ipynb #ddf81af1
 _BEATS = {"6/8": (0, 1 / 3, 1 / 2, 5 / 6), "9/8": (0, 2 / 9, 1 / 3, 5 / 9, 2 / 3, 8 / 9), "3/4": (0, 1 / 3, 2 / 3)}
 
 
-def _beat_pitches(bars: list, beats: tuple[float, ...]) -> list[int | None]:
-    "List the last pitch begun at each beat of each bar, None where there is none yet."
-    pitches = []
-    for bar in bars:
-        for beat in beats:
-            started = [pitch for start, _, pitch in bar if start <= beat + 1e-3]
-            pitches.append(started[-1] if started else None)
-    return pitches
-
-# %% ../../nbs/demo/abc.ipynb #ddf81af1
 def melodic_skeletons(
     bars: list,  # from `parse_melody`
     metre: str,  # from `parse_metre`
@@ -296,7 +286,11 @@ def melodic_skeletons(
     Windows with a rest on a beat, or with fewer than four different pitches (a drum call), are skipped.
     """
     beats = _BEATS.get(metre, (0, 1 / 4, 1 / 2, 3 / 4))
-    pitches = _beat_pitches(bars, beats)
+    pitches = []  # the last one begun at each beat of each bar, None where there is none yet
+    for bar in bars:
+        for beat in beats:
+            started = [pitch for start, _, pitch in bar if start <= beat + 1e-3]
+            pitches.append(started[-1] if started else None)
     skeletons, size = set(), 3 * len(beats)
     for first in range(0, len(pitches) - size + 1, len(beats)):
         part = pitches[first : first + size]

@@ -210,22 +210,6 @@ class _LayerWriter(_NoteWriter):
             for step in _hits(pattern):
                 self.play("drums", step / len(pattern), 0.1, key, 115 * level - 14 * (step % 2))
 
-# %% ../../nbs/demo/synth.ipynb #7bf1159c
-def _arrange_bar(writer: _LayerWriter, count: int):  # bars before this one in the clip
-    plan, number = writer.plan, writer.first_bar + count
-    bar = writer.bars[number % len(writer.bars)]
-    writer.bar_s = plan["bar_s"] * (1 + writer.rng.normal(0, 0.008))
-    writer.play_melody(bar, section=number // 8 % 2)
-    tonic = plan["tonic"] + plan["transpose"]
-    if plan["accompaniment"] == "Drone" and count % 4 == 0:
-        writer.play_drone(tonic)
-    if plan["accompaniment"] in ("Chords", "Band"):
-        transposed = [(start, length, pitch + plan["transpose"]) for start, length, pitch in bar]
-        writer.play_harmony(choose_chord(transposed, tonic, plan["mode"]))
-    if plan["accompaniment"] in ("Drums", "Band"):
-        writer.play_drums()
-    writer.time += writer.bar_s
-
 # %% ../../nbs/demo/synth.ipynb #95ac028f
 def arrange(
     plan: dict,  # from `plan_clip`
@@ -234,9 +218,21 @@ def arrange(
 
     The layers are lead, second, drone, bass, chords and drums, according to the plan.
     """
-    writer, count = _LayerWriter(plan), 0
+    writer, count = _LayerWriter(plan), 0  # bars before this one in the clip
+    accompaniment, tonic = plan["accompaniment"], plan["tonic"] + plan["transpose"]
     while writer.time <= writer.end:
-        _arrange_bar(writer, count)
+        number = writer.first_bar + count
+        bar = writer.bars[number % len(writer.bars)]
+        writer.bar_s = plan["bar_s"] * (1 + writer.rng.normal(0, 0.008))
+        writer.play_melody(bar, section=number // 8 % 2)
+        if accompaniment == "Drone" and count % 4 == 0:
+            writer.play_drone(tonic)
+        if accompaniment in ("Chords", "Band"):
+            transposed = [(start, length, pitch + plan["transpose"]) for start, length, pitch in bar]
+            writer.play_harmony(choose_chord(transposed, tonic, plan["mode"]))
+        if accompaniment in ("Drums", "Band"):
+            writer.play_drums()
+        writer.time += writer.bar_s
         count += 1
     return dict(writer.layers)
 
