@@ -10,8 +10,8 @@ import soundfile
 import torch
 from helpers import one_thread, tiny_model  # noqa: F401
 
-from maestlib.audio.decode import AUDIO_SUFFIXES, list_audio
 from maestlib.audio import lengths
+from maestlib.audio.decode import AUDIO_SUFFIXES, list_audio
 from maestlib.audio.lengths import check_length, find_sections
 from maestlib.audio.mel import MEL, audio_duration, load_audio
 from maestlib.collection.scan import scan

@@ -250,8 +250,6 @@ def _find_plan(store: Path, table: pl.DataFrame, meta: dict[str, Any], chunk_siz
             if not _create_plan(store, table, chunk_size):
                 return None
             continue
-        if "chunk_size" not in plan:
-            raise ValueError(f"{store}: begun by an earlier version of maestlib; delete it and extract again")
         if _is_finished(store, plan):
             discard_folder(store / "parts")  # of an extraction that was killed at its very end
         elif plan["table"] != _table_hash(table):

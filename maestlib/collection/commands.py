@@ -133,12 +133,10 @@ def add_library_commands(commands: argparse._SubParsersAction) -> None:
         add(commands)
 
 # %% ../../nbs/collection/commands.ipynb #b8a0e008
-def _listed_paths(source: str | None) -> list[str]:
+def _listed_paths(source: str) -> list[str]:
     "The paths in a file, or on stdin."
     from maestlib.collection.files import parse_path_list
 
-    if source is None:
-        return []
     data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
     return parse_path_list(data, "stdin" if source == "-" else source)
 
@@ -158,7 +156,8 @@ def run_scan(args: argparse.Namespace) -> int:  # the exit code
         model = DEFAULT_MODEL
     options = dict(prune=args.prune, force=args.force, dry_run=args.dry_run, device=args.device)
     options |= dict(batch_size=args.batch_size, num_workers=args.workers, progress=not args.quiet)
-    paths = [from_shell(path) for path in (*args.paths, *_listed_paths(args.files_from))]
+    listed = _listed_paths(args.files_from) if args.files_from else []
+    paths = [from_shell(path) for path in (*args.paths, *listed)]
     report = scan(paths, out, model and model_from_shell(model), **options, **settings)
     for path, error in report.failed:
         print(f"failed: {path}: {error}", file=sys.stderr)

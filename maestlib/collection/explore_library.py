@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from .expressions import label_degrees
 
+from .expressions import label_degrees
 from .files import real_path
 from .library import Library
 from .library_controls import ALL_SONGS, LibraryControls, SongColors, SongLayouts, SongMap

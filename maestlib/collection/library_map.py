@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from .expressions import label_degrees
 
+from .expressions import label_degrees
 from .library import Library
 from .search import SongIndex
 from .vectors import top_k, unit_vectors
@@ -181,12 +181,6 @@ def song_names(
     names = songs.select("path", "artist", "title").iter_rows()
     return [" – ".join(filter(None, (artist, title))) if title else Path(path).stem for path, artist, title in names]
 
-# %% ../../nbs/collection/library_map.ipynb #dd9dfa18
-def _degree_marker(degrees: np.ndarray, name: str) -> dict:
-    sizes = 6 + 6 * np.clip(degrees, 0, 1)
-    bar = dict(title=html.escape(name), thickness=12, len=0.6, outlinewidth=0)
-    return dict(color=degrees, size=sizes, colorscale=DEGREE_COLORS, cmin=0, cmax=1, showscale=True, colorbar=bar)
-
 # %% ../../nbs/collection/library_map.ipynb #fc5a5c56
 def _category_marker(categories: Sequence[str | None]) -> tuple[dict, list[go.Scatter]]:  # marker, legend
     common = [name for name, _ in Counter(filter(None, categories)).most_common(len(_SYMBOLS))]
@@ -214,7 +208,9 @@ def plot_song_map(
     "Plot a map of songs, on which a lasso selects."
     legend, marker = [], dict(color=PALETTE[0], size=7)
     if isinstance(values, np.ndarray):
-        marker = _degree_marker(values.astype(np.float32), name)
+        bar = dict(title=html.escape(name), thickness=12, len=0.6, outlinewidth=0)
+        marker = dict(color=values.astype(np.float32), size=6 + 6 * np.clip(values, 0, 1), colorbar=bar)
+        marker |= dict(colorscale=DEGREE_COLORS, cmin=0, cmax=1, showscale=True)
     elif values is not None:
         marker, legend = _category_marker(values)
     trace = go.Scattergl if len(songs) > _WEBGL_FROM else go.Scatter

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from .expressions import rank_by_tags
 
 from ..audio.decode import printable_path
+from .expressions import rank_by_tags
 from .library import Library
 from .scan import LibraryReader
 from .vectors import VectorIndex, top_k, unit_vectors

@@ -21,18 +21,13 @@ from .tunes import render_mels, sample_split
 from .works import PERIODS, read_scores, score_files
 
 # %% ../../nbs/demo/heldout.ipynb #8f217802
-HELD_OUT_FONT = "Csound"
-HELD_OUT_S = 20
+HELD_OUT_FONT, HELD_OUT_S = "Csound", 20
 HELD_OUT_INSTRUMENTS = {  # name: program of General MIDI, from 0
     "Piano": 0, "Harpsichord": 6, "Vibraphone": 11, "Church organ": 19, "Accordion": 21, "Nylon guitar": 24,
     "Violin": 40, "Cello": 42, "Harp": 46, "Strings": 48, "Choir": 52, "Trumpet": 56, "Horn": 60, "Saxophone": 65,
     "Oboe": 68, "Clarinet": 71, "Flute": 73, "Recorder": 74,
 }  # fmt: skip
 _MAX_PER_COMPOSER, _MAX_PER_WORK, _SEED = 60, 4, 0
-
-
-def _composer(name: str) -> str:  # without dates and doubts
-    return {"ciconia": "Johannes Ciconia"}.get(name, name.split("(")[0].strip())
 
 # %% ../../nbs/demo/heldout.ipynb #9758efa8
 def plan_excerpts(
@@ -41,7 +36,8 @@ def plan_excerpts(
     "Sample excerpts and the instruments of each."
     rows = []
     for work in works.iter_rows(named=True):
-        notes, composer = sum(map(len, json.loads(work["parts"]))), _composer(work["composer"])
+        notes, composer = sum(map(len, json.loads(work["parts"]))), work["composer"].split("(")[0].strip()
+        composer = {"ciconia": "Johannes Ciconia"}.get(composer, composer)
         split = sample_split(named_rng(_SEED, "heldout", "split", composer), 0.6, 0.8)
         for number in range(min(_MAX_PER_WORK, max(1, notes // 150))):
             name = f"{work['collection']}-{work['title']}-{number}"

@@ -254,10 +254,6 @@ def _impulse_response(rng: np.random.Generator) -> np.ndarray:  # (SAMPLE_RATE,)
     tail[0] += 1
     return tail.astype(np.float32)
 
-
-def _rms(wave: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(wave**2)))
-
 # %% ../../nbs/demo/synth.ipynb #f2dd6491
 def _simulate_recording(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # float32, as long as `wave`
     "Apply a random filter, reverberation, noise (-70 to -40 dB) and peak level (-18 to -1 dB)."
@@ -265,7 +261,7 @@ def _simulate_recording(wave: np.ndarray, rng: np.random.Generator) -> np.ndarra
     response = _filter_response(n_fft, rng)
     spectrum = np.fft.rfft(wave, n_fft) * np.fft.rfft(_impulse_response(rng), n_fft) * response
     wave = np.fft.irfft(spectrum, n_fft)[: len(wave)]
-    noise_level = _rms(wave) * 10 ** (float(rng.uniform(-70, -40)) / 20)
+    noise_level = float(np.sqrt(np.mean(wave**2))) * 10 ** (float(rng.uniform(-70, -40)) / 20)
     wave = wave + noise_level * rng.standard_normal(len(wave), np.float32)
     return (wave / np.abs(wave).max() * 10 ** (-float(rng.uniform(1, 18)) / 20)).astype(np.float32)
 
@@ -295,7 +291,7 @@ def render(
         played[:, 2] = np.clip(played[:, 2], 24, 108)
         program = INSTRUMENTS[plan[layer]].program if is_melody else int(rng.choice(_ACCOMPANYING_PROGRAMS[layer]))
         wave = render_notes(synthesizer, played, program, layer == "drums")[: len(mix)]
-        level = _rms(wave)
+        level = float(np.sqrt(np.mean(wave**2)))
         if not np.isfinite(level) or level <= 1e-5:
             raise ValueError(f"clip {plan['clip']}: {layer} (program {program}) has no usable sound")
         attenuation = _ATTENUATION_DB[layer] + float(rng.uniform(-2, 4))

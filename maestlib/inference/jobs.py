@@ -102,15 +102,6 @@ def write_chunk(
     write_parquet(file, pl.concat(tables).rechunk(), metadata=metadata)
     return len(failed)
 
-# %% ../../nbs/inference/jobs.ipynb #52ac9bd8
-def _chunks_of_other_lists(folder: Path, key: str, settings: str) -> list[Path]:
-    "The chunks that are done and not named by the key. Raises `ValueError` for other settings or an earlier version."
-    others = [file for file in sorted(folder.glob("*.parquet")) if not file.name.startswith(key)]
-    for file in others:
-        if FAILED_KEY not in _metadata(file, settings):
-            raise ValueError(f"{file}: of an earlier version of maestlib; delete {folder}")
-    return others
-
 # %% ../../nbs/inference/jobs.ipynb #52652a20
 @dataclass
 class ParquetJob:
@@ -140,7 +131,9 @@ class ParquetJob:
             if stamp == (self.is_file and _stamp(self.out)):  # nobody has replaced it meanwhile
                 break
         key = _hash(self.settings, remaining)
-        self.others = _chunks_of_other_lists(self.folder, key, self.settings)
+        self.others = [f for f in sorted(self.folder.glob("*.parquet")) if not f.name.startswith(key)]
+        for file in self.others:
+            _metadata(file, self.settings)
         todo = _without(remaining, _paths_in(self.others))
         size = max(1, min(_MAX_CHUNK, len(remaining) // 100))
         starts = range(0, len(todo), size)
