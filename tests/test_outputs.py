@@ -13,16 +13,10 @@ outputs = importlib.util.module_from_spec(importlib.util.spec_from_loader("outpu
 loader.exec_module(outputs)
 
 
-OLDER = []  # notebooks whose outputs are older than the code and still to be executed; the list may only get shorter
-
-
 @pytest.mark.parametrize("path", outputs.notebooks(), ids=lambda path: str(path.relative_to(TOP)))
 def test_outputs_are_as_old_as_the_code(path):
     name = path.relative_to(TOP).as_posix()
-    if name in OLDER:
-        assert outputs.is_stale(path), f"{name}: its outputs are new; take it off the list"
-    else:
-        assert not outputs.is_stale(path), f"{name}: its outputs are older than its code; run `.ci/outputs {name}`"
+    assert not outputs.is_stale(path), f"{name}: its outputs are older than its code; run `.ci/outputs {name}`"
 
 
 def test_code_and_results_make_outputs_stale_and_prose_does_not(tmp_path, monkeypatch):
