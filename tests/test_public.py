@@ -100,6 +100,7 @@ def test_excerpts_are_refused_unless_asked_for(named, tmp_path):
     assert len(extract_embeddings(corpus, model, tmp_path, whole_tracks=False).values) == 20
 
 
+@pytest.mark.slow
 def test_without_a_length_in_the_table_the_files_decide(named):
     corpus = load_corpus("mtt", audio=named("mtt"), stored_s=5)
     with pytest.raises(ValueError, match="holds the middle 5 s"):

@@ -85,6 +85,7 @@ def test_sigterm_saves_and_the_run_resumes(folder, undisturbed, tmp_path, monkey
     assert "size=base: the run to resume has tiny" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stop_during_validation_loses_nothing(small, tmp_path, monkeypatch):
     settings = {"max_steps": 4, "num_validations": 2, "swa": True, "schedule": "recipe", "model": "effnet-b0"}
     whole = fit(*small(out_dir=str(tmp_path / "whole"), **settings))
