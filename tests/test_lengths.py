@@ -305,3 +305,20 @@ def test_the_usual_names_of_audio_are_listed(tmp_path):
         (tmp_path / f"a{suffix.upper()}").write_bytes(b"x")
     assert len(list_audio([tmp_path]).files) == len(AUDIO_SUFFIXES)
     assert {".m4b", ".mp4", ".mka", ".oga", ".aifc", ".au", ".w64", ".wv"} <= AUDIO_SUFFIXES
+
+
+def test_a_flac_with_flipped_bits_is_read_or_named(tmp_path):
+    rng, path, named = np.random.default_rng(0), tmp_path / "flipped.flac", 0
+    soundfile.write(path, rng.normal(0, 0.1, 48_000), 16_000)
+    whole = path.read_bytes()
+    for _ in range(30):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), 32):
+            data[at] ^= 1 << rng.integers(8)
+        path.write_bytes(data)
+        try:
+            assert load_audio(path).isfinite().all()
+        except ValueError as error:
+            assert str(path) in str(error)
+            named += 1
+    assert named

@@ -86,10 +86,8 @@ def _decode_packets(container, packets: Iterable) -> Iterator[tuple]:  # packet,
                 raise
 
 # %% ../../nbs/audio/decode.ipynb #20545979
-def _decode_part(
-    part: _Part, rate: int, start: int
-) -> Iterator[tuple[int, np.ndarray]]:  # position; (samples, channels), both at `rate`
-    "Decode the frames of a part from the one with sample `start` on, seeking if the time of its first sample is known."
+def _decode_part(part: _Part, rate: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
+    "Position and (samples, channels) at `rate` of the frames of a part from sample `start` on; seeks where it can."
     import av
 
     to_float, position, preroll = av.AudioResampler(format="fltp", rate=rate), 0, round(_PREROLL_S * rate)
@@ -244,7 +242,10 @@ class _SoundfileReader:
     def __init__(self, path: Path, file: soundfile.SoundFile):
         self.file, self.rate, self.length = file, file.samplerate, file.frames
         self.parts, self.close = [_Part(path, self.rate, self.length, file.channels, None)], file.close
-        file.seek(0)  # else what Opus puts before the first sample can be a part of the sound
+        try:
+            file.seek(0)  # else what Opus puts before the first sample can be a part of the sound
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"{path}: damaged ({error}); convert it again") from error
 
     def read(self, start: int, count: int) -> np.ndarray:
         file, early = self.file, 0

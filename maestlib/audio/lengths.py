@@ -81,7 +81,7 @@ def _flac_frames(data: bytes, like: bytes) -> Iterator[tuple[int, int]]:  # numb
     for match in re.finditer(re.escape(like[:2]), data):
         head = data[match.start() :][:16].ljust(16, b"\0")
         ones = 8 - (head[4] ^ 0xFF).bit_length()
-        if (head[2] ^ like[2] | head[3] ^ like[3]) & 15 or ones in (1, 8):
+        if (head[2] ^ like[2] | head[3] ^ like[3]) & 15 or ones in (1, 8) or head[2] < 16:
             continue
         number, end, size = head[4] & 0x7F >> ones, 4 + max(1, ones), head[2] >> 4
         for byte in head[5:end]:
