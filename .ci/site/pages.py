@@ -61,10 +61,15 @@ def link_names(text: str, names: dict[str, str], top: str) -> str:  # Markdown
     return re.sub(r"(?<!\[)`([\w.]+(?:\(\))?)`(?!\])", replace, text)
 
 
+def page_links(text: str) -> str:
+    "Let the links to notebooks lead to their pages."
+    return re.sub(r"(\]\([^)\s:]+)\.ipynb(#[^)]*)?\)", r"\1.md\2)", text)
+
+
 def prose(text: str, names: dict[str, str], top: str) -> str:
     "Markdown of a cell: math becomes MathML, links to notebooks lead to their pages."
     parts = CODE.split(text)  # every second is code
-    parts[::2] = [math(re.sub(r"(\]\([^)\s:]+)\.ipynb(#[^)]*)?\)", r"\1.md\2)", part)) for part in parts[::2]]
+    parts[::2] = [math(page_links(part)) for part in parts[::2]]
     return link_names("".join(parts), names, top)
 
 
@@ -104,7 +109,8 @@ def output(data: dict, text: str, alt: str, save) -> str:
         table = re.sub(r"(?s)<style>.*?</style>|\s*border=\"1\"", "", "".join(data["text/html"])).replace("\n", " ")
         return f'<div class="output" data-search-exclude>{table}</div>'
     if "text/markdown" in data:
-        return f'<div class="output" data-search-exclude markdown>\n\n{"".join(data["text/markdown"])}\n\n</div>'
+        text = page_links("".join(data["text/markdown"]))
+        return f'<div class="output" data-search-exclude markdown>\n\n{text}\n\n</div>'
     text = "".join(data.get("text/plain", text)).rstrip()
     return f'<pre class="output" data-search-exclude>{html.escape(text)}</pre>' if text else ""
 
