@@ -134,12 +134,12 @@ def test_every_link_leads_somewhere_and_nothing_is_loaded_from_elsewhere(site):
     for path, page in pages.items():
         for tag, target in page.links:
             address = urllib.parse.urlsplit(target)
-            if address.path.startswith("/"):
-                problems.append(f"{path.relative_to(site)}: {target} breaks below the top of a server")
             if address.scheme or target.startswith("//"):
                 if tag != "a" and address.scheme != "data":
                     problems.append(f"{path.relative_to(site)} loads {target}")
                 continue
+            if address.path.startswith("/"):
+                problems.append(f"{path.relative_to(site)}: {target} breaks below the top of a server")
             file = (path.parent / urllib.parse.unquote(address.path)).resolve() if address.path else path
             file = file / "index.html" if file.is_dir() else file
             if not file.exists():
