@@ -92,8 +92,8 @@ def _flac_frames(data: bytes, like: bytes) -> Iterator[tuple[int, int]]:  # numb
             yield number, 192 if size == 1 else 576 << size - 2 if size < 6 else 256 << size - 8
 
 # %% ../../nbs/audio/lengths.ipynb #997d1f1b
-def _check_flac(file: BinaryIO, size: int) -> tuple[bool, bool]:
-    "Whether a flac file is one, and whether its last frame ends with the last sample that its header counts."
+def _flac_head(file: BinaryIO) -> tuple[int, int, bytes]:
+    "Where the first frame of a flac file is, how many samples its header counts, and the first bytes of that frame."
     at = _skip_id3(file) + 4
     file.seek(at + 17)
     total = int.from_bytes(file.read(5), "big") & (1 << 36) - 1
@@ -104,13 +104,16 @@ def _check_flac(file: BinaryIO, size: int) -> tuple[bool, bool]:
         if block[:1] >= b"\x80":
             break
     file.seek(at)
-    first = file.read(16).ljust(16, b"\0")
+    return at, total, file.read(16).ljust(16, b"\0")
+
+
+def _check_total(file: BinaryIO, size: int) -> bool:
+    "Whether the last frame of a flac file ends with the last sample that its header counts."
+    at, total, first = _flac_head(file)
     file.seek(max(at, size - _PAGE))
     frames, is_counted = [*_flac_frames(file.read(), first)], first[1] & 1 == 0  # else its first sample is the number
     unit = next(_flac_frames(first, first), (0, 0))[1] if is_counted else 1
-    ends = {unit * number + samples for number, samples in frames} - {unit * number for number, _ in frames}
-    in_order = _is_in_order(file, at, size, lambda data: (number for number, _ in _flac_frames(data, first)))
-    return in_order, total in ends
+    return total in {unit * n + samples for n, samples in frames} - {unit * n for n, _ in frames}
 
 # %% ../../nbs/audio/lengths.ipynb #ca6a3144
 def find_sections(
@@ -123,7 +126,9 @@ def find_sections(
         if head[:4] == b"OggS" and size > 27:
             starts = [*_link_starts(file, size)]
         elif head[:4] == b"fLaC":
-            starts = [] if _check_flac(file, size)[0] else [0, *_find_all(file, b"fLaC\0\0\0\x22")[1:]]
+            at, _, first = _flac_head(file)
+            if not _is_in_order(file, at, size, lambda data: (number for number, _ in _flac_frames(data, first))):
+                starts = [0, *_find_all(file, b"fLaC\0\0\0\x22")[1:]]
         elif head[:4] in (b"RIFF", b"FORM", b".snd") or head[4:8] == b"ftyp":
             starts = [*_file_starts(file, head)]
     return list(itertools.pairwise([*(starts or [0]), size]))
@@ -192,5 +197,5 @@ def check_length(
         start = _skip_id3(file, start)
         mark = file.read(4)
         if mark == b"fLaC":
-            return _check_flac(file, stop)[1]
+            return _check_total(file, stop)
         return mark not in (b"RIFF", b"RF64", b"FORM") or _check_data_size(file, start, stop)
