@@ -7,6 +7,7 @@ __all__ = ['STORED_S', 'TRACKS_PER_EPOCH', 'Corpus', 'log_missing_positives', 'l
            'BatchDataset']
 
 # %% ../../nbs/datasets/batches.ipynb #7df1dc2d
+import contextlib
 import hashlib
 import os
 import signal
@@ -71,11 +72,14 @@ STORED_S = 30.0  # what training reads of each track: the longest input of the p
 
 def _cached_store(table: pl.DataFrame, dataset: str, stored_s: float | None = STORED_S) -> MelStore:
     "Open the mel store of a table's files in the cache; compute it if necessary. Raises `ValueError` on missing files."
-    if missing := [path for path in table["path"] if not os.path.exists(path)]:
+    stats = {}
+    for path in table["path"]:
+        with contextlib.suppress(OSError, ValueError):  # there is no such file
+            stats[path] = os.stat(path)
+    if missing := [path for path in table["path"] if path not in stats]:
         count = f"{len(missing)} of {len(table)} audio files are missing"
         raise ValueError(f"dataset={dataset}: {count}, such as {missing[0]}; give audio=, the folder they are in")
-    stats = [(path, os.stat(path)) for path in table["path"]]
-    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    files = [(path, stats[path].st_size, stats[path].st_mtime_ns) for path in table["path"]]
     name = f"{Path(dataset).stem}-{hashlib.sha256(repr(files).encode()).hexdigest()[:8]}"
     if stored_s != STORED_S:
         name += f"-{stored_s:g}s" if stored_s else "-whole"
