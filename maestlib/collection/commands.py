@@ -156,8 +156,9 @@ def run_scan(args: argparse.Namespace) -> int:  # the exit code
         model = DEFAULT_MODEL
     options = dict(prune=args.prune, force=args.force, dry_run=args.dry_run, device=args.device)
     options |= dict(batch_size=args.batch_size, num_workers=args.workers, progress=not args.quiet)
-    paths = map(from_shell, (*args.paths, *(_listed_paths(args.files_from) if args.files_from else ())))
-    report = scan([*paths], out, model and model_from_shell(model), **options, **settings)
+    listed = _listed_paths(args.files_from) if args.files_from else []
+    paths = [from_shell(path) for path in (*args.paths, *listed)]
+    report = scan(paths, out, model and model_from_shell(model), **options, **settings)
     for path, error in report.failed:
         print(f"failed: {path}: {error}", file=sys.stderr)
     if args.json:
