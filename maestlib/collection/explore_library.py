@@ -25,16 +25,7 @@ from .playlist import write_playlist
 from .search import match_text
 from ..core.extras import optional_import
 from ..core.text import split_label
-from maestlib.widgets.controls import (
-    MODEL_LOCK,
-    LatestOnlyWorker,
-    Message,
-    Player,
-    load_for_playback,
-    panel,
-    row,
-    side_by_side,
-)
+from ..widgets import controls as parts
 
 with optional_import():
     import ipywidgets as w
@@ -53,7 +44,7 @@ class ExplorerState:
         self.controls = LibraryControls(self.spaces.titles, self.colors.options())
         self.maps = [SongMap(name, self.select, self.choose) for name in ("library-map", "second-map")]
         self.selected, self.probes, self.dropped = [], {}, None  # songs; (tag, space): probe; {title: vector}
-        self.message = Message()
+        self.message = parts.Message()
 
     def select(self, songs: Sequence[int], message: str = ""):  # rows of the table
         "Select songs."
@@ -89,7 +80,7 @@ class ExplorerMaps(ExplorerState):
 
     def __init__(self, *libraries, dataset=""):
         super().__init__(*libraries, dataset=dataset)
-        self.figures, self.status = side_by_side(), w.HTML()  # one map, or both; of the layouts
+        self.figures, self.status = parts.side_by_side(), w.HTML()  # one map, or both; of the layouts
         self.layouts = SongLayouts(self.spaces, self.draw, self._show_status)
 
     def _show_status(self, status: str | Exception):
@@ -155,12 +146,12 @@ class ExplorerPlayer(ExplorerDrawing):
 
     def __init__(self, *libraries, dataset=""):
         super().__init__(*libraries, dataset=dataset)
-        self.player, self.title = Player(), w.HTML()
+        self.player, self.title = parts.Player(), w.HTML()
 
     def play(self, song: int):  # a row of the table
         "Play a song; if it cannot be loaded, show why."
         try:
-            self.player.load(load_for_playback(real_path(self.spaces.songs["path"][song]), limit_s=_PLAYED_S)[0])
+            self.player.load(parts.load_for_playback(real_path(self.spaces.songs["path"][song]), limit_s=_PLAYED_S)[0])
         except (ValueError, OSError) as error:
             self.message.show(error)
             return
@@ -210,9 +201,9 @@ class ExplorerUpload(ExplorerPlayer):
         "Show the place of an audio file, its tags, and the songs nearest to it; select these."
         name, title, library = Path(path).name, self.controls.first.value, self.spaces.library
         try:
-            with MODEL_LOCK:
+            with parts.MODEL_LOCK:
                 vectors, activations = self.spaces.read(path)
-            wave, _ = load_for_playback(path, limit_s=_PLAYED_S)
+            wave, _ = parts.load_for_playback(path, limit_s=_PLAYED_S)
         except (ValueError, OSError) as error:
             self.message.show(f"⚠ {error}".replace(str(path), name))
             return
@@ -232,7 +223,7 @@ class ExplorerTags(ExplorerUpload):
     def __init__(self, *libraries, dataset=""):
         super().__init__(*libraries, dataset=dataset)
         self.score = w.HTML()
-        self.worker = LatestOnlyWorker(self._fit, self.message.show, contextlib.nullcontext())
+        self.worker = parts.LatestOnlyWorker(self._fit, self.message.show, contextlib.nullcontext())
         self.controls.tag.options = self.colors.tags.names
 
     def fit(self, is_shown: bool = True):  # whether the songs are then colored by it
@@ -350,13 +341,13 @@ class LibraryExplorer(ExplorerFiles):
     ):
         super().__init__(*libraries, dataset=dataset)
         c = self.controls
-        tags = [c.tag, row(c.yes, c.no, c.unlabel, c.most), self.score]
+        tags = [c.tag, parts.row(c.yes, c.no, c.unlabel, c.most), self.score]
         tags = w.VBox(tags, layout=dict(width="32em", margin="0 0 0 16px"))
-        listed = w.VBox([c.songs, row(c.nearest), self.title, self.player])
+        listed = w.VBox([c.songs, parts.row(c.nearest), self.title, self.player])
         lower = w.HBox([listed, tags], layout=dict(flex_flow="row wrap"))
-        above = row(c.color, c.find, c.method, c.beside), row(c.first, c.second, w.HBox([c.glide, c.play]))
-        saving = row(c.name, c.playlist, c.upload)
-        self.box = panel("library", *above, self.status, self.figures, self.message, lower, saving)
+        above = parts.row(c.color, c.find, c.method, c.beside), parts.row(c.first, c.second, w.HBox([c.glide, c.play]))
+        saving = parts.row(c.name, c.playlist, c.upload)
+        self.box = parts.panel("library", *above, self.status, self.figures, self.message, lower, saving)
         _connect(self)
         self.resize()
         self.recolor()

@@ -19,7 +19,6 @@ from ..probing.embeddings import Embeddings
 from ..probing.layers import block_vectors, plot_map, track_titles
 from ..stats.layout import align_map, pca_map, tsne_map
 from . import controls as parts
-from .controls import Message, Player, make_control
 from .figures import nearest_per_block, plot_neighbors
 from .live_figure import LiveFigure
 from .theme import TEXT_COLOR, neutral_theme
@@ -63,16 +62,16 @@ class LayerControls:
         groups = list(dict.fromkeys(split_label(label)[0] or label for label in corpus.labels))
         labels = [*groups, *(label for label in corpus.labels if label not in groups)]
         tip = "The track whose neighbors are shown; choosing one plays it"
-        self.track = make_control(w.Dropdown, "tune", tip, "track", options=titles, value=track)
+        self.track = parts.make_control(w.Dropdown, "tune", tip, "track", options=titles, value=track)
         tip = "Embedding after this block, counted from 0"
-        self.block = make_control(w.IntSlider, "block", tip, "block", max=last, value=middle)
+        self.block = parts.make_control(w.IntSlider, "block", tip, "block", max=last, value=middle)
         tip = "Step through the blocks"
-        self.play = make_control(w.Play, "play", tip, "play", max=last, value=middle, interval=900)
+        self.play = parts.make_control(w.Play, "play", tip, "play", max=last, value=middle, interval=900)
         w.jslink((self.play, "value"), (self.block, "value"))
-        self.tokens = make_control(w.Dropdown, "token", "Part of the embedding", "token", options=TOKEN_CHOICES)
-        self.label = make_control(w.Dropdown, "color", "Labels shown as colors", "label", options=labels)
+        self.tokens = parts.make_control(w.Dropdown, "token", "Part of the embedding", "token", options=TOKEN_CHOICES)
+        self.label = parts.make_control(w.Dropdown, "color", "Labels shown as colors", "label", options=labels)
         tip = "PCA is fast and linear; t-SNE takes seconds and keeps neighbors together"
-        self.method = make_control(w.ToggleButtons, "map", tip, "method", options=["PCA", "t-SNE"])
+        self.method = parts.make_control(w.ToggleButtons, "map", tip, "method", options=["PCA", "t-SNE"])
         self.box = parts.row(self.track, w.HBox([self.block, self.play]), self.tokens, self.label, self.method)
 
 # %% ../../nbs/widgets/explore_layers.ipynb #76959537
@@ -162,7 +161,7 @@ class LayerExplorer:
 
     def __init__(self, corpus: Corpus, embeddings: Embeddings, track: int = 0):  # chosen at the start
         self.corpus, self.chosen = corpus, track
-        self.message, self.player = Message(), Player()
+        self.message, self.player = parts.Message(), parts.Player()
         self.maps = BlockMaps(embeddings, self.draw, self.message.show)
         self.map = TrackMap(corpus, embeddings, self.choose)
         self.neighbors = NeighborView(corpus, embeddings, self.choose)
