@@ -21,6 +21,7 @@ from ..models.checkpoint import load_model
 from ..models.effnet import EffNet
 from ..models.hub import RELEASED_MODELS
 from ..models.maest import MAEST, SIZES, MAESTConfig
+from ..models.musicnn import find_musicnn, load_musicnn
 from ..models.patchout import Patchout
 from .comparison import compare_settings, describe_differences, difference_rows
 from .published import FINDINGS
@@ -29,7 +30,7 @@ from .scales import PUBLIC_DATASETS, PaperConfig, audio_folder, dataset_names, d
 from ..probing import layers
 from ..probing.embeddings import Embeddings, check_whole_tracks, extract_embeddings, subset_corpus
 from ..probing.features import features_from_onnx, read_features
-from ..probing.musicnn import find_musicnn, load_musicnn, musicnn_features
+from ..probing.musicnn import musicnn_features
 from ..probing.probe import ProbeConfig
 from ..probing.study import ResampledStudy, probe_settings, resample_study, run_study
 from ..stats.metrics import METRICS
