@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from maestlib.audio.mel import MEL, load_audio
 from maestlib.datasets.batches import load_corpus
 from maestlib.inference.embedding import embed
+from maestlib.models import musicnn
 from maestlib.models.maest import MAEST, MAESTConfig
-from maestlib.probing import musicnn
+from maestlib.models.musicnn_fast import FastMusiCNN
 from maestlib.probing.embeddings import subset_corpus
 from maestlib.probing.features import features_from_onnx, from_features, read_features
+from maestlib.probing.musicnn import musicnn_features
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +268,10 @@ def reference(tensors, patches):  # (batch, frames, bands), as the TensorFlow gr
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peer") / "musicnn"
-    write_checkpoint(folder / "MTT_musicnn", random_tensors() | {"step": np.array(3)})
-    labels = [f"tag {i}" for i in range(50)]
-    (folder / "configuration.py").write_text(f"SR = 16000\nMTT_LABELS = {labels}\nMSD_LABELS = []\n")
+    for name in ("MTT", "MSD"):
+        write_checkpoint(folder / f"{name}_musicnn", random_tensors() | {"step": np.array(3)})
+    labels = [[f"{kind} {i}" for i in range(50)] for kind in ("tag", "other")]
+    (folder / "configuration.py").write_text(f"SR = 16000\nMTT_LABELS = {labels[0]}\nMSD_LABELS = {labels[1]}\n")
     return folder
 
 
@@ -282,12 +285,25 @@ def test_musicnn_computes_what_the_graph_does(weights):
         logits, penultimate = model(patches.mT)
     expected = reference(tensors, patches)
     assert torch.allclose(logits, expected[0], atol=1e-3) and torch.allclose(penultimate, expected[1], atol=1e-3)
-    assert model.labels[7] == "tag 7"
+    assert model.labels[7] == "tag 7" and musicnn.load_musicnn(weights, "MSD").labels[7] == "other 7"
+    with pytest.raises(ValueError, match="name='FMA': give one of MTT, MSD"):
+        musicnn.load_musicnn(weights, "FMA")
+
+
+@pytest.mark.parametrize("frames", [187, 100, 561])
+def test_products_compute_what_the_convolutions_do(weights, frames):
+    model = musicnn.load_musicnn(weights)
+    mels = 3 * torch.rand(2, 96, frames, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits, penultimate = model(mels)
+    exact, close = FastMusiCNN(model, torch.float32)(mels), FastMusiCNN(model)(mels)
+    assert torch.allclose(exact[0], logits, atol=1e-3) and torch.allclose(exact[1], penultimate, atol=1e-3)
+    assert (close[1] - penultimate).square().mean() < 0.01 * penultimate.var()
 
 
 def test_musicnn_features_are_means_and_deviations_over_patches(weights, corpus, tmp_path):
     model = musicnn.load_musicnn(weights)
-    values = musicnn.musicnn_features(corpus, model, tmp_path, seconds=10, batch_size=5).values[:, 0, 0]
+    values = musicnn_features(corpus, model, tmp_path, seconds=10, batch_size=5).values[:, 0, 0]
     mel = torch.from_numpy(corpus.store.read(corpus.store_rows[7])).float()[:561].view(3, 187, 96)
     _, penultimate = reference(random_tensors(), mel)
     assert np.allclose(values[7, :200], penultimate.mean(0), atol=1e-3)
@@ -308,8 +324,8 @@ def test_the_weights_are_found_in_a_wheel_and_then_in_the_cache(weights, tmp_pat
         for path in weights.rglob("*"):
             archive.write(path, path.relative_to(weights.parent))
     found = musicnn.find_musicnn(wheel)
-    assert found == musicnn.find_musicnn() == tmp_path / "cache/weights/musicnn-0.1.0"
-    assert sorted(p.name for p in found.parent.iterdir() if p.is_dir()) == ["musicnn-0.1.0"]
+    assert found == musicnn.find_musicnn() == tmp_path / "cache/weights/musicnn-0.1.0-mtt-msd"
+    assert sorted(p.name for p in found.parent.iterdir() if p.is_dir()) == ["musicnn-0.1.0-mtt-msd"]
 
 
 def test_other_weights_are_refused(weights, tmp_path):
@@ -317,6 +333,7 @@ def test_other_weights_are_refused(weights, tmp_path):
         musicnn.load_musicnn(tmp_path)
     (tmp_path / "configuration.py").write_bytes((weights / "configuration.py").read_bytes())
     tensors = random_tensors()
+    write_checkpoint(tmp_path / "MSD_musicnn", tensors)
     write_checkpoint(tmp_path / "MTT_musicnn", tensors | {"dense/kernel": tensors["dense/kernel"][:, :100]})
     with pytest.raises(ValueError, match=r"not the weights of MTT_musicnn \(dense/kernel: \(100, 1506\)"):
         musicnn.load_musicnn(tmp_path)

@@ -333,7 +333,7 @@ def test_nothing_is_downloaded_that_was_not_asked_for(small, tmp_path, monkeypat
     _, corpus, _ = small()
     calls = []
     monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
-    monkeypatch.setattr("maestlib.probing.musicnn.subprocess.run", lambda command, **_: calls.append(command))
+    monkeypatch.setattr("maestlib.models.musicnn.subprocess.run", lambda command, **_: calls.append(command))
     config = PaperConfig.from_params({"rivals": "musicnn,mel"})
     embeddings, skipped = embed_all(config, corpus, {TINY: tiny_model(embed_dim=12, depth=1)})
     assert list(embeddings) == [TINY, "mel statistics"] and not calls
