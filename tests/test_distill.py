@@ -1,4 +1,4 @@
-"""Distillation: mixtures remain music, teachers are asked about what the student hears, runs are repeated and resumed."""
+"""Distillation: mixtures remain music, teachers answer about what the student hears, runs are repeated and resumed."""
 
 import numpy as np
 import polars as pl
