@@ -136,7 +136,7 @@ class AttachedHeads(nn.Module):
         embeddings: torch.Tensor | None = None,  # (batch, len(blocks), vectors, embed_dim) as of `MAEST.embed`
     ) -> torch.Tensor:  # (batch, labels) logits
         "Put the logits of all heads behind the model's."
-        outputs = [logits[:, self.kept]]
+        outputs = [logits if len(self.kept) == logits.shape[1] else logits[:, self.kept]]
         for head in self.heads:
             rows = (embeddings.shape[2] - 3) // 2
             positions = [i for i, token in enumerate("cdt" + "r" * rows + "s" * rows) if token in head.config.tokens]
