@@ -14,7 +14,6 @@ from maestlib.collection.cli import main
 from maestlib.collection.library import Library
 from maestlib.collection.scan import LibraryReader, scan
 from maestlib.collection.search import SongIndex
-from maestlib.collection.write_tags import load_mapping
 from maestlib.inference.embedding import embed, make_embedder, tag
 from maestlib.inference.heads import HEAD_FORMAT, Head, HeadConfig, load_head, resolve_heads, save_head
 from maestlib.inference.jobs import model_fingerprint
@@ -282,10 +281,15 @@ def test_a_library_shows_the_labels_of_heads(trained, model, music, tmp_path, ca
         assert np.allclose(row, [expected[label] for label in library.labels], atol=2e-3)
     found = SongIndex(library).nearest([], tags="high & !pulsed", k=8)["path"]
     assert sorted(Path(path).stem for path in found) == ["01", "05"]
-    assert "high" in load_mapping(library)["label"].to_list()
     outside, _ = LibraryReader(library)(music / "09.wav")
     expected = activations_of(music / "09.wav", model, trained)
     assert np.allclose(outside, [expected[label] for label in library.labels], atol=1e-3)
+    pytest.importorskip("mutagen")
+    (tmp_path / "mapping.csv").write_text("label,field,value\nhigh,mood,bright\n")
+    capsys.readouterr()
+    assert main(["write-tags", "--library", str(out), "--mapping", str(tmp_path / "mapping.csv")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [Path(line.split(":")[0]).stem for line in lines] == ["01", "03", "05", "07"] and "bright" in lines[0]
 
 
 def test_other_heads_need_another_library(trained, model, music, tmp_path):

@@ -102,7 +102,7 @@ def _add_search(commands) -> None:
         add("songs", nargs="*", help="paths, or parts of path, artist and title that only one song has")
         add("--without", nargs="+", default=[], metavar="SONG", help="songs to get away from")
         add("--library", default="library", help="the folder that scan made")
-        add("--tags", metavar="EXPRESSION", help='such as "piano & minor & !fast"; labels of the model')
+        add("--tags", metavar="EXPRESSION", help='such as "piano & minor & !fast"; labels of the model and its heads')
         if name == "playlist":
             add("--to", metavar="SONG", help="lead from the one song given to this one")
         add("-k", type=int, default=k, help="how many songs")

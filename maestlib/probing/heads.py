@@ -78,6 +78,8 @@ def _embed_windows(
 ) -> tuple[pl.Series, np.ndarray]:  # path of each window; (windows, in_features)
     windows = embed(paths.to_list(), model, blocks, tokens, **options).lazy()
     windows = windows.filter(pl.col("path").is_in(paths.implode())).collect()
+    if windows.is_empty():
+        raise ValueError("table: none of its files could be read; the report beside the embeddings says why")
     parts = [windows.filter(block=block) for block in blocks] if len(blocks) > 1 else [windows]
     return parts[0]["path"], np.concatenate([part["embedding"].to_numpy() for part in parts], 1)
 
