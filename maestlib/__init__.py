@@ -28,6 +28,7 @@ _load, __dir__, __all__ = lazy_loader.attach(
         "collection.write_tags": ["write_tags", "undo_tags"],
         "training.config": ["TrainConfig"],
         "stats.metrics": ["evaluate"],
+        "probing.heads": ["train_head"],
         "training.loop": ["fit"],
         "speed.tradeoff": ["recommend"],
     },

@@ -58,6 +58,7 @@ def _add_tag(commands) -> shell.AddOption:
     add("--top", type=int, default=10, help="how many tags at most")
     add("--threshold", type=_threshold, help="lowest activation, or calibrated: the model's own for each tag")
     add("--level", default="label", choices=["label", "genre", "style"], help="at which level of Genre---Style")
+    shell.add_head_option(add)
     return add
 
 # %% ../../nbs/collection/cli.ipynb #e0dd87a2
@@ -130,11 +131,13 @@ def _run_compare(args: argparse.Namespace) -> int:
 def _run_tag(args: argparse.Namespace) -> int:
     from maestlib.core.device import default_device
     from maestlib.inference.embedding import list_sources, tag
+    from maestlib.inference.heads import resolve_heads
     from maestlib.models.checkpoint import load_model
 
     options = dict(top=args.top, threshold=args.threshold, level=args.level) | _model_options(args)
     options["model"] = load_model(options["model"]).to(default_device())
-    if options["model"].thresholds is None and args.threshold is None:
+    options["heads"] = resolve_heads(args.heads, options["model"])
+    if options["heads"].thresholds is None and args.threshold is None:
         print("uncalibrated: this model has no thresholds; activations only rank tags", file=sys.stderr)
     paths, errors, found = list_sources([shell.from_shell(path) for path in args.paths]), [], []
     for path in paths:
@@ -146,10 +149,11 @@ def _run_tag(args: argparse.Namespace) -> int:
             errors.append(error)
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        found.append({"path": path, "tags": dict(tags.iter_rows())})
+        found.append({"path": path, "tags": dict(tags.select("label", "activation").iter_rows())})
         if not args.json:
-            for label, activation in tags.iter_rows():
-                print(f"{path}: " * (len(paths) > 1) + f"{activation:.3f}  {label}")
+            for label, activation, *head in tags.iter_rows():
+                source = f"  ({head[0]})" if any(head) else ""
+                print(f"{path}: " * (len(paths) > 1) + f"{activation:.3f}  {label}{source}")
     if args.json:
         shell.print_json(found)
     return 2 if not found else 1 if errors else 0

@@ -48,12 +48,15 @@ class LibrarySettings:
     keep_every: int = 1  # patchout: keep one of so many columns
     drop_rows: tuple[int, ...] = ()  # patchout: rows to drop
     dtype: str = "auto"  # of the matrix products
+    heads: tuple[str, ...] = ()  # files of heads, whose labels follow the model's
 
     def __post_init__(self):
         for name in ("block", "drop_rows"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, check_numbers(name, value, 0, integer=True))
+        paths = [self.heads] if isinstance(self.heads, str | Path) else self.heads
+        object.__setattr__(self, "heads", tuple(str(resolve_path(path)) for path in paths))
         check_number("excerpt_s", self.excerpt_s, above=0, optional=True)
         check_number("hop_s", self.hop_s, above=0, optional=True)
 
@@ -84,7 +87,7 @@ class LibraryFolder:
         if header.get("format") != _FORMAT:
             raise ValueError(f"{file}: of another version of maestlib; scan into another folder")
         self.settings = LibrarySettings(**header["settings"])
-        self.fingerprint, self.dim = header["fingerprint"], header["dim"]  # of the model; of a vector
+        self.fingerprint, self.dim = header["fingerprint"], header["dim"]  # of model and heads; of a vector
         self.labels, self.thresholds = tuple(header["labels"]), header["thresholds"]  # None: uncalibrated
         self.blocks = tuple(header["blocks"])
 
@@ -93,7 +96,7 @@ class LibraryFolder:
         cls,
         folder: str | Path,  # of the library
         settings: LibrarySettings,
-        fingerprint: str,  # of the model
+        fingerprint: str,  # of the model and its heads
         blocks: Sequence[int],  # after which the vectors are
         dim: int,  # of a vector
         labels: Sequence[str],  # of the tags

@@ -23,9 +23,10 @@ from torch import nn
 from ..audio.windows import MIN_REST
 from ..core.extras import optional_import
 from ..core.files import asset_path, atomic_write, cache_path, file_lock, write_json
+from ..inference.heads import AttachedHeads, Head, resolve_heads
 from ..models.checkpoint import BUNDLED_MODEL, load_model
 from ..models.export import LogMel
-from ..models.maest import MAEST
+from ..models.maest import MAEST, pool_tokens
 from ..models.patchout import PATCH, STRIDE
 from ..widgets.attention import attention_weights, capture_qk
 
@@ -36,14 +37,14 @@ class PageMAEST(nn.Module):
     Raises `ValueError` for a front end that does not pad with silence, and for a model without labels.
     """
 
-    def __init__(self, model: MAEST):  # in eval mode; its weights are shared
+    def __init__(self, model: MAEST, heads: AttachedHeads | None = None):  # in eval mode; their weights are shared
         super().__init__()
         mel = model.config.mel
         if mel.frontend != "essentia" or mel.n_fft != 2 * mel.hop_length:
             raise ValueError(f"model: its front end is {mel}; the page needs essentia's, with a hop of half a frame")
-        if not model.config.labels:
+        self.model, self.frontend, self.heads = model, LogMel(mel), heads or AttachedHeads((), model)
+        if not self.heads.labels:
             raise ValueError("model: it has no labels; load one that was trained to tag")
-        self.model, self.frontend = model, LogMel(mel)
 
     def forward(
         self,
@@ -52,7 +53,7 @@ class PageMAEST(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # (labels,) activations; (blocks, n) attention from cls, mean of the heads; (n_mels, frames) normalized mel
         "Compute all that the page shows of a window."
-        model, weights = self.model, []
+        model, weights, pooled = self.model, [], []
         mel = self.frontend(wave[None])[..., 1:]  # without the frame that is centered on the first sample
         x = _embed_kept(model, mel, kept)
 
@@ -60,10 +61,13 @@ class PageMAEST(nn.Module):
             weights.append(attention_weights(q[:, :, :1], k)[0, :, 0, 2:].mean(0))
 
         with capture_qk(model, keep_attention):
-            for block in model.blocks[:-1]:
-                x = block(x)
-            x = model.blocks[-1](x, 2)
-        return model.forward_head(model.norm(x)).sigmoid()[0], torch.stack(weights), mel[0]
+            for i, block in enumerate(model.blocks):
+                is_read = i in self.heads.blocks
+                x = block(x) if is_read or i + 1 < len(model.blocks) else block(x, 2)
+                pooled += [pool_tokens(x, 1)] if is_read else []
+        logits = model.forward_head(model.norm(x[:, :2]))
+        activations = self.heads(logits, torch.stack(pooled, 1) if pooled else None).sigmoid()
+        return activations[0], torch.stack(weights), mel[0]
 
 # %% ../../nbs/collection/page.ipynb #6df06c60
 def _embed_kept(model: MAEST, mel: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:  # (1, 2 + n, dim)
@@ -124,6 +128,7 @@ def _largest_difference(path: Path, page_model: PageMAEST) -> float:  # of an ac
 def export_page_model(
     model: MAEST,  # float32, on the CPU, in eval mode
     path: str | Path,  # ends in .onnx
+    heads: AttachedHeads | None = None,  # of the model, on some of c, d and t
 ) -> float:  # largest difference of an activation between the file and the model
     """Write the ONNX file of the page. Its inputs are `wave` and `kept`, its outputs `activations`, `attention`, `mel`.
 
@@ -134,7 +139,7 @@ def export_page_model(
         import onnx
         import onnxscript  # noqa: F401  which torch.onnx writes with
 
-    page_model, config = PageMAEST(model).eval(), model.config
+    page_model, config = PageMAEST(model, heads).eval(), model.config
     hop, frames, patches = config.mel.hop_length, config.num_frames, config.grid[0] * config.grid[1]
     example = torch.zeros((frames + 1) * hop), torch.arange(patches // 2, dtype=torch.int32)
     samples = torch.export.Dim("samples", min=(PATCH + STRIDE + 1) * hop, max=(frames + 2) * hop - 1)
@@ -156,15 +161,17 @@ def export_page_model(
 def page_config(
     model: MAEST,  # in eval mode
     name: str = BUNDLED_MODEL,  # of the model, for the reader
+    heads: AttachedHeads | None = None,  # of the model
 ) -> dict:  # for JSON
     "Describe a model for the page."
-    config, mel = model.config, model.config.mel
+    config, mel, page_model = model.config, model.config.mel, PageMAEST(model, heads)
     kept = torch.arange(config.grid[0] * config.grid[1], dtype=torch.int32)
-    probe, _, _ = PageMAEST(model)(sweep((config.num_frames + 1) * mel.hop_length), kept)
-    thresholds = None if model.thresholds is None else [round(value, 4) for value in model.thresholds]
+    probe, _, _ = page_model(sweep((config.num_frames + 1) * mel.hop_length), kept)
+    labels, thresholds = page_model.heads.labels, page_model.heads.thresholds
+    thresholds = None if thresholds is None else [round(value, 4) for value in thresholds]
     return {
         "name": name, "runtime": f"{RUNTIME} {RUNTIME_VERSION}",
-        "labels": list(config.labels), "thresholds": thresholds,
+        "labels": list(labels), "thresholds": thresholds,
         "sample_rate": mel.sample_rate, "hop_length": mel.hop_length, "context": mel.hop_length, "n_mels": mel.n_mels,
         "frames": config.num_frames, "hop_frames": config.num_frames // 2, "min_rest": MIN_REST,
         "patch": PATCH, "stride": STRIDE, "embed_dim": config.embed_dim, "depth": config.depth,
@@ -215,14 +222,15 @@ def unpack_runtime(folder: Path) -> None:  # to write to
 def export_page(
     out: str | Path,  # a folder; files of the same names are replaced
     model: MAEST | str | Path | None = None,  # with labels, or what `load_model` takes; None: the bundled model
+    heads: Head | str | Path | list[Head | str | Path] | None = None,  # of that model, one or several, or their files
 ) -> Path:  # the page, out/index.html
     "Write page, ONNX model, labels and onnxruntime-web. Raises as `export_page_model`, `fetch_runtime`, `load_model`."
     name = BUNDLED_MODEL if model is None else "your model" if isinstance(model, MAEST) else Path(model).stem
     model = model if isinstance(model, MAEST) else load_model(model or BUNDLED_MODEL)
-    out = Path(out)
+    out, heads = Path(out), resolve_heads(heads, model)
     unpack_runtime(out / "ort")
-    export_page_model(model, out / "model.onnx")
-    write_json(out / "model.json", page_config(model, name))
+    export_page_model(model, out / "model.onnx", heads)
+    write_json(out / "model.json", page_config(model, name, heads))
     sources = asset_path("hear")
     for source in sorted(p for p in sources.rglob("*") if p.is_file()):
         with atomic_write(out / source.relative_to(sources)) as temporary:

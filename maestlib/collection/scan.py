@@ -30,6 +30,7 @@ from ..core.checks import check_number
 from ..core.device import default_device
 from ..core.files import log, resolve_path
 from ..inference.embedding import count_vectors, make_embedder, resolve_blocks
+from ..inference.heads import AttachedHeads, resolve_heads
 from ..inference.jobs import model_fingerprint
 from ..inference.windows import iter_results
 from ..models.checkpoint import load_model
@@ -47,9 +48,16 @@ def load_library_model(
         raise ValueError(f"{library.folder}: its model was not given by name; give the same model again")
     model = model or library.settings.model
     loaded = model if isinstance(model, MAEST) else load_model(model)
-    if model_fingerprint(loaded) != library.fingerprint:
+    if model_fingerprint(loaded) != library.fingerprint.split("-")[0]:
         raise ValueError(f"{library.folder}: made with another model, {library.settings.model}; give another out")
+    if _fingerprint(loaded, resolve_heads(library.settings.heads, loaded)) != library.fingerprint:
+        heads = ", ".join(library.settings.heads)
+        raise ValueError(f"{library.folder}: {heads} changed after the scan; give another out")
     return loaded.to(device or default_device())
+
+
+def _fingerprint(model: MAEST, heads: AttachedHeads) -> str:
+    return "-".join(map(model_fingerprint, (model, *heads.heads)))
 
 # %% ../../nbs/collection/scan.ipynb #3efe1eac
 def library_embedder(
@@ -57,8 +65,9 @@ def library_embedder(
     model: MAEST,  # of this library
 ) -> Callable:  # mels (batch, n_mels, frames) -> (batch, labels + blocks * dim): activations, then vectors
     "Make the function that computes what a library stores of a window."
-    settings = library.settings
-    return make_embedder(model, library.blocks, settings.tokens, settings.patchout, settings.dtype, with_tags=True)
+    settings, heads = library.settings, resolve_heads(library.settings.heads, model)
+    options = (settings.tokens, settings.patchout, settings.dtype)
+    return make_embedder(model, library.blocks, *options, with_tags=True, heads=heads)
 
 # %% ../../nbs/collection/scan.ipynb #5c2b6af9
 class LibraryReader:
@@ -101,11 +110,12 @@ def _create(out: str | Path, model: MAEST | str | Path | None, device, given: di
     if name and resolve_path(name).exists():
         name = str(resolve_path(name))
     settings, config = LibrarySettings(name, **given), loaded.config
+    heads = resolve_heads(settings.heads, loaded)
     blocks = resolve_blocks(config.middle_block if settings.block is None else settings.block, config.depth)
     make_embedder(loaded, blocks, settings.tokens, settings.patchout, settings.dtype)  # raises for wrong parameters
     dim = count_vectors(loaded, settings.tokens, settings.patchout) * config.embed_dim
-    header = dict(fingerprint=model_fingerprint(loaded), blocks=blocks, dim=dim)
-    return Library.create(out, settings, **header, labels=config.labels, thresholds=loaded.thresholds), loaded
+    header = dict(fingerprint=_fingerprint(loaded, heads), blocks=blocks, dim=dim)
+    return Library.create(out, settings, **header, labels=heads.labels, thresholds=heads.thresholds), loaded
 
 # %% ../../nbs/collection/scan.ipynb #13592f1f
 def _open(out: str | Path, model: MAEST | str | Path | None, device, given: dict) -> tuple[Library, MAEST | None]:
@@ -309,14 +319,14 @@ def scan(
     num_workers: int | None = None,  # decoding threads; None: one per core
     flush_s: float = 120.0,  # from one write of results to the next
     progress: bool = True,  # show a bar
-    **settings,  # of a new library: block, tokens, excerpt_s, center, hop_s, keep_every, drop_rows, dtype
+    **settings,  # of a new library: block, tokens, excerpt_s, center, hop_s, keep_every, drop_rows, dtype, heads
 ) -> ScanReport:
     """Tag and embed the new and the changed files of a collection; the same call resumes after an interruption.
 
     Files that fail are listed in the report, and not tried again until they change. Settings are as for
-    `maestlib.embed`; `excerpt_s` seconds are read from the middle of each file, or else from its beginning. Raises
-    `FileNotFoundError` for a path, `ValueError` for other settings than those of the library and while another scan
-    of it is running, and `OSError` where it cannot be written.
+    `maestlib.embed`; `excerpt_s` seconds are read from the middle of each file, or else from its beginning; the labels
+    of `heads`, files, are stored with the model's. Raises `FileNotFoundError` for a path, `ValueError` for other
+    settings than those of the library and while another scan of it is running, `OSError` where it cannot be written.
     """
     start, flush_s = time.monotonic(), check_number("flush_s", flush_s, 0)
     folders, listing = _list_folders(paths)

@@ -21,6 +21,7 @@ from ..audio.mel import resample
 from ..core.checks import check_number, check_wave
 from ..core.device import default_device
 from ..core.files import log, resolve_path
+from .heads import AttachedHeads, Head, resolve_heads
 from .jobs import ParquetJob, model_fingerprint, stream_to_parquet
 from .labels import read_level
 from .windows import iter_results, make_forward
@@ -110,6 +111,7 @@ def make_embedder(
     patchout: Patchout | None,
     dtype: str | torch.dtype,
     with_tags: bool = False,  # whether activations are computed in the same pass
+    heads: AttachedHeads | None = None,  # whose activations follow the model's, with tags; None: none
 ) -> Callable[[torch.Tensor], np.ndarray]:  # (batch, n_mels, frames) -> (batch, len(blocks), vectors * embed_dim)
     """Make a function from mels to the concatenated tokens of some blocks. Raises `ValueError` for unknown tokens.
 
@@ -121,14 +123,17 @@ def make_embedder(
     prepared, matmul_dtype = prepare_dtype(model, dtype)
     token_of_vector = [token for token in _TOKENS for _ in range(count_vectors(model, token, patchout))]
     positions = [i for i, token in enumerate(token_of_vector) if token in tokens]
-    rows = bool(set(tokens) & {"r", "s"})
+    heads = heads or AttachedHeads((), model)
+    rows, computed = bool(set(tokens) & {"r", "s"}) or heads.has_rows, (*blocks, *heads.blocks, model.config.depth - 1)
 
     def compute(mels):
         if not with_tags:
             return prepared.embed(mels, blocks, patchout, rows)[:, :, positions].flatten(2)
-        embeddings = prepared.embed(mels, (*blocks, model.config.depth - 1), patchout, rows)
+        embeddings = prepared.embed(mels, computed, patchout, rows)
         logits = prepared.forward_head(prepared.norm(embeddings[:, -1, :2]))  # cls and dist of the last block
-        return torch.cat([logits.float().sigmoid(), embeddings[:, :-1, positions].float().flatten(1)], 1)
+        with torch.autocast(mels.device.type, enabled=False):  # heads are small: in float32
+            activations = heads(logits.float(), embeddings[:, len(blocks) : -1].float()).sigmoid()
+        return torch.cat([activations, embeddings[:, : len(blocks), positions].float().flatten(1)], 1)
 
     return make_forward(prepared, matmul_dtype, compute)
 
@@ -239,41 +244,53 @@ def tag(
     batch_size: int | None = None,  # windows read at once; None: `auto_batch_size(model)`
     level: str = "label",  # label, or a level of `Genre---Style` labels: genre, style
     sample_rate: int | None = None,  # Hz, of a waveform, which is resampled; None: the model's, 16 kHz
-) -> pl.DataFrame:  # label, activation (0 to 1), highest first
+    heads: Head | str | Path | Iterable[Head | str | Path] | AttachedHeads | None = None,  # further labels, or files
+) -> pl.DataFrame:  # label, activation (0 to 1), highest first; with heads also head, null for the model's own labels
     """Tag one recording of any length: the mean activation of each label over its windows.
 
     With `threshold`, labels with a lower activation are left out, which may leave none. At the level of genres or
     styles, the activation is the highest of the labels `Genre---Style` that share it.
 
     Raises `ValueError` for a model without labels, without the thresholds asked for or in training mode, for parameters
-    out of range, more than one file and audio that cannot be read, and `FileNotFoundError`.
-
+    out of range, more than one file, audio that cannot be read and a head of another model, and `FileNotFoundError`.
     Source: MAEST (ISMIR 2023), §3.2.
     """
     model = resolve_model(model)
-    if not model.config.labels:
-        raise ValueError("model: it has no labels; load one that was trained to tag")
+    heads = resolve_heads(heads, model)
+    if not heads.labels:
+        raise ValueError("model: it has no labels; load one that was trained to tag, or give heads")
     top = check_number("top", top, 1, integer=True, optional=True)
-    lowest = _lowest_activations(model, threshold)
+    lowest = _lowest_activations(heads, threshold)
     sources = list_sources(source, sample_rate, model.config.mel.sample_rate)
     if len(sources) != 1:
         raise ValueError(f"{source}: {len(sources)} files; tag one at a time")
-    prepared, matmul_dtype = prepare_dtype(model, dtype)
-    forward = make_forward(prepared, matmul_dtype, lambda mels: prepared(mels, patchout).float().sigmoid())
-    if batch_size is None:
-        batch_size = auto_batch_size(model, patchout)
+    forward = _make_tagger(model, heads, patchout, dtype)
+    batch_size = auto_batch_size(model, patchout) if batch_size is None else batch_size
     ((_, windows),) = iter_results([sources], model, forward, hop_s, batch_size, num_workers=None)
     if isinstance(windows, Exception):
         raise windows
-    tags = pl.DataFrame({"label": model.config.labels, "activation": np.mean([values for *_, values in windows], 0)})
+    tags = _tag_table(heads, windows)
     return read_level(tags.filter(tags["activation"] >= lowest), level).head(top or len(tags))
 
 # %% ../../nbs/inference/embedding.ipynb #dc3f2f53
-def _lowest_activations(model: MAEST, threshold: float | str | None) -> pl.Series:
+def _make_tagger(model: MAEST, heads: AttachedHeads, patchout: Patchout | None, dtype) -> Callable:
+    "A function from mels to activations; without heads, the last block computes cls and dist only."
+    if heads.blocks:
+        return make_embedder(model, (), "c", patchout, dtype, with_tags=True, heads=heads)
+    prepared, matmul_dtype = prepare_dtype(model, dtype)
+    return make_forward(prepared, matmul_dtype, lambda mels: prepared(mels, patchout).float().sigmoid())
+
+
+def _tag_table(heads: AttachedHeads, windows: list[tuple[float, float, np.ndarray]]) -> pl.DataFrame:
+    tags = pl.DataFrame({"label": heads.labels, "activation": np.mean([values for *_, values in windows], 0)})
+    return tags.with_columns(head=pl.Series(heads.sources, dtype=pl.String)) if heads.blocks else tags
+
+
+def _lowest_activations(heads: AttachedHeads, threshold: float | str | None) -> pl.Series:
     "The threshold of each label; 0 without one. Raises `ValueError` where the model has none, or for another word."
     if isinstance(threshold, str) and threshold == "calibrated":
-        if model.thresholds is None:
+        if heads.thresholds is None:
             raise ValueError("threshold='calibrated': the model has no thresholds; fit them, or give a number")
-        return pl.Series(model.thresholds)
+        return pl.Series(heads.thresholds)
     lowest = check_number("threshold", threshold, 0, 1, optional=True)
-    return pl.Series([float(lowest or 0)] * len(model.config.labels))
+    return pl.Series([float(lowest or 0)] * len(heads.labels))

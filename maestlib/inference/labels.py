@@ -15,14 +15,15 @@ LEVELS = ("label", "genre", "style")
 
 
 def read_level(
-    tags: pl.DataFrame,  # label, activation
+    tags: pl.DataFrame,  # label, activation, and further columns, which stay those of the highest
     level: str = "label",  # label: as they are; genre or style: the highest activation of the labels that share it
-) -> pl.DataFrame:  # label, activation, highest first
+) -> pl.DataFrame:  # the same columns, highest first
     "Read tags at one of the two levels of their labels. Raises `ValueError` for another level."
     if level not in LEVELS:
         raise ValueError(f"level={level!r}: give one of {', '.join(LEVELS)}")
     if level != "label":
         part = LEVELS.index(level) - 1
         names = [split_label(label)[part] or label for label in tags["label"]]
-        tags = tags.with_columns(label=pl.Series(names, dtype=pl.String)).group_by("label", maintain_order=True).max()
+        tags = tags.with_columns(label=pl.Series(names, dtype=pl.String)).group_by("label", maintain_order=True)
+        tags = tags.agg(pl.all().sort_by("activation").last())
     return tags.sort("activation", descending=True, maintain_order=True)
