@@ -11,7 +11,9 @@ import pytest
 import soundfile
 
 from maestlib.collection.my_tags import MyTags
-from maestlib.collection.write_tags import load_mapping, read_fields, write_fields
+from maestlib.collection.write_tags import default_mapping, load_mapping, read_fields, write_fields
+from maestlib.models.checkpoint import load_model
+from maestlib.models.hub import label_names
 
 mutagen = pytest.importorskip("mutagen")
 from mutagen import id3  # noqa: E402
@@ -227,6 +229,29 @@ def test_a_mapping_from_a_spreadsheet(line_end, encoding, tmp_path):
         path.write_bytes(text.replace("\n", line_end).encode(encoding))
         with pytest.raises(ValueError, match=f"mapping.csv: .*{message}"):
             load_mapping(library)
+
+
+def test_only_genres_and_moods_are_mapped_by_default():
+    "Labels of any other category, which look like those of Discogs, need a table."
+    labels = ["Genre---Rock", "Mood---Happy", "Instrument---Guitar", "Voice---Female", "Dance---Jig", "House"]
+    assert default_mapping(labels)["field"].to_list() == ["genre", "mood", "", "", "", ""]
+    for count in (400, 519):
+        assert set(default_mapping(label_names(count))["field"]) == {"genre"}
+    for model in ("maest-10s-scores", "maest-30s-tunes"):
+        assert set(default_mapping(load_model(model).config.labels)["field"]) == {""}
+
+
+def test_a_model_without_genres_asks_for_a_mapping(tmp_path):
+    "So does a table that maps nothing; the one that was made can be filled in."
+    library = SimpleNamespace(labels=["Dance---Jig", "Mode---Major"], folder=tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"(?s)mapping.csv: maps none .*Dance---Jig.*`field`.*--mapping") as error:
+            load_mapping(library)
+    assert str(tmp_path) in str(error.value)
+    file = tmp_path / "mapping.csv"
+    assert pl.read_csv(file).fill_null("").rows() == [("Dance---Jig", "", "Jig"), ("Mode---Major", "", "Major")]
+    file.write_text(file.read_text().replace('"",Jig', "genre,Irish"))
+    assert load_mapping(library).rows() == [("Dance---Jig", "genre", "Irish")]
 
 
 def test_my_tags_from_a_spreadsheet(tmp_path):

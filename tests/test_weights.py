@@ -6,15 +6,18 @@ import os
 import pickle
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import save_file
 
 from maestlib.audio.mel import MelConfig
+from maestlib.collection.cli import main
 from maestlib.models import hub
 from maestlib.models.checkpoint import load_model, save_checkpoint
 from maestlib.models.hub import RELEASED_MODELS, ReleasedModel, download, label_names, list_models
@@ -509,6 +512,23 @@ def test_offline_and_manual_copy(weights_dir, state, tmp_path, monkeypatch):
     (weights_dir / "model.ckpt").write_bytes(content[:-1])
     with pytest.raises(ValueError, match="bytes"):
         load_model("model")
+
+
+def test_genres_is_a_short_name(weights_dir, state, tmp_path, monkeypatch, capsys):
+    "Without the file it says at once what to put where; with it, under which licence the weights are."
+    name = hub.SHORT_NAMES["genres"]
+    assert hub.find_released("genres") is hub.find_released(name) and hub.find_released(name).num_labels == 519
+    content = write("bare", state, tmp_path).read_bytes()
+    with serve(content) as server:
+        url = server["url"]  # nothing answers there
+    monkeypatch.setitem(RELEASED_MODELS, name, replace(entry(url, content), name=name, license="CC BY-NC-SA 4.0"))
+    soundfile.write(tmp_path / "song.wav", np.random.default_rng(0).normal(0, 0.1, 96_000), 16_000)
+    command = ["tag", str(tmp_path / "song.wav"), "--model", "genres", "--top", "1"]
+    assert main(command) == 2
+    assert f"{name}: no download" in (error := capsys.readouterr().err) and str(weights_dir / "model.ckpt") in error
+    (weights_dir / "model.ckpt").write_bytes(content)
+    assert main(command) == 0 and "---" in (printed := capsys.readouterr()).out
+    assert printed.err.count(f"{name}: weights under CC BY-NC-SA 4.0, for non-commercial use only") == 1
 
 
 def test_the_registry():

@@ -19,12 +19,13 @@ from . import commands as shell
 from ..core.files import log
 
 # %% ../../nbs/collection/cli.ipynb #d91b1ac8
-_EXAMPLES = """for example:
-  maestlib tag song.mp3                                   genre, mood and instruments of a file
+_EXAMPLES = f"""{shell.MODELS}
+for example:
+  maestlib tag song.mp3                                   the most likely tags of a file, as its model knows them
   maestlib embed music/ --out embeddings.parquet          its embeddings, a row per window, for your classifier
   maestlib scan ~/Music --excerpt 30                      tags and embeddings of a collection; again: what is new
   maestlib search song.mp3                                similar songs
-  maestlib search --tags "piano & minor & !fast"          songs by their tags
+  maestlib search --tags "piano & !guitar"                songs by their tags
   maestlib playlist a.mp3 b.mp3 --without c.mp3           like these, unlike that
   maestlib playlist a.mp3 --to b.mp3 --out path.m3u8      a path from one song to another
   maestlib clusters -n 8 --out playlists/                 clusters of songs, each a playlist
@@ -41,7 +42,7 @@ def _threshold(text: str) -> float | str:  # argparse reports its ValueError
 
 def _add_embed(commands) -> shell.AddOption:
     about = "Embed audio of any length into a parquet table. A killed run is resumed by the same command."
-    add = shell.add_command(commands, "embed", about)
+    add = shell.add_command(commands, "embed", about, shell.MODELS)
     add("paths", nargs="+", help="audio files and folders")
     out = "a parquet file, or a folder of them; files that failed are listed in OUT.report.parquet"
     add("--out", required=True, help=out)
@@ -51,8 +52,8 @@ def _add_embed(commands) -> shell.AddOption:
 
 # %% ../../nbs/collection/cli.ipynb #6d7f9587
 def _add_tag(commands) -> shell.AddOption:
-    about = "Print the most likely tags of files, such as genres, moods and instruments, averaged over their length."
-    add = shell.add_command(commands, "tag", about)
+    about = "Print the most likely tags of files, averaged over their length. What they tell depends on the model."
+    add = shell.add_command(commands, "tag", about, shell.MODELS)
     add("paths", nargs="+", help="audio files and folders")
     add("--json", action="store_true", help="print JSON: path, and the activation of each tag")
     add("--top", type=int, default=10, help="how many tags at most")
@@ -66,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     "Create the parser of `maestlib`; the help of each command is its documentation."
     parser = argparse.ArgumentParser(
         "maestlib",
-        description="Tags (genre, mood, instruments) and embeddings of music with MAEST, and search in a collection.",
+        description="Tags and embeddings of music with MAEST, and search in a collection.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     shell.add_library_commands(commands)
     for add in (_add_embed(commands), _add_tag(commands)):
-        add("--model", default=shell.DEFAULT_MODEL, help="a name from `maestlib models`, a checkpoint, or a run folder")
+        add("--model", default=shell.DEFAULT_MODEL, help=shell.MODEL_HELP)
         shell.add_model_options(add)
     commands.add_parser("models", help="List the models that can be loaded by name.")
     add = shell.add_command(commands, "compare", "Compare the test scores of two training runs, track by track.")

@@ -28,6 +28,7 @@ from ..core.extras import optional_import
 from ..core.files import atomic_write, log, resolve_path
 from ..core.text import split_label
 from ..datasets.table import read_table
+from ..models.hub import label_names
 
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e005
 FIELDS = ("genre", "mood")
@@ -194,19 +195,13 @@ def write_fields(
         raise ValueError(f"{path}: unchanged, because its tags cannot be written ({error})") from error
 
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e010
-_OTHER = {  # no genres
-    "instrument", "instruments", "family", "accompaniment", "voice", "vocals", "texture", "polyphony", "simultaneity",
-    "key", "tonic", "mode", "meter", "metre", "tempo", "density", "note length", "register", "range", "channel",
-}  # fmt: skip
-
-
 def default_mapping(labels: Sequence[str]) -> pl.DataFrame:  # of a model → label, field (genre, mood or empty), value
-    "Propose a field and a value for each label."
-    rows = []
+    "Propose a field and a value for each label: only for `Genre---…`, the styles of Discogs, and `Mood---…`."
+    rows, discogs = [], {*label_names(400), *label_names(519)}
     for label in labels:
         category, name = split_label(label)
-        field = "mood" if "mood" in category.lower() else "" if category.lower() in _OTHER else "genre"
-        rows.append((label, field, name))
+        is_mood, is_genre = category.lower().startswith("mood"), category.lower() == "genre" or label in discogs
+        rows.append((label, "mood" if is_mood else "genre" if is_genre else "", name))
     return pl.DataFrame(rows, {"label": pl.String, "field": pl.String, "value": pl.String}, orient="row")
 
 # %% ../../nbs/collection/write_tags.ipynb #556b7794
@@ -218,7 +213,7 @@ def load_mapping(
     library: Library,
     file: str | Path | None = None,  # a csv: label, field, value; None: `mapping.csv` of the library, made if missing
 ) -> pl.DataFrame:  # label, field, value; without labels that are not written
-    "Read the mapping table of a library. Raises `ValueError` for unknown fields and labels."
+    "Read the mapping table of a library. Raises `ValueError` for unknown fields and labels, and where it maps nothing."
     path = resolve_path(file) if file else library.folder / "mapping.csv"
     if not path.exists() and file is None:
         with atomic_write(path) as temporary:
@@ -229,7 +224,12 @@ def load_mapping(
     for name, values in zip(("field", "label"), wrong, strict=True):
         if values:
             raise ValueError(f"{path}: unknown {name} {values[0]!r}")
-    return table.filter(pl.col("field") != "", pl.col("value") != "").select("label", "field", "value")
+    mapped = table.filter(pl.col("field") != "", pl.col("value") != "")
+    if mapped.is_empty():
+        what = f"maps none of the labels of this library ({', '.join(library.labels[:3])}, …) to a genre or a mood"
+        how = "put genre or mood into the column `field` of those to be written, and the text into `value`"
+        raise ValueError(f"{path}: {what}; {how}, or give another such csv as mapping (--mapping FILE)")
+    return mapped.select("label", "field", "value")
 
 # %% ../../nbs/collection/write_tags.ipynb #b7a0e013
 def plan_tags(

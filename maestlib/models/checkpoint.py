@@ -26,7 +26,15 @@ from ..core.checks import check_names, check_number, check_numbers
 from ..core.files import asset_path, atomic_write, log, resolve_path
 from .columns import build_model
 from .effnet import EffNet, EffNetConfig
-from .hub import RELEASED_MODELS, download, download_from_hub, is_hub_name, label_names
+from maestlib.models.hub import (
+    RELEASED_MODELS,
+    SHORT_NAMES,
+    download,
+    download_from_hub,
+    find_released,
+    is_hub_name,
+    label_names,
+)
 from .layouts import adapt_positions, extract_state_dict, infer_config, to_released_layout
 from .maest import MAEST, MAESTConfig
 
@@ -123,7 +131,8 @@ def find_checkpoint(
     if is_hub_name(name) and not path.parent.exists():
         return download_from_hub(name)
     if not path.exists():
-        similar = difflib.get_close_matches(str(name), [*RELEASED_MODELS, BUNDLED_MODEL, TUNES_MODEL, "random"], 1, 0.5)
+        known = [*RELEASED_MODELS, *SHORT_NAMES, BUNDLED_MODEL, TUNES_MODEL, "random"]
+        similar = difflib.get_close_matches(str(name), known, 1, 0.5)
         others = "give a file, a folder, a name of `maestlib models`, a Hugging Face name, or 'random'"
         hint = f"did you mean {similar[0]!r}?" if similar else others
         raise FileNotFoundError(f"{path}: no such checkpoint; {hint}")
@@ -225,10 +234,11 @@ def load_model(
         config = replace(config, labels=label_names(400) if labels is None else labels, **overrides)
         model = MAEST(config).init_weights(seed).eval()
     else:
-        entry = RELEASED_MODELS.get(str(name))
+        entry = find_released(name)
         path = download(entry) if entry else find_checkpoint(name)
         if entry:
-            log.info(f"{name}: weights under {entry.license}")
+            use = ", for non-commercial use only" if "-NC" in entry.license else ""
+            log.info(f"{entry.name}: weights under {entry.license}{use}")
         model = _load_file(path, entry, overrides, labels, new_head, seed)
     return model.to(device=device, dtype=dtype)
 

@@ -20,7 +20,7 @@ from ..core.parameters import Auto, parse_parameters, parse_value
 from ..datasets import registry
 from ..datasets.benchmarks import BENCHMARKS
 from ..models.checkpoint import BUNDLED_MODEL, TUNES_MODEL
-from ..models.hub import RELEASED_MODELS
+from ..models.hub import RELEASED_MODELS, SHORT_NAMES
 from ..models.maest import SIZES
 from ..models.patchout import Patchout, patch_grid
 from . import presets
@@ -172,7 +172,7 @@ def _auto_patchout(config, preset: str, seconds: float) -> dict:  # patchout_col
     return {"patchout_columns": presets.PAPER_COLUMNS.get(seconds, round(columns * 0.48))}
 
 # %% ../../nbs/training/config.ipynb #6cc50924
-_MODEL_NAMES = (BUNDLED_MODEL, TUNES_MODEL, *RELEASED_MODELS)  # no run bears one of them
+_MODEL_NAMES = (BUNDLED_MODEL, TUNES_MODEL, *RELEASED_MODELS, *SHORT_NAMES)  # no run bears one of them
 
 
 def _free_run_dir(name: str) -> str:
