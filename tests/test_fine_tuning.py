@@ -5,24 +5,24 @@ import torch
 from helpers import one_thread  # noqa: F401
 from training_runs import folder, small  # noqa: F401
 
-from maestlib.models.checkpoint import BUNDLED_MODEL, load_model
+from maestlib.models.checkpoint import SCORES_MODEL, load_model
 from maestlib.training.loop import fit
 
 
 @pytest.mark.parametrize(
-    "settings, n_blocks, is_bundled",
+    "settings, n_blocks, is_scores",
     [
         ({}, 3, True),
         ({"depth": 2}, 2, False),
         ({"init": "random"}, 3, False),
-        ({"init": BUNDLED_MODEL}, 8, True),
-        ({"init": BUNDLED_MODEL, "depth": 4}, 4, True),
+        ({"init": SCORES_MODEL}, 8, True),
+        ({"init": SCORES_MODEL, "depth": 4}, 4, True),
     ],
 )
-def test_a_small_model_starts_from_the_first_blocks_of_the_bundled_one(small, tmp_path, settings, n_blocks, is_bundled):
+def test_a_small_model_starts_from_the_first_blocks_of_maest_10s_scores(small, tmp_path, settings, n_blocks, is_scores):
     _, corpus, model = small(out_dir=str(tmp_path / "run"), **settings)
     assert (len(model.blocks), model.config.depth) == (n_blocks, n_blocks)
-    assert torch.equal(model.blocks[1].mlp.fc1.weight, load_model().blocks[1].mlp.fc1.weight) == is_bundled
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, load_model(SCORES_MODEL).blocks[1].mlp.fc1.weight) == is_scores
     assert list(model.config.labels) == corpus.labels and corpus.mel == model.config.mel
 
 

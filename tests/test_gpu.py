@@ -16,7 +16,7 @@ from maestlib.audio.mel import MEL, logmel, normalize
 from maestlib.audio.store import INDEX_SCHEMA, shard_path, table_checksums
 from maestlib.core.files import write_json
 from maestlib.datasets.batches import load_corpus
-from maestlib.models.checkpoint import BUNDLED_MODEL, load_model
+from maestlib.models.checkpoint import SCORES_MODEL, load_model
 from maestlib.models.patchout import Patchout
 from maestlib.training.config import TrainConfig
 from maestlib.training.evaluation import predict
@@ -83,7 +83,7 @@ def losses(config, corpus, steps=3):
 
 def test_the_numbers_of_the_cpu():
     mels = normalize(torch.stack([logmel(torch.randn(30 * 16000) / 10)[:, :1875] for _ in range(2)]))
-    model = load_model(BUNDLED_MODEL)
+    model = load_model(SCORES_MODEL)
     with torch.no_grad():
         expected, tags = model.embed(mels, (0, 4, 7)), model(mels)
         model, mels = model.to(CUDA), mels.to(CUDA)

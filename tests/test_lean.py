@@ -70,7 +70,7 @@ def test_inference_without_the_extras(tmp_path):
         """,
         tmp_path,
     )
-    assert "imported: []" in printed and "maest-10s-scores" in printed and "usage: maestlib embed" in printed
+    assert "imported: []" in printed and "maest-10s-recordings" in printed and "usage: maestlib embed" in printed
 
 
 def test_every_module_imports_or_names_the_extra(tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..core.text import split_label
 
 # %% ../../nbs/collection/commands.ipynb #b8a0e005
-DEFAULT_MODEL = "maest-10s-scores"  # as `checkpoint.BUNDLED_MODEL`, which only torch can import
+DEFAULT_MODEL = "maest-10s-recordings"  # as `checkpoint.BUNDLED_MODEL`, which only torch can import
 MODELS = """models:
   maest-10s-recordings   genre, mood, instruments and voice; learnt from free recordings, for any use
   maest-10s-scores       notes, instruments and textures of rendered music, no genre or mood; for any use

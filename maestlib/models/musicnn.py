@@ -26,6 +26,9 @@ from torch import nn
 from ..core.files import cache_path, file_lock, log, resolve_path
 
 # %% ../../nbs/models/musicnn.ipynb #53acb08a
+PATCH_FRAMES = 187  # 3 s, of training
+
+
 class ConvNorm(nn.Module):
     "A convolution padded in time only, ReLU, batch normalization, and the maximum over bands where there are any."
 
@@ -45,9 +48,6 @@ class ConvNorm(nn.Module):
         return torch.stack([self.norm(end.relu()) for end in ends]).amax(0)
 
 # %% ../../nbs/models/musicnn.ipynb #3bcab80a
-PATCH_FRAMES = 187  # 3 s, of training
-
-
 class MusiCNN(nn.Module):
     """MusiCNN with the numbers of filters of the published weights, in evaluation mode.
 
@@ -75,18 +75,16 @@ class MusiCNN(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # logits (batch, labels), penultimate layer (batch, 200)
         "Compute the logits and the penultimate layer of each patch."
         x = self.input_norm(mels[:, None])
-        return self.pool(self.mid_stages(torch.cat([layer(x) for layer in self.front_end], 1)))
+        return self.finish(torch.cat([layer(x) for layer in self.front_end], 1))
 
-    def mid_stages(self, front: torch.Tensor) -> list[torch.Tensor]:  # (batch, 561, frames) → with the three after it
-        "Apply the convolutions over time to what the front end found."
+    def finish(self, front: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        "Compute logits and penultimate layer from the front end (batch, 561, frames); `dtype` is of the convolutions."
         stages = [front]
         for i, layer in enumerate(self.mid_end):
-            stages.append(layer(stages[-1]) + (stages[-1] if i else 0))
-        return stages
-
-    def pool(self, stages: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:  # logits, penultimate layer
-        "Pool all stages over time."
-        x = torch.cat([stage.float() for stage in stages], 1)
+            with torch.autocast(front.device.type, dtype, enabled=dtype != torch.float32):
+                stage = layer(stages[-1])
+            stages.append(stage.float() + (stages[-1] if i else 0))
+        x = torch.cat(stages, 1)
         pooled = self.pool_norm(torch.stack([x.amax(-1), x.mean(-1)], 2).flatten(1))
         penultimate = self.hidden_norm(self.hidden(pooled).relu())
         return self.head(penultimate), penultimate

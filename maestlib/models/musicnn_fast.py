@@ -112,6 +112,4 @@ class FastMusiCNN(nn.Module):
         "Compute what `MusiCNN` computes."
         x = mels * self.scale + self.shift
         front = torch.cat([layer(x) for layer in self.front_end], 2).mT
-        with torch.autocast(mels.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            stages = self.model.mid_stages(front)
-        return self.model.pool(stages)
+        return self.model.finish(front, self.dtype)

@@ -19,7 +19,7 @@ from ..core.files import rank_and_world_size, read_json, resolve_path, runs_dir
 from ..core.parameters import Auto, parse_parameters, parse_value
 from ..datasets import registry
 from ..datasets.benchmarks import BENCHMARKS
-from ..models.checkpoint import BUNDLED_MODEL, TUNES_MODEL
+from ..models.checkpoint import BUNDLED_MODELS
 from ..models.hub import RELEASED_MODELS, SHORT_NAMES
 from ..models.maest import SIZES
 from ..models.patchout import Patchout, patch_grid
@@ -172,7 +172,7 @@ def _auto_patchout(config, preset: str, seconds: float) -> dict:  # patchout_col
     return {"patchout_columns": presets.PAPER_COLUMNS.get(seconds, round(columns * 0.48))}
 
 # %% ../../nbs/training/config.ipynb #6cc50924
-_MODEL_NAMES = (BUNDLED_MODEL, TUNES_MODEL, *RELEASED_MODELS, *SHORT_NAMES)  # no run bears one of them
+_MODEL_NAMES = (*BUNDLED_MODELS, *RELEASED_MODELS, *SHORT_NAMES)  # no run bears one of them
 
 
 def _free_run_dir(name: str) -> str:
@@ -259,7 +259,7 @@ def _check_paths(config):
     known = ("", "random", *presets.INIT_CHECKPOINTS, *_MODEL_NAMES)
     for name in ("init", "teacher"):
         if (value := getattr(config, name)) not in known and not resolve_path(value).exists():
-            accepted = f"random, {', '.join(presets.INIT_CHECKPOINTS)}, {BUNDLED_MODEL}, a name of `maestlib models`"
+            accepted = f"random, {', '.join(presets.INIT_CHECKPOINTS)}, a bundled model, a name of `maestlib models`"
             raise FileNotFoundError(f"{name}={value}: give {accepted}, or a file or run folder of weights")
     if config.dataset not in registry.DATASETS:
         registry.load_dataset(config.dataset)  # raises an error that says what is wrong with it

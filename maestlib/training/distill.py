@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Targets', 'patch_starts', 'ask_teachers', 'draw_clips', 'write_targets', 'Readers', 'column_weights', 'Student',
-           'target_statistics', 'standardize', 'distillation_loss', 'DistillConfig', 'create_optimizers', 'rate_factor',
-           'score_student', 'distill']
+           'target_statistics', 'standardize_hidden', 'distillation_loss', 'DistillConfig', 'create_optimizers',
+           'rate_factor', 'score_student', 'distill']
 
 # %% ../../nbs/training/distill.ipynb #872d9e79
 from dataclasses import dataclass
@@ -65,22 +65,24 @@ def draw_clips(
     batch: int,
     frames: int,
     rng: np.random.Generator,
+    rows: np.ndarray | None = None,  # of the store, to draw from; None: all
 ) -> torch.Tensor:  # (batch, 96, frames), log10(1 + 1e4 mel), not normalized
     "Draw crops of recordings, longer ones more often (by length^0.75, up to 5 min), half of them stretched in time."
-    lengths = np.minimum(store.index["frames"].to_numpy(), MEL.num_frames(300)) ** 0.75
-    crops = []
-    for row in rng.choice(len(store), batch, p=lengths / lengths.sum()):
+    rows, crops = np.arange(len(store)) if rows is None else rows, []
+    lengths = np.minimum(store.index["frames"].to_numpy()[rows], MEL.num_frames(300)) ** 0.75
+    for row in rng.choice(rows, batch, p=lengths / lengths.sum()):
         length = frames if rng.random() < 0.5 else int(frames * rng.uniform(0.75, 1.3))
         crop = store.read_crops([row], length, rng)
         crops.append(crop if length == frames else F.interpolate(crop, frames, mode="linear", align_corners=False))
     return torch.cat(crops)
 
-
+# %% ../../nbs/training/distill.ipynb #0f158368
 def write_targets(
     store: MelStore,  # of whole recordings, at our front end
     teachers: list[FastMusiCNN],
     folder: str | Path,  # of the shards
     shards: int,  # how many there should be in the end
+    rows: np.ndarray | None = None,  # of the store, to draw from; None: all
     seconds: float = 10.0,  # of a clip
     seed: int = 0,
     part: tuple[int, int] = (0, 1),  # which of how many processes this one is
@@ -101,7 +103,7 @@ def write_targets(
         rng, answers = named_rng(seed, "distill", number), []
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         for _ in range(batches):
-            mels = draw_mixtures(draw_clips(store, batch, MEL.num_frames(seconds), rng), generator).half()
+            mels = draw_mixtures(draw_clips(store, batch, MEL.num_frames(seconds), rng, rows), generator).half()
             answers.append((mels, *ask_teachers(teachers, mels.float())))
         columns = zip(("mel", *Targets._fields), zip(*answers, strict=True), strict=True)
         with atomic_write(path) as temporary:
@@ -167,7 +169,7 @@ def target_statistics(targets: Targets) -> dict[str, torch.Tensor]:  # of many u
     return {"mean": patches.mean(0), "spread": spread.mean(0), "scales": scales, "tags": targets.tags.mean(0)}
 
 
-def standardize(hidden: torch.Tensor, statistics: dict) -> tuple[torch.Tensor, torch.Tensor]:  # as the readers read
+def standardize_hidden(hidden: torch.Tensor, statistics: dict) -> tuple[torch.Tensor, torch.Tensor]:  # as it is read
     "Bring penultimate layers (batch, patches, hidden) to one scale: each patch; mean and deviation of the clip."
     (of_patch, of_mean, of_spread), mean = statistics["scales"], statistics["mean"]
     spread = (hidden.std(1, correction=0) - statistics["spread"]) / of_spread
@@ -178,7 +180,7 @@ def distillation_loss(logits, read, targets: Targets, statistics: dict) -> torch
     "Weigh the tags ten times, and each of the readers once."
     loss = 10 * F.binary_cross_entropy_with_logits(logits, targets.tags)
     for values in read:
-        for value, target in zip(values, standardize(targets.hidden, statistics), strict=True):
+        for value, target in zip(values, standardize_hidden(targets.hidden, statistics), strict=True):
             loss = loss + 2 * F.smooth_l1_loss(value, target, beta=2.0)
     return loss
 
@@ -313,7 +315,7 @@ def score_student(
         with autocast(part.device):
             answers.append(student(normalize(part, student.model.config.mel), columns))
     tags = torch.cat([logits for logits, _ in answers]).sigmoid()
-    expected, scores = standardize(targets.hidden, statistics)[1], {}
+    expected, scores = standardize_hidden(targets.hidden, statistics)[1], {}
     for i, name in enumerate(student.readers):
         read = torch.cat([values[i][1] for _, values in answers])
         error = (read - expected).square().sum(0) / (expected - expected.mean(0)).square().sum(0).clamp_min(1e-6)
