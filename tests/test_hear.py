@@ -134,7 +134,7 @@ def assert_same_tags(page, path, model):
     assert max(abs(table[label][0] - value) for label, value in expected.items()) < 1e-3
 
 
-@pytest.mark.parametrize("clip", ["jig", "song", "reel"])
+@pytest.mark.parametrize("clip", ["jig", "song", "reel", "lofi"])
 def test_tags_of_a_shipped_tune(page, model, clip):
     print(page.press(clip))
     assert_same_tags(page, asset_path(f"hear/clips/{clip}.mp3"), model)

@@ -56,8 +56,7 @@ class MusiCNN(nn.Module):
 
     def __init__(self, labels: Sequence[str]):  # in the order of the outputs
         super().__init__()
-        self.labels = list(labels)
-        self.input_norm = nn.BatchNorm2d(1, eps=1e-3)
+        self.labels, self.input_norm = list(labels), nn.BatchNorm2d(1, eps=1e-3)
         kernels = [(38, 7), (67, 7), (1, 128), (1, 64), (1, 32)]  # bands, frames
         widths = [204, 204, 51, 51, 51]
         front_end = [ConvNorm(nn.Conv2d(1, width, kernel)) for width, kernel in zip(widths, kernels, strict=True)]
@@ -74,8 +73,8 @@ class MusiCNN(nn.Module):
         mels: torch.Tensor,  # (batch, 96, frames), log10(1 + 1e4 mel), not normalized; 187 frames in training
     ) -> tuple[torch.Tensor, torch.Tensor]:  # logits (batch, labels), penultimate layer (batch, 200)
         "Compute the logits and the penultimate layer of each patch."
-        x = self.input_norm(mels[:, None])
-        return self.finish(torch.cat([layer(x) for layer in self.front_end], 1))
+        normalized = self.input_norm(mels[:, None])
+        return self.finish(torch.cat([layer(normalized) for layer in self.front_end], 1))
 
     def finish(self, front: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         "Compute logits and penultimate layer from the front end (batch, 561, frames); `dtype` is of the convolutions."
