@@ -89,7 +89,7 @@ def save_head(
     with atomic_write(resolve_path(path)) as temporary:
         save_file(tensors, temporary, metadata=header)
 
-
+# %% ../../nbs/inference/heads.ipynb #32f4a505
 def load_head(
     path: str | Path,  # a file written by `save_head`
 ) -> Head:  # on the CPU, in evaluation mode, under the name of the file

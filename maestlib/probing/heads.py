@@ -72,7 +72,7 @@ class HeadExamples(NamedTuple):
         counts = np.diff(self.starts, append=len(values))
         return np.add.reduceat(values, self.starts) / counts[:, None]
 
-
+# %% ../../nbs/probing/heads.ipynb #4ec9e498
 def _embed_windows(
     paths: pl.Series, model: MAEST, blocks: tuple[int, ...], tokens: str, **options
 ) -> tuple[pl.Series, np.ndarray]:  # path of each window; (windows, in_features)

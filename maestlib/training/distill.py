@@ -36,12 +36,12 @@ class Targets(NamedTuple):
     hidden: torch.Tensor  # (batch, patches, teachers * 200) of the penultimate layers
     tags: torch.Tensor  # (batch, teachers * 50) probabilities, the mean over the patches
 
-
+# %% ../../nbs/training/distill.ipynb #9f37e1bf
 def patch_starts(frames: int) -> torch.Tensor:  # of a clip → (patches,) frames
     "Spread as many patches over a clip as fit side by side."
     return torch.linspace(0, frames - PATCH_FRAMES, max(1, frames // PATCH_FRAMES)).long()
 
-
+# %% ../../nbs/training/distill.ipynb #2f6da2e4
 @torch.no_grad()
 def ask_teachers(
     teachers: list[FastMusiCNN],
@@ -72,8 +72,7 @@ def draw_clips(
     lengths = np.minimum(store.index["frames"].to_numpy()[rows], MEL.num_frames(300)) ** 0.75
     for row in rng.choice(rows, batch, p=lengths / lengths.sum()):
         length = frames if rng.random() < 0.5 else int(frames * rng.uniform(0.75, 1.3))
-        crop = store.read_crops([row], length, rng)
-        crops.append(crop if length == frames else F.interpolate(crop, frames, mode="linear", align_corners=False))
+        crops.append(F.interpolate(store.read_crops([row], length, rng), frames, mode="linear", align_corners=False))
     return torch.cat(crops)
 
 # %% ../../nbs/training/distill.ipynb #0f158368
@@ -128,7 +127,7 @@ class Readers(nn.Module):
         local = self.local(torch.einsum("pc,bcd->bpd", weights.to(columns.dtype), columns))
         return local.float(), self.clip(tokens[:, :2].mean(1)).float()
 
-
+# %% ../../nbs/training/distill.ipynb #d0246a56
 def column_weights(columns: torch.Tensor, frames: int) -> torch.Tensor:  # (kept,) → (patches, kept)
     "Weigh the kept columns of student's patches for each patch of the teacher."
     center, starts = columns * STRIDE + PATCH // 2, patch_starts(frames)[:, None]
@@ -168,14 +167,14 @@ def target_statistics(targets: Targets) -> dict[str, torch.Tensor]:  # of many u
     scales = torch.stack([patches.std(0), means.std(0), spread.std(0)]) + 1e-3
     return {"mean": patches.mean(0), "spread": spread.mean(0), "scales": scales, "tags": targets.tags.mean(0)}
 
-
+# %% ../../nbs/training/distill.ipynb #e53b323f
 def standardize_hidden(hidden: torch.Tensor, statistics: dict) -> tuple[torch.Tensor, torch.Tensor]:  # as it is read
     "Bring penultimate layers (batch, patches, hidden) to one scale: each patch; mean and deviation of the clip."
     (of_patch, of_mean, of_spread), mean = statistics["scales"], statistics["mean"]
     spread = (hidden.std(1, correction=0) - statistics["spread"]) / of_spread
     return (hidden - mean) / of_patch, torch.cat([(hidden.mean(1) - mean) / of_mean, spread], 1)
 
-
+# %% ../../nbs/training/distill.ipynb #f49066e4
 def distillation_loss(logits, read, targets: Targets, statistics: dict) -> torch.Tensor:
     "Weigh the tags ten times, and each of the readers once."
     loss = 10 * F.binary_cross_entropy_with_logits(logits, targets.tags)
@@ -205,7 +204,7 @@ class DistillConfig:
     def steps(self) -> int:
         return self.clips // self.batch_size
 
-
+# %% ../../nbs/training/distill.ipynb #38946c8b
 def create_optimizers(student: Student, config: DistillConfig) -> list[torch.optim.Optimizer]:
     "Divide the parameters between Muon (matrices of blocks) and AdamW, which decays none of one dimension."
     named = dict(student.named_parameters())
@@ -217,7 +216,7 @@ def create_optimizers(student: Student, config: DistillConfig) -> list[torch.opt
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
     return [torch.optim.Muon(muon.values(), lr=config.muon_learning_rate, **options), adamw]
 
-
+# %% ../../nbs/training/distill.ipynb #1267349d
 def rate_factor(progress: float, step: int) -> float:  # 0 … 1 of the run
     "Return the rate relative to its peak: 150 steps of warm-up, half of the run constant, then linear to 1 %."
     return min(1.0, (step + 1) / 150) * min(1.0, max(0.01, 2 * (1 - progress)))
