@@ -7,8 +7,10 @@ import polars as pl
 import pytest
 import soundfile
 
+import maestlib as ml
 from maestlib.audio import extract
 from maestlib.audio.store import MelStore, verify_store
+from maestlib.core.files import asset_path
 from maestlib.datasets.recordings import (
     CreditsTable,
     build_recordings,
@@ -172,3 +174,19 @@ def test_the_sources_that_are_listed():
     assert set(sources["kind"]) == {"Debian", "GitHub"} and sources["name"].n_unique() == len(sources) > 80
     assert not any(map(check_license, sources["licenses"].str.split("; ").explode()))
     assert sources.filter((pl.col("kind") == "Debian") == pl.col("suite").is_null()).is_empty()
+
+
+def test_the_bundled_model_and_its_tables_belong_together():
+    model = ml.load_model()
+    merged = pl.read_csv(asset_path("recordings-labels.csv"))
+    assert merged["label"].to_list() == list(model.config.labels) and len(model.thresholds) == len(merged)
+    assert {label.split("---")[0] for label in merged["label"]} >= {"Genre", "Mood", "Instrument", "Voice"}
+    tracks = pl.read_parquet(asset_path("recordings-tracks.parquet"))
+    assert {check_license(text) for text in tracks["license"].unique()} == {""}
+    assert tracks.null_count().sum_horizontal().item() == 0 and not tracks["author"].str.contains("@").any()
+
+
+def test_the_bundled_model_hears_a_recording_and_a_rendered_tune_differently():
+    tags = [dict(ml.tag(asset_path(f"hear/clips/{name}.mp3"), top=None).iter_rows()) for name in ("lofi", "jig")]
+    assert tags[0]["Tempo---Slow"] > 2 * tags[1]["Tempo---Slow"]
+    assert max(tags[0], key=tags[0].get) in {"Genre---Ambient", "Tempo---Slow", "Instrument---Flute"}
