@@ -89,7 +89,7 @@ def playlist(
     library: Library | SongIndex | str | Path,  # or its folder
     songs: str | Path | Iterable[str | Path] = (),  # paths, or parts of path, artist and title
     to: str | Path | None = None,  # a song to which the playlist leads, from the only one in `songs`
-    tags: str | None = None,  # an expression such as "piano & minor & !fast"
+    tags: str | None = None,  # an expression such as "piano & sad & !fast"
     k: int = 25,  # songs
     per_artist: int | None = 2,  # songs of one artist at most, the given ones aside; None: any number
     without: str | Path | Iterable[str | Path] = (),  # songs to get away from

@@ -254,7 +254,7 @@ def nearest(
     Those of a library are compared after their mean was subtracted.
 
     Of a table, takes one query (dim,), several (queries, dim), rows of an embedding table, or a path of this one, whose
-    rows are among the nearest. Of a `Library`, takes a song, several, or none with `tags="piano & minor & !fast"`, and
+    rows are among the nearest. Of a `Library`, takes a song, several, or none with `tags="piano & sad & !fast"`, and
     returns `rank`, `cosine`, `degree` (to which the tags fit), `path`, `artist`, `album`, `title`.
 
     Raises `ValueError` for queries of another width than the embeddings', for NaN, for `k` below 1, for unknown songs
