@@ -53,7 +53,7 @@ SLIDERS = [
     (".maestlib-patchout .maestlib-time", ".maestlib-patchout .maestlib-tags", RIGHT),
     (".maestlib-patchout .maestlib-frequency", ".maestlib-patchout .maestlib-mel", RIGHT),
     (".maestlib-layers .maestlib-block", ".maestlib-layers .maestlib-map", RIGHT),
-    (".maestlib-layers .maestlib-block", ".maestlib-layers .maestlib-neighbors", RIGHT),
+    (".maestlib-layers .maestlib-block", ".maestlib-layers .maestlib-neighbors", LEFT),
     (".maestlib-attention .maestlib-block", ".maestlib-attention .maestlib-light", RIGHT),
     (".maestlib-attention .maestlib-head", ".maestlib-attention .maestlib-light", RIGHT),
     (".maestlib-song .maestlib-top", ".maestlib-song .maestlib-time-tags", LEFT),
