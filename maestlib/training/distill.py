@@ -178,15 +178,16 @@ def standardize_hidden(hidden: torch.Tensor, statistics: dict) -> tuple[torch.Te
 def distillation_loss(logits, read, targets: Targets, statistics: dict) -> torch.Tensor:
     "Weigh the tags ten times, and each of the readers once."
     loss = 10 * F.binary_cross_entropy_with_logits(logits, targets.tags)
+    expected = standardize_hidden(targets.hidden, statistics)
     for values in read:
-        for value, target in zip(values, standardize_hidden(targets.hidden, statistics), strict=True):
+        for value, target in zip(values, expected, strict=True):
             loss = loss + 2 * F.smooth_l1_loss(value, target, beta=2.0)
     return loss
 
 # %% ../../nbs/training/distill.ipynb #bb4aa475
 @dataclass(frozen=True)
 class DistillConfig:
-    "A run of `distill`. The defaults are those of the bundled model."
+    "A run of `distill`. The defaults are those of the bundled model, which saw 104,688 clips."
 
     size: str = "small"
     depth: int = 4
