@@ -118,7 +118,9 @@ class SongLookup(LibraryVectors):
         path = str(resolve_path(song))
         if printable_path(path) in self.rows or Path(path).is_file():
             return self.rows.get(printable_path(path))
-        rows = match_text(self.songs, str(song)).arg_true()
+        found = match_text(self.songs, str(song))
+        named = match_text(self.songs.with_columns(pl.col("path").str.extract(r"([^/\\]*)$")), str(song))
+        rows = (named if named.any() else found).arg_true()  # folders count where no name does
         if len(rows) == 0:
             raise ValueError(f"{song}: no such song")
         if len(rows) > 1:
