@@ -6,6 +6,7 @@ What is named by a path is run, slow or not.
 
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,15 @@ LONGEST = [  # they start first, so that no worker is idle at the end
     nbs/collection/search.ipynb nbs/speed/benchmark.ipynb nbs/explore.ipynb nbs/probing/layers.ipynb
     nbs/training/evaluation.ipynb nbs/datasets/discogs.ipynb""".split(),
 ]
+
+
+NEEDS = {"nbs/datasets/mirdata.ipynb": "mirdata"}  # a package that `dev` leaves out, because it brings 45 others
+
+
+def pytest_ignore_collect(collection_path, config):
+    "Leave out notebooks whose package is not installed."
+    name = collection_path.relative_to(config.rootpath).as_posix() if collection_path.is_file() else ""
+    return True if name in NEEDS and find_spec(NEEDS[name]) is None else None
 
 
 def pytest_configure(config):

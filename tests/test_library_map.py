@@ -2,6 +2,7 @@
 
 import html
 import threading
+from concurrent.futures import Future
 
 import numpy as np
 import polars as pl
@@ -100,6 +101,10 @@ def test_labels_say_what_is_missing_and_survive(tmp_path):
     assert "3 yes, 0 no" in explorer.score.value and "<b>" not in explorer.score.value
     explorer.select_likeliest()
     assert "label some songs first" in explorer.message.value and explorer.selected == [1, 2, 3]
+    fitted, explorer.worker.latest = explorer.worker.latest, Future()
+    explorer.select_likeliest()
+    assert "still being fitted" in explorer.message.value
+    explorer.worker.latest = fitted
     explorer.select([4, 5])
     explorer.label(False)
     explorer.worker.wait()

@@ -47,7 +47,7 @@ for name in {UNIX_MODULES!r}:
     sys.modules[name] = None
 for owner, names in {UNIX_NAMES!r}.items():
     for name in names:
-        if name not in ("statvfs", "uname", "WNOHANG") and hasattr(sys.modules[owner], name):
+        if name not in ("statvfs", "uname", "WNOHANG", "SIGKILL") and hasattr(sys.modules[owner], name):
             delattr(sys.modules[owner], name)
 
 def open_files():

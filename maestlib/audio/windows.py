@@ -13,10 +13,11 @@ def window_starts(
     length: int,  # of the track, in frames or samples
     size: int,  # of a window, in the same unit
     hop: int | None = None,  # from one start to the next; None: half a window; `size`: the fewest windows
+    min_rest: float = MIN_REST,  # of a window; a shorter rest at the end is left out
 ) -> list[int]:  # start of each window; [0] where the track is not longer than a window
     "Place windows that cover a track to its end, or nearly. Raises `ValueError` for a hop outside of 1 to `size`."
     hop = max(1, size // 2) if hop is None else hop
     if not 1 <= hop <= size:
         raise ValueError(f"hop={hop}: give 1 to {size}, the size of a window, so that the windows cover the track")
     starts = list(range(0, max(1, length - size + 1), hop))
-    return starts if length - size - starts[-1] < MIN_REST * size else [*starts, length - size]
+    return starts if length - size - starts[-1] < min_rest * size else [*starts, length - size]

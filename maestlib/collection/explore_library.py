@@ -283,7 +283,11 @@ class ExplorerLabels(ExplorerTags):
         "Select the songs without a label to which my tag fits best."
         tag, title = " ".join(self.controls.tag.value.split()), self.controls.first.value
         if (tag, title) not in self.probes:
-            self.message.show("⚠ label some songs first, with yes and with no")
+            is_fitted = self.worker.latest.done()
+            label_first = "label some songs first, with yes and with no"
+            self.message.show(
+                f"⚠ {label_first if is_fitted else f'{tag} is still being fitted; try again in a moment'}"
+            )
             return
         degrees = self.probes[tag, title].degrees
         labels = self.colors.tags.labels(tag, self.spaces.songs)

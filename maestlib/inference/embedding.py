@@ -21,6 +21,7 @@ from ..audio.mel import resample
 from ..core.checks import check_number, check_wave
 from ..core.device import default_device
 from ..core.files import log, resolve_path
+from .frames import prepare_frames
 from .heads import AttachedHeads, Head, resolve_heads
 from .jobs import ParquetJob, model_fingerprint, stream_to_parquet
 from .labels import read_level
@@ -166,7 +167,7 @@ def _collect(sources: list, run: Callable, to_table: Callable[[str | None, list]
     if errors:
         reasons = [printable_path(str(error)) for error in errors]
         log.info("\n  ".join([f"{len(errors)} of {len(sources)} files left out:", *reasons]))
-    return pl.concat(tables)
+    return pl.concat(tables).lazy().collect()  # of frames they are lazy
 
 # %% ../../nbs/inference/embedding.ipynb #3d0c5e02
 def prepare_embedding(
@@ -182,11 +183,13 @@ def prepare_embedding(
 ) -> tuple[Callable, Callable, dict, dict]:  # groups of files -> results; results -> rows; their schema; the choices
     "Prepare the parts of an embedding job. Raises `ValueError` for parameters out of range."
     blocks = resolve_blocks(model.config.middle_block if block is None else block, model.config.depth)
+    choices = dict(block=blocks, tokens=tokens, patchout=repr(patchout), hop_s=hop_s, average=average, dtype=str(dtype))
+    if tokens == "f":
+        return *prepare_frames(model, blocks, patchout, hop_s, average, dtype, batch_size, num_workers), choices
     forward = make_embedder(model, blocks, tokens, patchout, dtype)
     if batch_size is None:
         batch_size = auto_batch_size(model, patchout)
     options = dict(model=model, forward=forward, hop_s=hop_s, batch_size=batch_size, num_workers=num_workers)
-    choices = dict(block=blocks, tokens=tokens, patchout=repr(patchout), hop_s=hop_s, average=average, dtype=str(dtype))
     to_table = partial(_to_table, blocks=blocks, average=average)
     values = np.zeros((len(blocks), count_vectors(model, tokens, patchout) * model.config.embed_dim), np.float32)
     schema = dict(to_table(None, [(0.0, 0.0, values)]).schema)
@@ -197,7 +200,7 @@ def embed(
     source: _Source,  # an audio file, a folder, several files, or a waveform (samples,)
     model: MAEST | str | Path | None = None,  # in evaluation mode, or as for `load_model`; None: the bundled one
     block: int | tuple[int, ...] | None = None,  # after which block or blocks, numbered from 0; None: the middle one
-    tokens: str = "cdt",  # cls (c), dist (d), mean of the patches (t), mean (r) and deviation (s) of each row of them
+    tokens: str = "cdt",  # cls (c), dist (d), mean of the patches (t), mean (r) and deviation (s) of each row; or f
     patchout: Patchout | None = None,  # which patches to drop; None: keep all
     hop_s: float | None = None,  # seconds from window to window; None: half a window
     average: bool = False,  # one row per recording, the mean over its windows, instead of one per window
@@ -213,7 +216,8 @@ def embed(
     rate its embedding would look right. Returns a row per window, or with `average` per recording: `path` (null for a
     waveform), `start_s`, `end_s`, `block` if there are several, and `embedding`, (vectors * embed_dim,) float32. With
     `out` the table is streamed there and returned lazily, and all processes that call this with the same files and
-    `out` share the work.
+    `out` share the work. With tokens="f" it returns a row per column of patches instead, every 160 ms, from the window
+    in whose middle the column lies.
 
     Raises `ValueError` for parameters out of range, a model in training mode and an `out` made with other settings; if
     no file can be read, the first error. Other files that fail are left out and logged; with `out="emb.parquet"` they

@@ -41,6 +41,7 @@ def model_fingerprint(
 # %% ../../nbs/inference/jobs.ipynb #d2eaadf4
 METADATA_KEY, FAILED_KEY = "maestlib", "failed"  # of the settings and of [path, error], in the metadata of a file
 _MAX_CHUNK = 256  # files
+_STREAMED = {"row_group_size": 4096}  # of parquet files whose rows are not in memory: a group of rows is
 
 
 def _metadata(file: Path, settings: str) -> dict[str, str]:
@@ -87,11 +88,14 @@ def write_chunk(
     file: Path,  # of the chunk
     paths: list[str],
     results: list[list | Exception],  # (start s, end s, values) per window, or the error, of each path
-    to_table: Callable[[str, list], pl.DataFrame],  # as for `ParquetJob`, and so are the others
+    to_table: Callable[[str, list], pl.DataFrame | pl.LazyFrame],  # as for `ParquetJob`, and so are the others
     schema: dict[str, pl.DataType],
     settings: str,
 ) -> int:  # how many failed
-    "Write the rows of a chunk, and its errors into the metadata. Raises `OSError` if it cannot be written."
+    """Write the rows of a chunk, and its errors into the metadata. Raises `OSError` if it cannot be written.
+
+    Rows that are lazy, those of [frames](frames.ipynb), are written part by part.
+    """
     tables, failed = [pl.DataFrame(schema=schema)], []
     for path, result in zip(map(printable_path, paths), results, strict=True):
         if isinstance(result, Exception):
@@ -99,7 +103,11 @@ def write_chunk(
         else:
             tables.append(to_table(path, result))
     metadata = {METADATA_KEY: settings, FAILED_KEY: json.dumps(failed)}
-    write_parquet(file, pl.concat(tables).rechunk(), metadata=metadata)
+    if isinstance(tables[-1], pl.LazyFrame):
+        with atomic_write(file) as temporary:
+            pl.concat([table.lazy() for table in tables]).sink_parquet(temporary, metadata=metadata, **_STREAMED)
+    else:
+        write_parquet(file, pl.concat(tables).rechunk(), metadata=metadata)
     return len(failed)
 
 # %% ../../nbs/inference/jobs.ipynb #52652a20
@@ -112,7 +120,9 @@ class ParquetJob:
 
     out: Path  # one file, if it ends in .parquet, else a folder of chunks
     paths: list[str]  # all files of the job; every worker gives the same
-    to_table: Callable[[str, list], pl.DataFrame]  # a path and its windows -> rows with the columns of `schema`
+    to_table: Callable[
+        [str, list], pl.DataFrame | pl.LazyFrame
+    ]  # a path and its windows -> rows with the columns of `schema`
     schema: dict[str, pl.DataType]
     settings: str  # how the results are made; must not change between calls
 
@@ -149,7 +159,7 @@ def _merge(groups: list[list[Path]], out: Path, settings: str) -> None:
         rows.insert(0, table.filter(~pl.col("path").is_in(later.implode())) if len(later) else table)
         later = pl.concat([later, _paths_in(group)])
     with atomic_write(out) as temporary:
-        pl.concat(rows).sink_parquet(temporary, metadata={METADATA_KEY: settings})
+        pl.concat(rows).sink_parquet(temporary, metadata={METADATA_KEY: settings}, **_STREAMED)
 
 # %% ../../nbs/inference/jobs.ipynb #3be8759f
 def _complete(job: ParquetJob) -> None:

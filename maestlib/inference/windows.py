@@ -27,7 +27,7 @@ from ..core.checks import check_number, check_wave
 from ..core.device import autocast, resolve_dtype, worker_count
 from ..core.files import rank_and_world_size, resolve_path
 from ..models.maest import MAEST, MAESTConfig
-from ..models.patchout import pad_to_patch
+from ..models.patchout import PATCH, STRIDE, pad_to_patch
 
 # %% ../../nbs/inference/windows.ipynb #6d8ca837
 def stream_mel(
@@ -76,6 +76,7 @@ def iter_windows(
     excerpt_s: float | None = None,  # seconds read of a file; None: all of it
     center: bool = True,  # read the excerpt in the middle, else at the beginning
     opener: Callable = open_audio,  # or that of `DecoderProcesses`
+    columns: bool = False,  # start windows at patch columns, and leave no column out
 ) -> Iterator[tuple[float, float, torch.Tensor]]:  # start (s), end (s), normalized mel (n_mels, at most `frames`)
     """Cut a recording into the windows of `window_starts`; only what is shorter than a patch is padded.
 
@@ -89,6 +90,9 @@ def iter_windows(
             rate = config.sample_rate
             source = read_span(path, opened, duration_s=excerpt_s, center=center, sample_rate=rate)
     kept, length, yielded = torch.zeros(config.n_mels, 0), 0, 0
+    place = window_starts
+    if columns:
+        frames, hop_frames, place = *_round_to_columns(frames, hop_frames), _column_starts
 
     def window(start):
         mel = kept[:, start - length + kept.shape[1] :][:, :frames]
@@ -97,11 +101,24 @@ def iter_windows(
 
     for part in stream_mel(source, config, opener=opener):
         kept, length = torch.cat([kept[:, -2 * frames :], part], 1), length + part.shape[1]
-        starts = window_starts(length, frames, hop_frames)
+        starts = place(length, frames, hop_frames)
         for start in starts[yielded:-1]:  # the last one moves on with the next part
             yield window(start)
         yielded = len(starts) - 1
     yield window(starts[-1])
+
+# %% ../../nbs/inference/windows.ipynb #d71c94f5
+def _round_to_columns(frames: int, hop_frames: int) -> tuple[int, int]:
+    "The frames that whole columns of patches take, and a hop of whole columns, with no column between two windows."
+    frames -= (frames - PATCH) % STRIDE
+    hop_frames -= hop_frames % STRIDE
+    return frames, min(max(hop_frames, STRIDE), frames - PATCH + STRIDE)
+
+
+def _column_starts(length: int, frames: int, hop_frames: int) -> list[int]:  # all are multiples of the stride
+    "Starts of windows of whole columns that cover all columns of a track."
+    length -= max(0, length - PATCH) % STRIDE
+    return window_starts(length, frames, hop_frames, min_rest=1 / frames)
 
 # %% ../../nbs/inference/windows.ipynb #223c3720
 def _prefetch(
@@ -197,7 +214,7 @@ def iter_results(
     skip: Callable[[str], bool] | None = None,  # called in a decoding thread: whether a file need not be read
     progress: bool = True,  # show a bar of windows
     on_window: Callable[[int], None] | None = None,  # called with the source number of each window that is done
-    **reading,  # excerpt_s, center, opener: as for `iter_windows`; without opener, other processes decode
+    **reading,  # excerpt_s, center, opener, columns: as for `iter_windows`; without opener, other processes decode
 ) -> Iterator[tuple[int, list | Exception]]:  # source number; (start s, end s, result) per window, or its error
     "Run a model over every window of many recordings, and yield each recording, or [] if skipped, once it is complete."
     batch_size = check_number("batch_size", batch_size, 1, integer=True)

@@ -21,6 +21,7 @@ from .published import EXPERIMENTS
 from .results import KEY, Report
 from .runs import run_init, run_length, run_teacher
 from .scales import PaperConfig
+from .suite import run_suite
 from ..probing.study import append_rows
 
 # %% ../../nbs/paper/experiments.ipynb #1e608c41
@@ -52,7 +53,7 @@ def write_report(
 # %% ../../nbs/paper/experiments.ipynb #28ea7ace
 RUNNERS = {
     "fig2": run_fig2, "init": run_init, "length": run_length, "teacher": run_teacher, "downstream": run_downstream,
-    "fig3": run_fig3, "curation": run_curation,
+    "fig3": run_fig3, "curation": run_curation, "suite": run_suite,
 }  # by the names of `EXPERIMENTS`  # fmt: skip
 
 

@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "downstream": "probes on seven datasets (§4.4)",
     "fig3": "Figure 3: patchout at inference, throughput against mAP (§4.5)",
     "curation": "curation of the training data (§3.1)",
+    "suite": "the probe suite: every kind of task, every layer",
 }
 DATASET_TITLES = {
     "mtg-genre": "MTGJ-Genre", "mtg-instrument": "MTGJ-Inst", "mtg-mood": "MTGJ-Mood", "mtg-top50": "MTGJ-T50",

@@ -190,12 +190,13 @@ def plot_results(
 
 # %% ../../nbs/paper/results.ipynb #98eb8ea1
 _ROW = ["setting", "dataset", "counterpart", "weights"]  # of a report's table
+_IN_PER_CENT = (*METRICS, "accuracy", "macro_f1", "r2", "pearson", "key_score")
 
 
 def _format(metric: str, value: float | None, low: float | None = None, high: float | None = None) -> str | None:
     if value is None:
         return None
-    factor = 100 if metric.startswith(METRICS) else 1
+    factor = 100 if metric.startswith(_IN_PER_CENT) else 1
     is_count = factor == 1 and float(value).is_integer()
     text = f"{factor * value:,.{0 if is_count or factor * value >= 1000 else 1}f}"
     return text if low is None else f"{text} ({factor * low:.1f} to {factor * high:.1f})"

@@ -31,13 +31,14 @@ SCALES = {
     "desk": _probe_values("desk") | dict(
         model="maest-30s-tunes", datasets="tunes", rivals="mel,musicnn,random", tracks=600, grid=False,
         pretraining="tunes", downstream="tunes-confirmation", preset="laptop", size="tiny", max_steps=600,
-        init="random,related", teacher="own",
+        init="random,related", teacher="own", tasks="auto", models="maest-10s-recordings,mel,musicnn-mtt,musicnn-msd",
     ),
     "full": _probe_values("full") | dict(
         model="discogs-maest-30s-pw-129e,discogs-maest-20s-pw-129e,discogs-maest-10s-pw-129e",
         datasets=",".join(PUBLIC_DATASETS), rivals="mel,musicnn", tracks=0, grid=True,
         pretraining="", downstream="mtt", preset="paper", size="base", max_steps=0,
-        init="random,deit,passt", teacher="discogs-maest-30s-pw-129e",
+        init="random,deit,passt", teacher="discogs-maest-30s-pw-129e", tasks="auto",
+        models="discogs-maest-30s-pw-129e,mert-v1-95m,muq,omar-rq,clap,musicnn-mtt,musicnn-msd,mel",
     ),
 }  # fmt: skip
 
@@ -49,6 +50,8 @@ class PaperParameters:
     experiment: str = "all"  # some of `EXPERIMENTS`, separated by commas, or all
     scale: str = "desk"  # desk: minutes, on `tunes`; full: as published
     model: str = "auto"  # a released name, a file or a run folder, or several separated by commas, the main one first
+    tasks: str = "auto"  # of `suite`, separated by commas: names of paper/suite, or FILE:KIND:COLUMN
+    models: str = "auto"  # of `suite`: names of encoders (mel, musicnn-msd, clap, …) or what model takes
     datasets: str = "auto"  # to probe on, separated by commas: registered names, folders or tables
     audio: str = ""  # folder of the audio of public datasets, or name=folder for each, separated by commas
     rivals: str = "auto"  # beside the models: mel, random, musicnn, run folders, ONNX files, tables of features
@@ -95,9 +98,9 @@ class PaperConfig(PaperParameters):
 
     @property
     def experiments(self) -> list[str]:
-        "The names of the experiments to run, in the paper's order."
+        "The names of the experiments to run, in the paper's order; `all` are the paper's own, without the suite."
         chosen = split_names(self.experiment)
-        return [name for name in EXPERIMENTS if "all" in chosen or name in chosen]
+        return [name for name in EXPERIMENTS if name in chosen or ("all" in chosen and name != "suite")]
 
     @property
     def settings(self) -> dict:
