@@ -127,11 +127,14 @@ def test_experiment_reports_and_skips_what_is_not_there(sounds, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "transformers", None)
     config = PaperConfig.from_params(suite_parameters(sounds, tmp_path))
     report = run_experiment("suite", config)
-    assert len(report.results) == 4 * 2 * 2 and report.findings[-1].startswith("clap is skipped")
+    assert report.findings[-1].startswith("clap is skipped")
     named = [replace(task, name=f"sounds-{task.name}") for task in tasks(sounds)]
     parts = pl.col("setting").str.split(", ")
     scores = report.results.with_columns(task="dataset", model=parts.list.first(), probe=parts.list.last())
     check_scores(pl.read_parquet(tmp_path / "suite-answers.parquet"), scores, named)
+    assert len(scores.filter(pl.col("probe").is_in(["ridge", "mix"]))) == 4 * 2 * 2
+    curve = scores.filter(pl.col("metric").str.starts_with("accuracy, "), probe="few-shot")
+    assert len(curve) == 5 and curve["value"][-1] > 0.8 and scores.filter(probe="cost")["value"].item() > 0
     assert json.loads(scores["manifest"][0])["settings"]["models"] == "mel,clap"
 
 
@@ -145,8 +148,12 @@ def test_papermill(sounds, tmp_path):
         tmp_path / "paper.ipynb",
         "--no-progress-bar",
     ]
-    for name, value in (suite_parameters(sounds, tmp_path) | {"models": "mel"}).items():
+    chosen = suite_parameters(sounds, tmp_path) | {"models": "maest-10s-scores,mel"}
+    chosen["tasks"] += ",scores-onsets"
+    for name, value in chosen.items():
         command += ["-p", name, value]
     run = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert set(pl.read_parquet(tmp_path / "results.parquet")["experiment"]) == {"suite"}
+    results = pl.read_parquet(tmp_path / "results.parquet").filter(pl.col("reference").is_null())
+    onsets = dict(results.filter(dataset="scores-onsets").select("metric", "value").iter_rows())
+    assert 0.5 < onsets["f1"] < 1 and set(results["experiment"]) == {"suite"}

@@ -48,7 +48,7 @@ def add_token_options(add: AddOption) -> None:
     "Add the options that choose vectors."
     add("--block", type=int, nargs="+", help="after which block or blocks, numbered from 0 (default: the middle one)")
     tokens = "cls (c), dist (d), mean of the patches (t), mean (r) and deviation (s) of each row of them: any"
-    add("--tokens", help=f"{tokens}, in this order (default: cdt)")
+    add("--tokens", help=f"{tokens}, in this order; of embed also f, a row every 160 ms (default: cdt)")
 
 
 def add_head_option(add: AddOption) -> None:

@@ -23,9 +23,11 @@ def _answer_clip(plan: dict) -> dict:
     facts = plan["facts"]
     tonic = KEYS[facts["tonic"]].split()[0]
     families = [label.split("---")[1] for label in plan["labels"] if label.startswith("Family---")]
+    starts = np.sort(np.concatenate([notes[:, 0] for notes in plan["parts"].values()]))
     return {
-        "artist": plan["work"]["family"], "key": normalize_key(f"{tonic} {facts['mode']}"), 
+        "artist": plan["work"]["family"], "key": normalize_key(f"{tonic} {facts['mode']}"),
         "tempo_octaves": float(np.log2(1 / facts["beat_s"])), "instruments": families, "metre": facts["metre"],
+        "onsets_s": starts[np.diff(starts, prepend=-1) > 0.05].tolist(),
     }  # fmt: skip
 
 # %% ../../nbs/demo/score_tasks.ipynb #105c3718
@@ -46,15 +48,14 @@ def render_score_tasks(
     clips: int = 1200,
     seed: int = 7,
     fonts: tuple[str, ...] = ("TimGM6mb",),
-) -> pl.DataFrame:  # path, artist (the family of the tune), key, tempo_octaves, instruments, metre
+) -> pl.DataFrame:  # path, artist (the family of the tune), key, tempo_octaves, instruments, metre, onsets_s
     """Render clips of 10 s of tunes into the cache, unless they are there, with their exact answers.
 
     The key is null where the mode is neither major nor minor; a clip that cannot be rendered is logged and left out.
     Raises `ImportError` without the `demo` extra.
-
     """
     folder = cache_path("score-tasks", f"{seed}-{'-'.join(fonts)}-clean")
-    works, table = folder / "works.parquet", folder / f"tasks-{clips}.parquet"
+    works, table = folder / "works.parquet", folder / f"answers-{clips}.parquet"
     with file_lock(folder):
         if table.exists():
             return pl.read_parquet(table)

@@ -103,6 +103,9 @@ def make_results(
     return joined.with_columns(setting=pl.col("shown"), published=only_scores).select(*RESULTS_SCHEMA)
 
 # %% ../../nbs/paper/results.ipynb #fc8e746c
+_IN_PER_CENT = (*METRICS, "accuracy", "macro_f1", "r2", "pearson", "key_score", "f1", "precision", "recall")
+
+
 def _latex_text(text: str) -> str:
     return "".join(f"\\{char}" if char in "&%$#_{}" else char for char in text)
 
@@ -132,12 +135,12 @@ def to_latex(
     results: pl.DataFrame,  # of one experiment, scale and kind of weights: a row for each dataset, setting and metric
 ) -> str:  # a `tabular`, for the package booktabs
     "Format scores in per cent: our settings, then the paper's, by datasets."
-    rows, keys = results.filter(pl.col("metric").is_in(METRICS)), ["dataset", "counterpart", "metric"]
+    rows, keys = results.filter(pl.col("metric").is_in(_IN_PER_CENT)), ["dataset", "counterpart", "metric"]
     titles, columns = [], []
     for (dataset, counterpart, metric), part in rows.group_by(keys, maintain_order=True):
         title, paper = (DATASET_TITLES.get(name, name) for name in (dataset, counterpart))
         beside = f" (paper: {paper})" if part["published"].is_not_null().any() and title != paper else ""
-        titles.append(_latex_text(f"{title}{beside} {METRIC_TITLES[metric]}"))
+        titles.append(_latex_text(f"{title}{beside} {METRIC_TITLES.get(metric, metric)}"))
         columns.append(_latex_column(part))
     settings = list(dict.fromkeys(setting for column in columns for setting in column))
     lines = ["\\begin{tabular}{l" + "r" * len(columns) + "}", "\\toprule", " & ".join(["", *titles]) + " \\\\"]
@@ -190,7 +193,6 @@ def plot_results(
 
 # %% ../../nbs/paper/results.ipynb #98eb8ea1
 _ROW = ["setting", "dataset", "counterpart", "weights"]  # of a report's table
-_IN_PER_CENT = (*METRICS, "accuracy", "macro_f1", "r2", "pearson", "key_score")
 
 
 def _format(metric: str, value: float | None, low: float | None = None, high: float | None = None) -> str | None:

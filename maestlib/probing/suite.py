@@ -198,7 +198,9 @@ def plot_layer_map(
     low, high = scores.min(1, keepdims=True), scores.max(1, keepdims=True)
     shade = (scores - low) / np.maximum(high - low, 1e-9)
     tied = table["tied"].to_list() if values == "layers" else np.zeros(scores.shape, bool)
-    text = [[f"{s:.3f}{' ≈' * t}" for s, t in zip(*row, strict=True)] for row in zip(scores, tied, strict=True)]
+    text = [
+        [f"{s:.3f}{' ≈' if t else ''}" for s, t in zip(*row, strict=True)] for row in zip(scores, tied, strict=True)
+    ]
     heat = go.Heatmap(z=shade, x=[f"block {i}" for i in range(scores.shape[1])], y=table["task"], text=text,
                       texttemplate="%{text}", colorscale="Blues", showscale=False, hoverinfo="skip")  # fmt: skip
     titles = {
