@@ -244,7 +244,7 @@ def test_labels_of_columns_are_ranked_and_scored_as_scikit_learn_does():
     clusters = np.repeat(frames.artists, [len(target) for target in targets])
     table = evaluate(y, scores, ["Sound---a", "Sound---b"], 20, clusters=clusters)
     assert table.filter(level="macro")["map"][0] == pytest.approx(metrics.average_precision_score(y, scores))
-    assert table.filter(level="macro")["map"][0] > 0.95 > table.filter(level="macro")["map_chance"][0] + 0.3
+    assert table.filter(level="macro")["map"][0] > 0.9 > table.filter(level="macro")["map_chance"][0] + 0.3
 
 
 def test_spans_and_peaks():

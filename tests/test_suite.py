@@ -157,3 +157,31 @@ def test_papermill(sounds, tmp_path):
     results = pl.read_parquet(tmp_path / "results.parquet").filter(pl.col("reference").is_null())
     onsets = dict(results.filter(dataset="scores-onsets").select("metric", "value").iter_rows())
     assert 0.5 < onsets["f1"] < 1 and set(results["experiment"]) == {"suite"}
+
+
+def test_answers_follow_the_files_and_the_kind(sounds, tmp_path):
+    "What was stored for other files, or for another kind of question, is not reused; a repaired file is read."
+    table = pl.read_csv(sounds / "sounds.csv").with_columns(path=str(tmp_path) + "/" + pl.col("path"))
+    for name in table["path"]:
+        (tmp_path / Path(name).name).write_bytes((sounds / Path(name).name).read_bytes())
+    broken = tmp_path / "7.wav"
+    whole = broken.read_bytes()
+    broken.write_text("no music")
+    out = tmp_path / "answers.parquet"
+
+    def answer(kind: str) -> list:
+        task = make_task("high", kind, table, ["high"])
+        return answer_suite([task], ["mel"], (("ridge", "layer"),), out, tmp_path / "vectors")["rows"].to_list()[0]
+
+    assert 7 not in answer("multilabel")
+    broken.write_bytes(whole)
+    assert 7 in answer("multilabel") and 7 in answer("regression")
+    assert pl.read_parquet(out)["data"].n_unique() == 3
+
+
+def test_two_of_one_name_are_refused(sounds, tmp_path):
+    mel, [task, *_] = mel_encoder(), tasks(sounds)
+    with pytest.raises(ValueError, match="encoders: two are named mel statistics"):
+        answer_suite([task], [mel, replace(mel, revision="2")], folder=tmp_path)
+    with pytest.raises(ValueError, match="tasks: two are named"):
+        answer_suite([task, replace(task, kind="multilabel")], [mel], folder=tmp_path)

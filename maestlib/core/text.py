@@ -24,10 +24,12 @@ def normalize_key(
     name: str | None,  # such as "Bb minor", "F#:maj", "Am", "A"
 ) -> str | None:  # one of `KEYS`; None: no key, or not one of a major or minor scale
     "Spell a key with sharps, and its mode in full; a tonic alone is major."
-    match = re.fullmatch(r"([A-Ga-g][#b]?)[\s:_]*(major|maj|minor|min|m|)", (name or "").strip(), re.IGNORECASE)
+    text = re.sub(r"(?i)[♭]|[ -]flat\b", "b", re.sub(r"(?i)[♯]|[ -]sharp\b", "#", name or "")).strip()
+    match = re.fullmatch(r"(?i)([A-G][#b]?)[\s:_-]*(major|maj|minor|min|m|)", text)
     if match is None:
         return None
-    tonic, mode = match[1].capitalize(), "minor" if match[2].lower() in ("minor", "min", "m") else "major"
+    is_minor = match[2] != "M" and match[2].lower() in ("minor", "min", "m")
+    tonic, mode = match[1].capitalize(), "minor" if is_minor else "major"
     key = f"{_FLATS.get(tonic, tonic)} {mode}"
     return key if key in KEYS else None
 

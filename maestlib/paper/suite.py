@@ -8,7 +8,6 @@ __all__ = ['SUITE_TASKS', 'ONSETS', 'TaskSource', 'task_names', 'load_task', 'ru
 # %% ../../nbs/paper/suite.ipynb #427bd71c
 import importlib
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +26,10 @@ from ..models.checkpoint import load_model
 from ..models.maest import MAEST
 from .results import Report, make_manifest, make_results
 from .scales import PaperConfig, split_names
-from ..probing.encoders import AudioEncoder, embed_recordings
+from ..probing.encoders import AudioEncoder
 from ..probing.frames import Frames, answer_events, score_events
 from ..probing.rivals import ENCODERS, load_encoder
-from ..probing.suite import answer_suite, few_shot_curve, plot_layer_map, score_suite
+from ..probing.suite import answer_suite, few_shot_curve, plot_layer_map, score_suite, task_vectors
 from ..probing.tasks import Task, make_task
 
 # %% ../../nbs/paper/suite.ipynb #d85cb248
@@ -54,7 +53,7 @@ SUITE_TASKS = {
     "beatport-key": TaskSource("beatport_key", "key", ("key",)),
     "fma-key": TaskSource("fma_keys", "key", ("key",)),
     "giantsteps-tempo": TaskSource("giantsteps_tempo", "regression", ("tempo",)),
-    "irmas-instrument": TaskSource("irmas", "multiclass", ("instrument",)),
+    "irmas-instrument": TaskSource("irmas", "multilabel", ("instruments",)),
     "medley-instrument": TaskSource("medley_solos_db", "multiclass", ("instrument",)),
     "tinysol-instrument": TaskSource("tinysol", "multiclass", ("instrument",)),
     "mtg-moodtheme": TaskSource("mtg_jamendo_autotagging_moodtheme", "multilabel", ("moods",)),
@@ -105,8 +104,8 @@ def _result_rows(scores: pl.DataFrame, differences: pl.DataFrame) -> list[dict]:
         named = {"setting": f"{row['model']}, {row['probe']}", "dataset": row["task"], "metric": row["metric"]}
         rows.append(named | {"value": row["value"], "low": row["low"], "high": row["high"], "note": str(row["chosen"])})
     for row in differences.iter_rows(named=True):
-        a, b = row["contrast"].split(" - ")
-        named = {"setting": f"{a}, {row['probe']}", "reference": f"{b}, {row['probe']}", "dataset": row["task"]}
+        named = {"setting": f"{row['model']}, {row['probe']}", "reference": f"{row['other']}, {row['probe']}"}
+        named["dataset"] = row["task"]
         values = {"metric": row["metric"], "value": row["difference"], "low": row["low"], "high": row["high"]}
         rows.append(named | values)
     return rows
@@ -115,13 +114,12 @@ def _result_rows(scores: pl.DataFrame, differences: pl.DataFrame) -> list[dict]:
 def _describe(differences: pl.DataFrame, first: str, main: dict[str, str]) -> list[str]:  # main: task → metric
     sentences = []
     for row in differences.iter_rows(named=True):
-        if row["contrast"].startswith(f"{first} - ") and row["metric"] == main[row["task"]]:
+        if row["model"] == first and row["metric"] == main[row["task"]]:
             clear = row["low"] > 0 or row["high"] < 0
             verdict = ("above" if row["difference"] > 0 else "below") if clear else "not significantly different from"
             interval = format_interval(row["difference"], row["low"], row["high"], sign=True)
-            other = row["contrast"].removeprefix(f"{first} - ")
             what = f"{row['task']}, {row['probe']}, {row['metric']}"
-            sentences.append(f"{what}: {first} is {verdict} {other}: {interval}")
+            sentences.append(f"{what}: {first} is {verdict} {row['other']}: {interval}")
     return sentences
 
 # %% ../../nbs/paper/suite.ipynb #1062c3b1
@@ -146,9 +144,9 @@ def _few_shot(tasks: list[Task], encoders: list[AudioEncoder], config: PaperConf
     curves = []
     for task in (task for task in tasks if task.kind == "multiclass"):
         for encoder in encoders:
-            vectors, rows, _ = embed_recordings(task.tracks["path"].to_list(), encoder)
-            kept = replace(task, tracks=task.tracks[rows], targets=task.targets[rows])
-            curve = few_shot_curve(kept, vectors, vectors.shape[1] // 2, _COUNTS, n_bootstrap=config.n_bootstrap)
+            vectors, kept = task_vectors(task, encoder)
+            options = dict(n_bootstrap=config.n_bootstrap, kept=kept)
+            curve = few_shot_curve(task, vectors, vectors.shape[1] // 2, _COUNTS, **options)
             curves.append(curve.with_columns(task=pl.lit(task.name), model=pl.lit(encoder.name)))
     return pl.concat(curves) if curves else pl.DataFrame()
 

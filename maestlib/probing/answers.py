@@ -55,8 +55,9 @@ def _nearest(x: np.ndarray, targets: np.ndarray, fold: Fold) -> dict[str, np.nda
         k = min(k, len(fold.train))
         near = np.argpartition(-similar, k - 1, axis=1)[:, :k]
         weights = np.take_along_axis(similar, near, 1).clip(1e-6)[:, :, None] * known[near]
-        values = np.nan_to_num(targets[fold.train])[near]
-        predicted[f"{k} nearest"] = (weights * values).sum(1) / weights.sum(1).clip(1e-6)
+        votes, total = (weights * np.nan_to_num(targets[fold.train])[near]).sum(1), weights.sum(1)
+        mean = np.nanmean(targets[fold.train], 0)  # where nothing is known of any neighbor
+        predicted[f"{k} nearest"] = np.where(total > 0, votes / np.where(total > 0, total, 1), mean)
     return predicted
 
 # %% ../../nbs/probing/answers.ipynb #87101805
@@ -114,7 +115,7 @@ def fit_mix(
     fold: Fold,
     config: GradientConfig | None = None,
 ) -> tuple[np.ndarray, LayerMix]:  # (tracks, outputs) at the best epoch on validation; the probe at that epoch
-    "Train a probe of a weighted sum of layers by AdamW."
+    "Train a probe of a weighted sum of layers by AdamW; validation is asked every ten epochs."
     config, inputs = config or GradientConfig(), torch.from_numpy(np.asarray(x, np.float32))
     link, train = KINDS[task.kind].link, torch.from_numpy(fold.train)
     known = task.targets[fold.train]
@@ -133,7 +134,7 @@ def fit_mix(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if epoch % 10 == 9:
+            if epoch % 10 == 9 or epoch == config.epochs - 1:
                 best = max(best, _check(task, model, inputs, fold, center, scale), key=lambda found: found[0])
     model.load_state_dict(best[2])
     return best[1], model.eval()
@@ -141,7 +142,8 @@ def fit_mix(
 # %% ../../nbs/probing/answers.ipynb #1e4b8836
 @torch.inference_mode()
 def _check(task: Task, model: LayerMix, inputs, fold: Fold, center, scale) -> tuple:  # score, predictions, weights
-    predicted = model.eval()(inputs).numpy() * scale + center
+    logits = model.eval()(inputs)
+    predicted = (logits.sigmoid() if KINDS[task.kind].link == "sigmoid" else logits).numpy() * scale + center
     score = main_score(task, fold.validation, predicted[fold.validation])
     return np.nan_to_num(score, nan=-1e9), predicted, {k: v.clone() for k, v in model.state_dict().items()}
 
@@ -170,17 +172,27 @@ def _candidates(task: Task, vectors: np.ndarray, fold: Fold, feature: str, probe
     fit = {"ridge": _ridge, "nearest": _nearest}[probe]
     return {(key, name): p for key, x in inputs.items() for name, p in fit(x, task.targets, fold).items()}
 
-# %% ../../nbs/probing/answers.ipynb #59a944ea
-def _as_ranks(task: Task, predicted: np.ndarray) -> np.ndarray:  # of the test tracks of one fold
-    if task.kind != "multilabel":
-        return predicted
-    return (predicted.argsort(0, kind="stable").argsort(0, kind="stable") + 0.5) / len(predicted)
+# %% ../../nbs/probing/answers.ipynb #439ede65
+def _centered(task: Task, predicted: np.ndarray, fold: Fold) -> np.ndarray:  # of the test tracks
+    "Subtract from scores of labels the mean of the training tracks, which lack what the test tracks have more of."
+    mean = np.nanmean(task.targets[fold.train], 0) if task.kind == "multilabel" else 0.0
+    return predicted[fold.test] - mean
 
 # %% ../../nbs/probing/answers.ipynb #23b8595b
 def _best(task: Task, predicted: dict, fold: Fold) -> tuple:  # its key, and the prediction
     scores = {k: main_score(task, fold.validation, p[fold.validation]) for k, p in predicted.items()}
     key = max(scores, key=lambda k: np.nan_to_num(scores[k], nan=-1e9))
-    return key, _as_ranks(task, predicted[key][fold.test])
+    return key, _centered(task, predicted[key], fold)
+
+# %% ../../nbs/probing/answers.ipynb #6511ebe3
+def _check_fold(task: Task, fold: Fold):
+    for name, rows in fold._asdict().items():
+        if not len(rows):
+            raise ValueError(f"{task.name}: no track for {name} that could be read; are its files there?")
+    unknown = np.isnan(task.targets[fold.train]).all(0)
+    if unknown.any():
+        name = task.outputs[int(unknown.argmax())]
+        raise ValueError(f"{task.name}: {name} is unknown for all training tracks of a fold; leave it out")
 
 # %% ../../nbs/probing/answers.ipynb #63a6e6dc
 def answer_task(
@@ -190,10 +202,16 @@ def answer_task(
     feature: str = "layer",  # one of `FEATURES`; mix reads all layers
     folds: list[Fold] | None = None,  # None: `make_folds(task)`
 ) -> Answers:
-    "Answer a task by a probe in all folds. Raises `ValueError` for another probe and as `list_inputs`, `make_folds`."
+    """Answer a task by a probe in all folds.
+
+    Raises `ValueError` for another probe, a fold without tracks or with an output that is unknown for all training
+    tracks, and as `list_inputs` and `make_folds`.
+    """
     if probe not in PROBES:
         raise ValueError(f"probe={probe!r}: give one of {', '.join(PROBES)}")
     folds = make_folds(task) if folds is None else folds
+    for fold in folds:
+        _check_fold(task, fold)
     rows = np.concatenate([fold.test for fold in folds])
     if probe == "mix":
         return _answer_by_mix(task, vectors, folds, rows)
@@ -215,7 +233,7 @@ def _answer_by_mix(task: Task, vectors: np.ndarray, folds: list[Fold], rows: np.
         x = np.stack([*list_inputs(vectors, "layer", fold.train).values()], 1)
         fits = [fit_mix(task, x, fold, GradientConfig(weight_decay=decay)) for decay in WEIGHT_DECAYS]
         predicted, model = max(fits, key=lambda fit: main_score(task, fold.validation, fit[0][fold.validation]))
-        answers.append(_as_ranks(task, predicted[fold.test]))
+        answers.append(_centered(task, predicted, fold))
         weights.append(model.weights.detach().numpy())
     chosen = [" ".join(f"{weight:.2f}" for weight in of_fold) for of_fold in weights]
     return Answers(rows, np.concatenate(answers), chosen, {}, np.array(weights))

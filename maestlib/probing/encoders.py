@@ -123,11 +123,13 @@ def embed_recordings(
     with ThreadPoolExecutor(worker_count()) as pool:
         waves = _decode_ahead(pool, paths, encoder, folder)
         for row, result in enumerate(tqdm(waves, encoder.name, len(paths), unit="file", delay=2)):
-            if isinstance(result, Exception):
-                errors[paths[row]] = str(result)
-                continue
-            vectors.append(_embed_once(result, encoder, _vector_file(paths[row], encoder, folder)))
-            rows.append(row)
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                vectors.append(_embed_once(result, encoder, _vector_file(paths[row], encoder, folder)))
+                rows.append(row)
+            except (OSError, ValueError) as error:  # too short for the model, say
+                errors[paths[row]] = str(error)
     if not rows:
         raise ValueError(f"{encoder.name}: none of {len(paths):,} recordings can be read: {[*errors.values()][0]}")
     for path, error in errors.items():
@@ -159,6 +161,10 @@ def _embed_once(wave: torch.Tensor | None, encoder: AudioEncoder, file: Path) ->
     if wave is None:
         return np.load(file)
     values = np.asarray(encoder.embed_track(wave), np.float32)
+    if values.ndim != 2:
+        raise TypeError(f"{encoder.name}: embed_track returned {values.shape}; it must be (layers, width)")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{encoder.name} returned NaN or infinity")
     with atomic_write(file) as temporary, open(temporary, "wb") as opened:
         np.save(opened, values)
     return values

@@ -123,17 +123,15 @@ def answer_columns(
     frames: Frames,
     targets: list[np.ndarray],  # of each track: (columns, labels) 0 or 1
     folds: list[Fold],
-) -> list[np.ndarray | None]:  # of each track: (columns, labels), ranks from 0 to 1 in its test fold; None: in none
+) -> list[np.ndarray | None]:  # of each track: (columns, labels), by a probe of others; None: in no test fold
     "Predict what sounds in each column; scored by `maestlib.evaluate`, with the artist of each column as cluster."
     answers = [None] * len(targets)
     for fold in folds:
         scores = _ridge_scores(frames, targets, fold.train)
         best = _best_strength(targets, scores, fold.validation)
-        values = np.concatenate([scores[i][best] for i in fold.test])
-        ranks = (values.argsort(0, kind="stable").argsort(0, kind="stable") + 0.5) / len(values)
-        stops = np.cumsum([len(targets[i]) for i in fold.test])
-        for i, of_track in zip(fold.test, np.split(ranks, stops[:-1]), strict=True):
-            answers[i] = of_track
+        mean = np.concatenate([targets[i] for i in fold.train]).mean(0)
+        for i in fold.test:
+            answers[i] = scores[i][best] - mean
     return answers
 
 # %% ../../nbs/probing/frames.ipynb #d5d6c632

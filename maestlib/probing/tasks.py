@@ -15,10 +15,10 @@ import numpy as np
 import polars as pl
 
 from ..core.extras import optional_import
-from ..core.files import resolve_path
+from ..core.files import log, resolve_path
 from ..core.text import KEYS, normalize_key
 from ..datasets.table import SPLITS, read_table
-from ..stats.metrics import bootstrap_weights, macro_average, score_labels
+from ..stats.metrics import bootstrap_weights, confidence_interval, macro_average, score_labels
 
 # %% ../../nbs/probing/tasks.ipynb #a4ed0726
 def _score_labels(targets, predicted, weights) -> np.ndarray:  # (metrics, resamples)
@@ -35,11 +35,14 @@ def _score_values(targets, predicted, weights) -> np.ndarray:
     of_values = []
     for y, p in zip(targets.T, predicted.T.astype(float), strict=True):
         known = np.isfinite(y)
-        w, y, p = weights[:, known] / weights[:, known].sum(1, keepdims=True), y[known].astype(float), p[known]
-        mean_y, mean_p = w @ y, w @ p
-        variance_y, variance_p = w @ y**2 - mean_y**2, w @ p**2 - mean_p**2
-        pearson = (w @ (y * p) - mean_y * mean_p) / np.sqrt((variance_y * variance_p).clip(1e-24))
-        of_values.append((1 - w @ (y - p) ** 2 / variance_y, pearson))
+        y, p = y[known].astype(float), p[known]
+        error, (y, p) = y - p, (y - y.mean(), p - p.mean())  # centered: values may be large beside their spread
+        with np.errstate(invalid="ignore", divide="ignore"):
+            w = weights[:, known] / weights[:, known].sum(1, keepdims=True)
+            variance_y, variance_p = w @ y**2 - (w @ y) ** 2, w @ p**2 - (w @ p) ** 2
+            variance_y = np.where(variance_y > 1e-9 * y.var(), variance_y, np.nan)  # one value alone was drawn
+            pearson = (w @ (y * p) - (w @ y) * (w @ p)) / np.sqrt(variance_y * variance_p.clip(1e-24))
+        of_values.append((1 - w @ error**2 / variance_y, pearson))
     return np.nanmean(of_values, 0)
 
 # %% ../../nbs/probing/tasks.ipynb #cb069bee
@@ -84,7 +87,9 @@ def score_answers(
     predicted: np.ndarray,  # (tracks, outputs): scores of labels, classes or keys, or values
     weights: np.ndarray | None = None,  # (resamples, tracks) how often each is drawn; None: one row, each once
 ) -> dict[str, np.ndarray]:  # (resamples,) for each metric of the kind; NaN where it is undefined
-    "Score answers. Raises `ModuleNotFoundError` for keys without the extra `probe`."
+    "Score answers. Raises `ModuleNotFoundError` for keys without the extra `probe`, `ValueError` for NaN or infinity."
+    if not np.isfinite(predicted).all():
+        raise ValueError("predicted: NaN or infinite; the probe has diverged")
     weights = np.ones((1, len(targets)), np.int32) if weights is None else weights
     with optional_import("probe"):
         return dict(zip(KINDS[kind].metrics, KINDS[kind].score(targets, predicted, weights), strict=True))
@@ -130,25 +135,39 @@ def make_task(
     """Make a task from columns of a table; tracks whose targets are all null are left out.
 
     Labels are one column of lists or of names joined by semicolons, or several columns of 0, 1 and null, unknown; paths
-    in a file are relative to its folder. Raises `ValueError` as `Task`, and for columns that are not there.
+    in a file are relative to its folder. Raises `ValueError` as `Task`, for columns that are not there, rows without a
+    path, text in a column of values, and other names of splits than train, validation and test.
     """
-    if isinstance(table, str):
-        folder, table = resolve_path(table).parent, read_table(table)
-        table = table.with_columns(path=pl.Series([str(folder / path) for path in table["path"]], dtype=pl.String))
+    folder, table = (resolve_path(table).parent, read_table(table)) if isinstance(table, str) else (None, table)
     columns = [columns] if isinstance(columns, str) else list(columns)
-    missing = [column for column in ("path", *columns) if column not in table.columns]
-    if missing:
-        raise ValueError(f"{name}: no column {missing[0]} among {', '.join(table.columns)}")
+    _check_table(name, kind, table, columns)
+    if folder is not None:
+        table = table.with_columns(path=pl.Series([str(folder / path) for path in table["path"]], dtype=pl.String))
     if kind == "key":
-        table = table.with_columns(pl.Series(columns[0], [normalize_key(k) for k in table[columns[0]]], pl.String))
+        keys = pl.Series(columns[0], [normalize_key(k) for k in table[columns[0]]], pl.String)
+        if lost := keys.null_count() - table[columns[0]].null_count():
+            log.info(f"{name}: {lost} of {len(table)} keys are none of the 24, and left out")
+        table = table.with_columns(keys)
     table = table.filter(~pl.all_horizontal(pl.col(columns).is_null()))
-    outputs, targets = _read_targets(kind, table.select(columns))
+    outputs, targets = _read_targets(name, kind, table.select(columns))
     artist = pl.coalesce("artist", "path") if "artist" in table.columns else pl.col("path")
     split = ["split"] if "split" in table.columns else []
     return Task(name, kind, table.select("path", artist.cast(pl.String).alias("artist"), *split), outputs, targets)
 
+# %% ../../nbs/probing/tasks.ipynb #c500d9d2
+def _check_table(name: str, kind: str, table: pl.DataFrame, columns: list[str]):
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: give one of {', '.join(KINDS)}")
+    missing = [column for column in ("path", *columns) if column not in table.columns]
+    if missing:
+        raise ValueError(f"{name}: no column {missing[0]} among {', '.join(table.columns)}")
+    if table.is_empty() or table["path"].null_count():
+        raise ValueError(f"{name}: {table['path'].null_count()} of {len(table)} rows have no path; give each one")
+    if "split" in table.columns and (others := set(table["split"]) - set(SPLITS)):
+        raise ValueError(f"{name}: split {sorted(map(str, others))[0]!r}; give train, validation or test")
+
 # %% ../../nbs/probing/tasks.ipynb #84cef2a1
-def _read_targets(kind: str, table: pl.DataFrame) -> tuple[tuple[str, ...], np.ndarray]:  # outputs; (tracks, outputs)
+def _read_targets(name: str, kind: str, table: pl.DataFrame) -> tuple[tuple[str, ...], np.ndarray]:  # outputs, targets
     first = table.to_series(0)
     if kind == "key":
         return KEYS, _one_hot(first.to_list(), KEYS)
@@ -158,9 +177,16 @@ def _read_targets(kind: str, table: pl.DataFrame) -> tuple[tuple[str, ...], np.n
     if kind == "multilabel" and first.dtype == pl.String:
         first = first.str.split(";").list.eval(pl.element().str.strip_chars())
     if isinstance(first.dtype, pl.List):
-        names = tuple(sorted(first.explode().drop_nulls().unique()))
+        names = tuple(sorted(set(first.explode().drop_nulls()) - {""}))
         return names, np.array([[name in labels for name in names] for labels in first.to_list()], np.float32)
-    return tuple(table.columns), table.cast(pl.Float32).fill_null(np.nan).to_numpy()
+    try:
+        targets = table.cast(pl.Float32).fill_null(np.nan).to_numpy()
+    except pl.exceptions.InvalidOperationError as error:
+        columns = ", ".join(table.columns)
+        raise ValueError(f"{name}: {columns} hold other things than numbers; is the kind {kind} right?") from error
+    if kind == "multilabel" and not np.isin(targets[np.isfinite(targets)], (0, 1)).all():
+        raise ValueError(f"{name}: a label is 0, 1 or null, unknown; the columns hold other values")
+    return tuple(table.columns), targets
 
 # %% ../../nbs/probing/tasks.ipynb #a567cbaf
 class Fold(NamedTuple):
@@ -177,8 +203,9 @@ def _divide(task: Task, rows: np.ndarray, parts: int, seed: int) -> list[np.ndar
     artists, is_class = task.tracks["artist"].to_numpy()[rows], KINDS[task.kind].link == "softmax"
     if len(set(artists)) < parts:
         raise ValueError(f"{task.name}: {len(set(artists))} artists; give at least {parts} to divide them")
-    splitter = (StratifiedGroupKFold if is_class else GroupKFold)(parts, shuffle=True, random_state=seed)
     classes = task.targets[rows].argmax(1) if is_class else None
+    is_spread = is_class and np.bincount(classes).max() >= parts  # a class has enough tracks to be in each part
+    splitter = (StratifiedGroupKFold if is_spread else GroupKFold)(parts, shuffle=True, random_state=seed)
     return [rows[part] for _, part in splitter.split(rows, classes, artists)]
 
 # %% ../../nbs/probing/tasks.ipynb #ec67a441
@@ -214,7 +241,7 @@ def compare_answers(
     scored = [score_answers(task.kind, task.targets[rows], predicted, weights) for predicted in answers.values()]
     values, table = {metric: np.stack([score[metric] for score in scored]) for metric in task.metrics}, []
     for metric, of_models in values.items():
-        low, high = np.nanpercentile(of_models[:, 1:], (2.5, 97.5), axis=1)
+        low, high = confidence_interval(of_models[:, 1:], of_models[:, 0])
         for i, name in enumerate(answers):
             row = {"model": name, "metric": metric, "value": of_models[i, 0], "low": low[i], "high": high[i]}
             table.append({"task": task.name} | row)
