@@ -42,12 +42,6 @@ LONGEST = [  # they start first, so that no worker is idle at the end
 NEEDS = {"nbs/datasets/mirdata.ipynb": "mirdata"}  # a package that `dev` leaves out, because it brings 45 others
 
 
-def pytest_ignore_collect(collection_path, config):
-    "Leave out notebooks whose package is not installed."
-    name = collection_path.relative_to(config.rootpath).as_posix() if collection_path.is_file() else ""
-    return True if name in NEEDS and find_spec(NEEDS[name]) is None else None
-
-
 def pytest_configure(config):
     if config.args_source != pytest.Config.ArgsSource.ARGS and not config.option.markexpr:
         config.option.markexpr = "not slow"
@@ -55,9 +49,12 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     slow = {config.rootpath / name for name in SLOW_NOTEBOOKS}
+    missing = {config.rootpath / name: package for name, package in NEEDS.items() if find_spec(package) is None}
     for item in items:
         if item.path in slow:
             item.add_marker("slow")
+        if item.path in missing:
+            item.add_marker(pytest.mark.skip(reason=f"{missing[item.path]} is not installed"))
     order = {config.rootpath / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
