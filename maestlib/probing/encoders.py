@@ -116,7 +116,7 @@ def embed_recordings(
     folder: str | Path | None = None,  # where vectors are kept; None: in the cache
 ) -> tuple[np.ndarray, list[int], dict[str, str]]:  # (tracks, layers, width); rows of `paths`; path → error
     "Embed recordings that were not embedded yet. Raises `ValueError` where none can be read, and as `check_varied`."
-    parent = resolve_path(folder) if folder else cache_path("encoders", "x").parent
+    parent = resolve_path(folder) if folder else cache_path("encoders")
     folder = parent / f"{encoder.name.replace(' ', '-')}-{encoder.revision}"
     folder.mkdir(parents=True, exist_ok=True)
     vectors, rows, errors = [], [], {}
@@ -134,8 +134,9 @@ def embed_recordings(
         raise ValueError(f"{encoder.name}: none of {len(paths):,} recordings can be read: {[*errors.values()][0]}")
     for path, error in errors.items():
         log.info(f"{path} is left out: {error}")
-    check_varied(np.stack(vectors), encoder.name)
-    return np.stack(vectors), rows, errors
+    vectors = np.stack(vectors)
+    check_varied(vectors, encoder.name)
+    return vectors, rows, errors
 
 # %% ../../nbs/probing/encoders.ipynb #104da89e
 def _decode_ahead(pool: ThreadPoolExecutor, paths: list[str], encoder: AudioEncoder, folder: Path):

@@ -85,12 +85,13 @@ def answer_suite(
         if repeated := [a.name for i, a in enumerate(named) if a.name in {b.name for b in named[:i]}]:
             raise ValueError(f"{kind}: two are named {repeated[0]}; give each a name of its own")
     path, done = resolve_path(out) if out else None, []
+    data, folds = [task_fingerprint(task) for task in tasks], [make_folds(task) for task in tasks]
     known = pl.DataFrame(schema=ANSWER_SCHEMA)
     if path:
         known = append_rows(path, known, ANSWER_KEY)
     for encoder in encoders:
-        for task in tasks:
-            common = {"task": task.name, "data": task_fingerprint(task)}
+        for task, of_task, parts in zip(tasks, data, folds, strict=True):
+            common = {"task": task.name, "data": of_task}
             common |= {"model": encoder.name, "revision": encoder.revision}
             asked = [common | {"probe": probe, "feature": feature} for probe, feature in probes]
             missing = [key for key in asked if known.filter(**key).is_empty()]
@@ -98,7 +99,8 @@ def answer_suite(
             if not missing:
                 continue
             vectors, kept = task_vectors(task, encoder, folder)
-            rows = [_answer_row(k, task, _answer_kept(task, vectors, kept, k["probe"], k["feature"])) for k in missing]
+            left = [Fold(*(np.intersect1d(part, kept) for part in fold)) for fold in parts]  # the same folds for all
+            rows = [_answer_row(k, task, answer_task(task, vectors, k["probe"], k["feature"], left)) for k in missing]
             done.append(pl.DataFrame(rows, schema=ANSWER_SCHEMA))
             known = append_rows(path, done[-1], ANSWER_KEY) if path else known
     return pl.concat(done)
@@ -114,12 +116,6 @@ def task_vectors(
     vectors = np.zeros((len(task.tracks), *found.shape[1:]), np.float32)
     vectors[rows] = found
     return vectors, np.array(rows)
-
-
-def _answer_kept(task: Task, vectors: np.ndarray, kept: np.ndarray, probe: str, feature: str) -> Answers:
-    "Leave tracks out that could not be read, after the folds were made: they are the same for all models."
-    folds = [Fold(*(np.intersect1d(part, kept) for part in fold)) for fold in make_folds(task)]
-    return answer_task(task, vectors, probe, feature, folds)
 
 # %% ../../nbs/probing/suite.ipynb #c966cfaa
 def _common_answers(task: Task, part: pl.DataFrame) -> tuple[np.ndarray, dict[str, np.ndarray]]:
