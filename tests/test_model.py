@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from maestlib.models.cost import count_flops
 from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.models.patchout import Patchout, draw_patches, patch_grid, select_patches
-from maestlib.models.transformer import chunked_attention
 
 PARITY = Path(os.environ.get("MAESTLIB_DATA", Path(__file__).parents[2] / "shared")) / "parity"
 LABELS = [f"Group---{i}" for i in range(7)]
@@ -179,14 +178,3 @@ def test_bad_mels_are_refused(model, mel, message):
 def test_bad_blocks_are_refused(model, blocks):
     with pytest.raises(ValueError, match="0 to 3"):
         model.embed(torch.zeros(1, 96, 100), blocks=blocks)
-
-
-def test_chunked_attention_equals_attention():
-    q, k, v = torch.randn(3, 2, 3, 300, 16, generator=torch.Generator().manual_seed(0))
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    bias = torch.randn(2, 1, 1, 300, generator=torch.Generator().manual_seed(1))
-    biased = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
-    for max_weights in (2**21, 2 * 300**2, 7 * 300, 1):  # all at once; two heads; seven queries; one
-        torch.testing.assert_close(chunked_attention(q, k, v, max_weights=max_weights), expected)
-        torch.testing.assert_close(chunked_attention(q, k, v, bias, max_weights), biased)
-    torch.testing.assert_close(chunked_attention(q[:, :, :2], k, v), expected[:, :, :2])

@@ -24,7 +24,7 @@ from ..audio.isolated import decoder_processes
 from ..audio.mel import MelConfig, logmel, normalize, read_span, resample, watch_channels
 from ..audio.windows import window_starts
 from ..core.checks import check_number, check_wave
-from ..core.device import autocast, resolve_dtype, worker_count
+from ..core.device import autocast, map_threads, resolve_dtype, worker_count
 from ..core.files import rank_and_world_size, resolve_path
 from ..models.maest import MAEST, MAESTConfig
 from ..models.patchout import PATCH, STRIDE, pad_to_patch
@@ -156,7 +156,7 @@ def make_forward(
     dtype: str | torch.dtype,  # of the matrix products: auto, float32, bfloat16, float16
     compute: Callable[[torch.Tensor], torch.Tensor],  # a batch of mels on the model's device -> any tensor
 ) -> Callable[[torch.Tensor], np.ndarray]:  # a batch of mels on any device -> float32 on the CPU
-    "Wrap `compute` for inference, without gradients. Raises `ValueError` for a model in training mode."
+    "Wrap `compute` for inference, divided by `map_threads`. Raises `ValueError` for a model in training mode."
     if model.training:
         raise ValueError("model: it is in training mode, where positions are random; call model.eval()")
     device = next(model.parameters()).device
@@ -166,7 +166,7 @@ def make_forward(
         with torch.inference_mode(), autocast(device, dtype):
             return compute(mels.to(device)).float().cpu().numpy()
 
-    return forward
+    return lambda mels: np.concatenate(map_threads(forward, mels, device))
 
 # %% ../../nbs/inference/windows.ipynb #8d1622e5
 def _run_in_batches(windows: list[tuple], forward: Callable, batch_size: int) -> Iterator[tuple]:

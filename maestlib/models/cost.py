@@ -8,6 +8,7 @@ __all__ = ['count_flops', 'auto_batch_size']
 # %% ../../nbs/models/cost.ipynb #90367573
 import math
 
+import torch
 from torch import nn
 
 from .maest import MAEST, MAESTConfig
@@ -45,8 +46,12 @@ def auto_batch_size(
     patchout: Patchout | None = None,  # which patches to drop
     seconds: float | None = None,  # length of a window; None: the model's own
 ) -> int:
-    "Choose how many windows to run at once: 32; for a MAEST on a CPU, as many as keep each activation within 32 MB."
+    """Choose how many windows to run at once: 32; for a MAEST on a CPU, as many as keep each activation within 32 MB.
+
+    That is rounded to as many for each thread, at least one (see `map_threads`).
+    """
     if not isinstance(model, MAEST) or next(model.parameters()).device.type != "cpu":
         return 32
     hidden_bytes = 4 * 4 * model.config.embed_dim * count_flops(model.config, patchout, seconds=seconds)["tokens"]
-    return min(32, max(1, 2**25 // hidden_bytes))
+    threads = torch.get_num_threads()
+    return threads * max(1, min(32, 2**25 // hidden_bytes) // threads)

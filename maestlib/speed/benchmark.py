@@ -193,13 +193,15 @@ def _track_peak_memory(device: torch.device) -> Callable[[], float]:  # MB above
 
 # %% ../../nbs/speed/benchmark.ipynb #82b125f4
 def _count_gflop(work: Callable, setting: InferenceSetting | None) -> float | None:  # None: it cannot be counted
-    "Run the work once, and count its operations; compiled and int8 kernels are not countable."
+    "Run the work once, in one thread, and count its operations; compiled and int8 kernels are not countable."
     if setting is not None and (setting.compiled or setting.dtype == "int8"):
         work()
         return None
-    counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
+    counter, threads = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS), torch.get_num_threads()
+    torch.set_num_threads(1)  # the counter sees this thread only
     with counter:
         work()
+    torch.set_num_threads(threads)
     return counter.get_total_flops() / 1e9
 
 # %% ../../nbs/speed/benchmark.ipynb #0c8face5

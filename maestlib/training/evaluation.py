@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..audio.mel import normalize
 from ..audio.windows import window_starts
-from ..core.device import autocast, default_device
+from ..core.device import autocast, default_device, map_threads
 from ..core.files import log, rank_and_world_size, resolve_path, write_parquet
 from ..core.text import format_interval
 from ..datasets.batches import Corpus
@@ -60,17 +60,21 @@ def _gather_interleaved(values, total, world_size):  # process r holds the rows 
     return gathered
 
 
-@torch.no_grad()
 def _predict_windows(model, batches, patchout, dtype, on_batch) -> np.ndarray:  # (windows, labels), and padding
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     probabilities = [torch.empty(0, len(model.config.labels), device=device)]  # fetched last: that waits for the device
+
+    @torch.no_grad()
+    def predict_batch(mel):
+        mel = normalize(mel.to(device, non_blocking=True).float(), model.config.mel, validate=False)
+        with autocast(device, dtype):
+            return model(mel, patchout).float().sigmoid()
+
     for mel in batches:
         if on_batch:
             on_batch()
-        mel = normalize(mel.to(device, non_blocking=True).float(), model.config.mel, validate=False)
-        with autocast(device, dtype):
-            probabilities.append(model(mel, patchout).float().sigmoid())
+        probabilities += map_threads(predict_batch, mel, device)
     model.train(was_training)
     return torch.cat(probabilities).cpu().numpy()
 
