@@ -6,9 +6,11 @@
 __all__ = ['EMOTIFY_GENRES', 'EMOTIONS', 'load_emotify']
 
 # %% ../../nbs/datasets/emotify.ipynb #57d1db56
+import contextlib
 from pathlib import Path
 
 import polars as pl
+import soundfile
 
 from ..core.files import log, resolve_path
 
@@ -20,7 +22,7 @@ EMOTIONS = ("amazement", "solemnity", "tenderness", "nostalgia", "calmness", "po
 # %% ../../nbs/datasets/emotify.ipynb #2f4e134e
 def load_emotify(
     folder: str | Path,  # with data.csv and GENRE/NUMBER.mp3
-) -> pl.DataFrame:  # path, artist (null), genre, votes, and the share of votes of each of `EMOTIONS`
+) -> pl.DataFrame:  # path, artist (null: no tag), genre, votes, and the share of votes of each of `EMOTIONS`
     """Load Emotify. Recordings without a file are logged and left out.
 
     Raises `FileNotFoundError` for a folder without data.csv or recordings, and `ValueError` for other columns.
@@ -37,9 +39,16 @@ def load_emotify(
         raise FileNotFoundError(f"{folder}: no recordings such as classical/1.mp3 in it; give the folder of Emotify")
     if len(table) < len(votes):
         log.info(f"Emotify: {len(votes) - len(table)} of {len(votes)} recordings have no file in {folder}")
-    return table.select("path", pl.lit(None, pl.String).alias("artist"), "genre", "votes", *EMOTIONS)
+    artists = pl.Series("artist", map(_read_artist, table["path"]), pl.String)
+    return table.select("path", artists, "genre", "votes", *EMOTIONS)
 
 # %% ../../nbs/datasets/emotify.ipynb #b78a3164
+def _read_artist(path: str) -> str | None:
+    with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(path) as file:
+        return file.copy_metadata().get("artist")
+    return None
+
+
 def _read_votes(path: Path) -> pl.DataFrame:  # genre, number (1 to 100), votes, shares
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; it comes with the recordings of Emotify")
