@@ -89,9 +89,10 @@ def _model_options(args: argparse.Namespace) -> dict:
     "The arguments that `embed` and `tag` share."
     from maestlib.models.patchout import Patchout
 
-    patchout = Patchout(args.keep_every or 1, args.drop_rows or ())
-    options = shell.given_options(args, "hop_s", "dtype", "batch_size")
-    return {"model": shell.model_from_shell(args.model), "patchout": patchout} | options
+    options = shell.given_options(args, "hop_s", "windows", "preset", "dtype", "batch_size")
+    if not args.preset or args.keep_every or args.drop_rows:
+        options["patchout"] = Patchout(args.keep_every or 1, args.drop_rows or ())
+    return {"model": shell.model_from_shell(args.model)} | options
 
 # %% ../../nbs/collection/cli.ipynb #35a86342
 def _print_table(table) -> int:

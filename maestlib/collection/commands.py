@@ -62,6 +62,9 @@ def add_model_options(add: AddOption) -> None:
     add("--keep-every", type=int, metavar="K", help="patchout: keep one of K columns of patches; faster")
     add("--drop-rows", type=int, nargs="+", metavar="ROW", help="patchout: rows to drop; 0 is the lowest")
     add("--hop-s", type=float, help="seconds from window to window (default: half a window)")
+    add("--windows", type=int, metavar="N", help="read N windows at most, spread over the song (default: all)")
+    presets = "how much is read, where --windows and --keep-every are not given (default: full)"
+    add("--preset", choices=["fast", "balanced", "full"], help=presets)
     add("--dtype", choices=["auto", "float32", "bfloat16", "int8"], help="of the matrix products (default: auto)")
     add("--batch-size", type=int, help="windows per batch (default: chosen by model and device)")
 
@@ -170,7 +173,7 @@ def run_scan(args: argparse.Namespace) -> int:  # the exit code
     "Run `maestlib scan`."
     from maestlib.collection.scan import scan
 
-    names = "excerpt_s block tokens keep_every drop_rows center hop_s dtype heads"
+    names = "excerpt_s block tokens preset windows keep_every drop_rows center hop_s dtype heads"
     settings, out, model = given_options(args, *names.split()), from_shell(args.out), args.model
     if model is None and not Path(out, "library.json").exists():
         model = DEFAULT_MODEL

@@ -45,6 +45,7 @@ class LibrarySettings:
     excerpt_s: float | None = None  # seconds read of each file; None: all
     center: bool = True  # excerpts are from the middle, else from the beginning
     hop_s: float | None = None  # seconds from window to window; None: half a window
+    windows: int | None = None  # how many at most, spread over the song; None: all
     keep_every: int = 1  # patchout: keep one of so many columns
     drop_rows: tuple[int, ...] = ()  # patchout: rows to drop
     dtype: str = "auto"  # of the matrix products
@@ -59,6 +60,10 @@ class LibrarySettings:
         object.__setattr__(self, "heads", tuple(str(resolve_path(path)) for path in paths))
         check_number("excerpt_s", self.excerpt_s, above=0, optional=True)
         check_number("hop_s", self.hop_s, above=0, optional=True)
+        check_number("windows", self.windows, 1, integer=True, optional=True)
+        if self.windows is not None and (self.excerpt_s or self.hop_s):
+            other = "excerpt_s" if self.excerpt_s else "hop_s"
+            raise ValueError(f"windows={self.windows}, {other}={getattr(self, other)}: give one of them")
 
     @property
     def patchout(self) -> Patchout:
@@ -67,8 +72,8 @@ class LibrarySettings:
 
     @property
     def reading(self) -> dict:
-        "Seconds of a file that are read, for `iter_results`."
-        return dict(hop_s=self.hop_s, excerpt_s=self.excerpt_s, center=self.center)
+        "What is read of a file, for `iter_results`."
+        return dict(hop_s=self.hop_s, windows=self.windows, excerpt_s=self.excerpt_s, center=self.center)
 
 # %% ../../nbs/collection/library.ipynb #b3a0e008
 class LibraryFolder:

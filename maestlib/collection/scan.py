@@ -25,13 +25,14 @@ from ..audio.isolated import DecoderCrash, decoder_processes
 from ..audio.mel import watch_channels
 from .files import Identity, hash_file, read_identity, real_path
 from .library import Library, LibrarySettings, remove_songs, song_table
-from .plan import estimate_seconds, log_costs, plan_scan
+from .plan import estimate_seconds, log_costs, plan_scan, read_seconds
 from ..core.checks import check_number
 from ..core.device import default_device
 from ..core.files import log, resolve_path
 from ..inference.embedding import count_vectors, make_embedder, resolve_blocks
 from ..inference.heads import AttachedHeads, resolve_heads
 from ..inference.jobs import model_fingerprint
+from ..inference.presets import preset_values
 from ..inference.windows import iter_results
 from ..models.checkpoint import load_model
 from ..models.cost import auto_batch_size
@@ -224,7 +225,10 @@ def _read_files(
     bar = tqdm(total=round(expected.sum()), unit="s", unit_scale=True, desc="audio", disable=not progress)
     options |= settings.reading
     options |= dict(skip=writer.is_known, opener=writer.open, progress=False)
-    hop_s, shown = settings.hop_s or model.config.seconds / 2, Counter()  # seconds shown before a file is complete
+    hop_s, shown = (
+        settings.hop_s or model.config.seconds / (1 if settings.windows else 2),
+        Counter(),
+    )  # seconds shown before a file is complete
 
     def on_window(i):
         seconds = min(hop_s, expected[i] - shown[i])
@@ -257,7 +261,7 @@ def _scan_files(library, todo, model, report, dry_run, batch_size, num_workers, 
     if dry_run or seconds.sum() > _MIN_COST_S:
         log_costs(settings, todo["path"], seconds, model, forward, batch_size, num_workers)
     if not dry_run:
-        expected = seconds if settings.excerpt_s is None else np.minimum(seconds, settings.excerpt_s)
+        expected = read_seconds(seconds, model.config.seconds, settings.excerpt_s, settings.windows)
         options = dict(batch_size=batch_size, num_workers=num_workers)
         _read_files(_Writer(library, todo, report), model, forward, expected, flush_s, progress, **options)
 
@@ -307,6 +311,14 @@ def _list_folders(paths) -> tuple[list[str], list]:  # absolute folders and file
     return folders, list_audio(folders)
 
 # %% ../../nbs/collection/scan.ipynb #8da274fe
+def _expand_preset(preset: str | None = None, **settings) -> dict:
+    "Replace a preset by its windows and patchout, unless these are given, or another way to read a part."
+    values = preset_values(preset) if preset else {}
+    if {"windows", "excerpt_s", "hop_s"} & {name for name, value in settings.items() if value is not None}:
+        values.pop("windows", None)
+    return values | settings
+
+
 def scan(
     paths: str | Path | Iterable[str | Path],  # folders and audio files
     out: str | Path,  # the folder of the library
@@ -319,7 +331,7 @@ def scan(
     num_workers: int | None = None,  # decoding threads; None: one per core
     flush_s: float = 120.0,  # from one write of results to the next
     progress: bool = True,  # show a bar
-    **settings,  # of a new library: block, tokens, excerpt_s, center, hop_s, keep_every, drop_rows, dtype, heads
+    **settings,  # of a new library: block, tokens, preset, windows, excerpt_s, hop_s, keep_every, dtype, heads, …
 ) -> ScanReport:
     """Tag and embed the new and the changed files of a collection; the same call resumes after an interruption.
 
@@ -328,6 +340,7 @@ def scan(
     of `heads`, files, are stored with the model's. Raises `FileNotFoundError` for a path, `ValueError` for other
     settings than those of the library and while another scan of it is running, `OSError` where it cannot be written.
     """
+    settings = _expand_preset(**settings)
     start, flush_s = time.monotonic(), check_number("flush_s", flush_s, 0)
     folders, listing = _list_folders(paths)
     with contextlib.ExitStack() as stack:

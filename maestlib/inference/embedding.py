@@ -25,6 +25,7 @@ from .frames import prepare_frames
 from .heads import AttachedHeads, Head, resolve_heads
 from .jobs import ParquetJob, model_fingerprint, stream_to_parquet
 from .labels import read_level
+from .presets import resolve_preset
 from .windows import iter_results, make_forward
 from ..models.checkpoint import BUNDLED_MODEL, load_model
 from ..models.cost import auto_batch_size
@@ -176,6 +177,8 @@ def prepare_embedding(
     tokens: str = "cdt",
     patchout: Patchout | None = None,
     hop_s: float | None = None,
+    windows: int | None = None,
+    preset: str | None = None,
     average: bool = False,
     dtype: str | torch.dtype = "auto",
     batch_size: int | None = None,
@@ -183,13 +186,19 @@ def prepare_embedding(
 ) -> tuple[Callable, Callable, dict, dict]:  # groups of files -> results; results -> rows; their schema; the choices
     "Prepare the parts of an embedding job. Raises `ValueError` for parameters out of range."
     blocks = resolve_blocks(model.config.middle_block if block is None else block, model.config.depth)
+    windows, hop_s, patchout = resolve_preset(preset, windows, hop_s, patchout)
     choices = dict(block=blocks, tokens=tokens, patchout=repr(patchout), hop_s=hop_s, average=average, dtype=str(dtype))
+    if windows is not None:
+        choices["windows"] = windows
     if tokens == "f":
+        if windows is not None:
+            raise ValueError(f"windows={windows}, tokens='f': frames are those of whole recordings; leave windows out")
         return *prepare_frames(model, blocks, patchout, hop_s, average, dtype, batch_size, num_workers), choices
     forward = make_embedder(model, blocks, tokens, patchout, dtype)
     if batch_size is None:
         batch_size = auto_batch_size(model, patchout)
     options = dict(model=model, forward=forward, hop_s=hop_s, batch_size=batch_size, num_workers=num_workers)
+    options["windows"] = windows
     to_table = partial(_to_table, blocks=blocks, average=average)
     values = np.zeros((len(blocks), count_vectors(model, tokens, patchout) * model.config.embed_dim), np.float32)
     schema = dict(to_table(None, [(0.0, 0.0, values)]).schema)
@@ -203,6 +212,8 @@ def embed(
     tokens: str = "cdt",  # cls (c), dist (d), mean of the patches (t), mean (r) and deviation (s) of each row; or f
     patchout: Patchout | None = None,  # which patches to drop; None: keep all
     hop_s: float | None = None,  # seconds from window to window; None: half a window
+    windows: int | None = None,  # how many at most, spread over the recording; None: all
+    preset: str | None = None,  # fast, balanced or full, for windows and patchout that are not given
     average: bool = False,  # one row per recording, the mean over its windows, instead of one per window
     dtype: str | torch.dtype = "auto",  # of the matrix products: auto, float32, bfloat16; int8 on a CPU
     batch_size: int | None = None,  # windows read at once; None: `auto_batch_size(model)`
@@ -210,7 +221,7 @@ def embed(
     out: str | Path | None = None,  # a parquet file, or a folder of them, to stream to and to resume from after a kill
     sample_rate: int | None = None,  # Hz, of a waveform, which is resampled; None: the model's, 16 kHz
 ) -> pl.DataFrame | pl.LazyFrame:  # path, start_s, end_s, [block, if several], embedding; lazy if `out` is given
-    """Embed audio of any length: read it in overlapping windows and return the vectors after a block.
+    """Embed audio of any length: read it in windows and return the vectors after a block.
 
     A waveform is (samples,) float, mono, full scale ±1, at the model's 16 kHz unless `sample_rate` is given: at a wrong
     rate its embedding would look right. Returns a row per window, or with `average` per recording: `path` (null for a
@@ -226,7 +237,7 @@ def embed(
     Source: MAEST (ISMIR 2023), §3.3 for the embedding and half-overlapping windows, §4.5 for patchout at inference.
     """
     model = resolve_model(model)
-    options = (block, tokens, patchout, hop_s, average, dtype, batch_size, num_workers)
+    options = (block, tokens, patchout, hop_s, windows, preset, average, dtype, batch_size, num_workers)
     run, to_table, schema, choices = prepare_embedding(model, *options)
     sources = list_sources(source, sample_rate, model.config.mel.sample_rate)
     if out is None:
@@ -244,6 +255,8 @@ def tag(
     threshold: float | str | None = None,  # lowest activation; "calibrated": the model's own for each label
     patchout: Patchout | None = None,  # which patches to drop; None: keep all
     hop_s: float | None = None,  # seconds from window to window; None: half a window
+    windows: int | None = None,  # how many at most, spread over the recording; None: all
+    preset: str | None = None,  # fast, balanced or full, for windows and patchout that are not given
     dtype: str | torch.dtype = "auto",  # of the matrix products: auto, float32, bfloat16; int8 on a CPU
     batch_size: int | None = None,  # windows read at once; None: `auto_batch_size(model)`
     level: str = "label",  # label, or a level of `Genre---Style` labels: genre, style
@@ -261,6 +274,7 @@ def tag(
     """
     model = resolve_model(model)
     heads = resolve_heads(heads, model)
+    windows, hop_s, patchout = resolve_preset(preset, windows, hop_s, patchout)
     if not heads.labels:
         raise ValueError("model: it has no labels; load one that was trained to tag, or give heads")
     top = check_number("top", top, 1, integer=True, optional=True)
@@ -270,10 +284,10 @@ def tag(
         raise ValueError(f"{source}: {len(sources)} files; tag one at a time")
     forward = _make_tagger(model, heads, patchout, dtype)
     batch_size = auto_batch_size(model, patchout) if batch_size is None else batch_size
-    ((_, windows),) = iter_results([sources], model, forward, hop_s, batch_size, num_workers=None)
-    if isinstance(windows, Exception):
-        raise windows
-    tags = _tag_table(heads, windows)
+    ((_, results),) = iter_results([sources], model, forward, hop_s, batch_size, num_workers=None, windows=windows)
+    if isinstance(results, Exception):
+        raise results
+    tags = _tag_table(heads, results)
     return read_level(tags.filter(tags["activation"] >= lowest), level).head(top or len(tags))
 
 # %% ../../nbs/inference/embedding.ipynb #dc3f2f53
