@@ -145,8 +145,8 @@ def pareto_front(
 ) -> pl.DataFrame:  # rows of `table`, ascending in x
     "Select the rows that no other row beats in both columns."
     fastest_first = table.drop_nulls([x, y]).sort(x, y, descending=True)
-    best_of_faster = pl.col(y).cum_max().shift(fill_value=-math.inf)
-    return fastest_first.filter(pl.col(y) > best_of_faster).reverse()
+    score = pl.col(y).cast(pl.Float64).fill_nan(-math.inf)
+    return fastest_first.filter(score > score.cum_max().shift(fill_value=-math.inf)).reverse()
 
 # %% ../../nbs/speed/tradeoff.ipynb #fe2ffc64
 def _measured_table(path: str | Path | None) -> pl.DataFrame:  # None: what this notebook wrote, full before quick
