@@ -146,5 +146,6 @@ def test_the_checks_find_what_they_look_for():
     assert not wrong_command(shlex.split("maestlib search --tags 'a & b'")) and not wrong_command(
         ["maestlib", "--version"]
     )
-    code = "import maestlib as ml\nfrom maestlib.core.files import nothing, read_json\nml.tagg\nml.tag('a', tops=1)\nread_json()"
-    assert len(wrong_calls(ast.parse(code))) == 4
+    lines = ["import maestlib as ml", "from maestlib.core.files import nothing, read_json"]
+    lines += ["ml.tagg", "ml.tag('a', tops=1)", "read_json()"]
+    assert len(wrong_calls(ast.parse("\n".join(lines)))) == 4
