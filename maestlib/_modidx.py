@@ -203,8 +203,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'maestlib/audio/windows.py')},
             'maestlib.collection.cli': { 'maestlib.collection.cli._add_embed': ( 'collection/cli.html#_add_embed',
                                                                                  'maestlib/collection/cli.py'),
-                                         'maestlib.collection.cli._add_notebooks': ( 'collection/cli.html#_add_notebooks',
-                                                                                     'maestlib/collection/cli.py'),
                                          'maestlib.collection.cli._add_tag': ('collection/cli.html#_add_tag', 'maestlib/collection/cli.py'),
                                          'maestlib.collection.cli._log_to_stderr': ( 'collection/cli.html#_log_to_stderr',
                                                                                      'maestlib/collection/cli.py'),

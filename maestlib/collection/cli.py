@@ -64,14 +64,6 @@ def _add_tag(commands) -> shell.AddOption:
     return add
 
 # %% ../../nbs/collection/cli.ipynb #e0dd87a2
-def _add_notebooks(commands) -> None:
-    add = shell.add_command(
-        commands, "notebooks", "Copy the notebooks of the course, and the model card, into a folder."
-    )
-    add("folder", metavar="DIR", help="is created")
-    add("--force", action="store_true", help="overwrite notebooks that are there")
-
-
 def build_parser() -> argparse.ArgumentParser:
     "Create the parser of `maestlib`; the help of each command is its documentation."
     parser = argparse.ArgumentParser(
@@ -91,7 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("runs", nargs=2, metavar="RUN", help="run folders, tested on the same tracks; differences are the first's gain")
     add("--labels", action="store_true", help="also a row for each label")
     add("--json", action="store_true", help="print JSON")
-    _add_notebooks(commands)
+    add = shell.add_command(commands, "notebooks", "Copy the notebooks of the course and the model card.")
+    add("folder", metavar="DIR", help="is created")
+    add("--force", action="store_true", help="overwrite notebooks that are there")
     return parser
 
 # %% ../../nbs/collection/cli.ipynb #da46f732

@@ -22,29 +22,23 @@ _SHIPPED = [f"{name}.ipynb" for name in (*COURSE, "studies/model_card")]
 
 def _read_shipped() -> dict[str, bytes]:  # path below the folder → content
     "The notebooks as they are copied, and the pictures that they show."
-    source, files = asset_path("hear").parents[1] / "nbs", {COURSE_MARK: b"", "runs/.gitignore": b"*\n"}
+    source, files = asset_path("hear").parents[1] / "nbs", {}
     for name in _SHIPPED:
         text = (source / name).read_text(encoding="utf8").replace("papermill nbs/", "papermill ")
-
-        def relink(link: re.Match, name: str = name) -> str:
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), link[2]))
-            return link[0] if target in _SHIPPED else link[1]
-
-        files[name] = re.sub(r"\[([^\][]*)\]\(([^)\s:]+\.ipynb)[^)]*\)", relink, text).encode()
+        known = {posixpath.relpath(other, posixpath.dirname(name) or ".") for other in _SHIPPED}
+        link = r"\[([^\][]*)\]\(([^)\s:#]+\.ipynb)[^)]*\)"
+        files[name] = re.sub(link, lambda m, known=known: m[0] if m[2] in known else m[1], text).encode()
         files |= {image: (source / image).read_bytes() for image in re.findall(r"\]\((images/[\w.-]+)\)", text)}
-    return files
+    return files | {COURSE_MARK: b"", "runs/.gitignore": b"*\n"}
 
-# %% ../../nbs/collection/course.ipynb #c1b34e26
+
 def copy_notebooks(
     folder: str | Path,  # is created
     force: bool = False,  # overwrite notebooks that are there
 ) -> list[Path]:  # the notebooks in reading order, the model card last
-    "Copy the course. Raises `FileExistsError` for notebooks that are there, `NotADirectoryError` for a file."
+    "Copy the course. Raises `FileExistsError` for notebooks that are there, and `OSError` as `atomic_write` does."
     target, files = resolve_path(folder), _read_shipped()
-    if target.is_file():
-        raise NotADirectoryError(f"{target}: is a file; give a folder")
-    there = [name for name in files if (target / name).exists()]
-    if there and not force:
+    if not force and (there := [name for name in files if (target / name).exists()]):
         raise FileExistsError(f"{target}: has {there[0]}; give another folder, or --force (force=True) to overwrite it")
     for name, content in files.items():
         with atomic_write(target / name) as temporary:

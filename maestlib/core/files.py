@@ -26,8 +26,6 @@ from filelock import FileLock
 # %% ../../nbs/core/files.ipynb #2e9bcb0f
 _MODULE_DIR = Path(globals().get("__file__", "x")).resolve().parent  # of this module, or of the running notebook
 _REPOSITORY = next((p for p in (_MODULE_DIR, *_MODULE_DIR.parents) if (p / "nbs/core/files.ipynb").exists()), None)
-
-
 COURSE_MARK = ".maestlib-course"  # a file in a folder that `maestlib notebooks` made
 
 
