@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))
 NOTEBOOKS = [f"{name}.ipynb" for name in (*COURSE, "studies/model_card")]
 CLI = ("-m", "maestlib.collection.cli")
-SOURCES = "maestlib data nbs pyproject.toml README.md LICENSE MANIFEST.in".split()
+SOURCES = "maestlib data nbs pyproject.toml README.md LICENSE".split()
 
 
 def run(*command: object, cwd: Path, **variables: str) -> str:  # what was printed
