@@ -142,7 +142,9 @@ def test_an_array_given_to_a_model_is_no_tensor(model, mel):
 NUMBERS = {
     "block": ["middle", 2.5, True, NAN, [0, 0], [], [[1]], {"a": 1}],
     "tokens": [3, "", "x"],
-    "hop_s": [NAN, INF, "2", 0, -1, 9, True],
+    "hop_s": [NAN, INF, "2", 0, -1, True],
+    "windows": [NAN, INF, "2", 0, -1, 1.5, True],
+    "preset": ["slow", "", 3, True],
     "batch_size": ["8", 0, 2.5, NAN, True],
     "num_workers": [-1, "2", 1.5],
     "sample_rate": [0, -16000, 10**9, INF, NAN, 16000.5, "16000", True],
@@ -161,6 +163,8 @@ def test_numbers_of_embed(model, name):
         "top": [0, 2.5, "3", NAN, True],
         "threshold": [7, NAN, "high", -0.1, True],
         "hop_s": [NAN],
+        "windows": [0],
+        "preset": ["slow"],
         "batch_size": ["8"],
     }.items(),
 )
@@ -215,6 +219,7 @@ def others() -> dict:  # name of the parameter: calls that give it a wrong value
         "learning_rate": [lambda v=v: ml.TrainConfig(learning_rate=v) for v in (INF, NAN, 0)],
         "batch_size": [lambda v=v: ml.TrainConfig(batch_size=v) for v in (1.5, "many", -1)],
         "excerpt_s": [lambda v=v: LibrarySettings(excerpt_s=v) for v in (NAN, INF, "30", 0)],
+        "windows": [lambda v=v: LibrarySettings(windows=v) for v in (NAN, 1.5, "3", 0)],
         "block": [lambda v=v: LibrarySettings(block=v) for v in (2.7, "a", NAN)],
     }
 

@@ -14,7 +14,7 @@ from polars.testing import assert_frame_equal
 from processes import start_python
 
 from maestlib.audio.extract import extract_mels
-from maestlib.audio.mel import MelConfig, load_audio, logmel
+from maestlib.audio.mel import MelConfig, load_audio, logmel, normalize
 from maestlib.audio.store import MelStore
 from maestlib.collection.cli import main
 from maestlib.collection.search import nearest
@@ -24,6 +24,7 @@ from maestlib.inference import embedding
 from maestlib.inference.embedding import embed, tag
 from maestlib.inference.windows import stream_mel
 from maestlib.models.checkpoint import BUNDLED_MODEL, load_model, save_checkpoint
+from maestlib.models.patchout import Patchout
 from maestlib.probing.embeddings import extract_embeddings
 
 PROJECT = Path(__file__).parents[1]
@@ -228,13 +229,67 @@ def test_nearest_is_exact(tmp_path):
         nearest(np.ones(7), table)
 
 
-INVALID = [dict(block=12), dict(block=-1), dict(tokens="tc"), dict(hop_s=0), dict(hop_s=6), dict(batch_size=0)]
+INVALID = [dict(block=12), dict(block=-1), dict(tokens="tc"), dict(hop_s=0), dict(windows=0), dict(batch_size=0)]
+INVALID += [dict(preset="slow"), dict(windows=2, hop_s=1), dict(windows=2, tokens="f")]
 
 
 @pytest.mark.parametrize("arguments", INVALID)
 def test_wrong_parameters_are_named(model, arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         embed(torch.zeros(16000), model, **arguments)
+
+
+def test_windows_are_those_of_the_whole_recording(model, tmp_path):
+    soundfile.write(tmp_path / "song.flac", recording(60), 16000)
+    mels = logmel(load_audio(tmp_path / "song.flac"))
+    for count, starts in ((1, [27.5]), (3, [9.5, 27.5, 45.5])):
+        table = embed(tmp_path / "song.flac", model, windows=count, dtype="float32")
+        assert np.allclose(table["start_s"], starts, atol=0.01) and (table["end_s"] - table["start_s"] == 5).all()
+        for start, vector in table.select("start_s", "embedding").iter_rows():
+            mel = normalize(mels[:, round(start / 0.016) :][:, :312], model.config.mel)
+            with torch.inference_mode():
+                expected = model.embed(mel[None], (model.config.middle_block,)).flatten().numpy()
+            assert np.allclose(expected, vector, atol=1e-3)
+    assert embed(tmp_path / "song.flac", model, windows=99).height == 23, "all there are"
+    few = embed(tmp_path / "song.flac", model, windows=3, average=True)
+    assert few.equals(embed(tmp_path / "song.flac", model, preset="balanced", patchout=Patchout(), average=True))
+    assert embed(recording(3), model, windows=3).height == 1, "shorter than a window"
+
+
+def test_a_file_that_ends_before_its_header_says_is_sampled_where_it_is(model, tmp_path):
+    soundfile.write(tmp_path / "whole.mp3", recording(60), 16000)
+    content = (tmp_path / "whole.mp3").read_bytes()
+    (tmp_path / "half.mp3").write_bytes(content[: len(content) // 2])
+    ends = embed(tmp_path / "half.mp3", model)["end_s"].max()
+    assert 20 < ends < 40
+    table = embed(tmp_path / "half.mp3", model, windows=3)
+    assert table.height == 3 and table["end_s"].max() <= ends
+    (tmp_path / "text.mp3").write_text("not music")
+    with pytest.raises(ValueError, match="text.mp3"):
+        embed(tmp_path / "text.mp3", model, windows=3)
+
+
+def test_the_file_of_another_number_of_windows_is_refused(model, tmp_path):
+    soundfile.write(tmp_path / "song.wav", recording(20), 16000)
+    embed(tmp_path, model, windows=1, out=tmp_path / "e.parquet")
+    assert embed(tmp_path, model, windows=1, out=tmp_path / "e.parquet").collect().height == 1
+    for windows in (2, None):
+        with pytest.raises(ValueError, match="other settings"):
+            embed(tmp_path, model, windows=windows, out=tmp_path / "e.parquet")
+
+
+def test_presets_on_the_command_line(model, tmp_path, capsys):
+    soundfile.write(tmp_path / "song.wav", recording(40), 16000)
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    command = ["embed", str(tmp_path / "song.wav"), "--model", str(tmp_path / "m.safetensors"), "--out"]
+    counts = {}
+    for preset in ("full", "balanced", "fast"):
+        assert main([*command, f"{tmp_path}/{preset}.parquet", "--preset", preset]) == 0
+        counts[preset] = len(pl.read_parquet(tmp_path / f"{preset}.parquet"))
+    assert counts == {"full": 15, "balanced": 3, "fast": 1}
+    assert main([*command, f"{tmp_path}/two.parquet", "--windows", "2", "--hop-s", "3"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert main(["tag", str(tmp_path / "song.wav"), "--preset", "balanced"]) == 0
 
 
 def test_no_audio_in_a_folder(model, tmp_path, capsys):

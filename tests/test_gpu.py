@@ -14,7 +14,7 @@ from helpers import kill_when, run_ranks
 
 from maestlib.audio.mel import MEL, logmel, normalize
 from maestlib.audio.store import INDEX_SCHEMA, shard_path, table_checksums
-from maestlib.core.files import write_json
+from maestlib.core.files import asset_path, write_json
 from maestlib.datasets.batches import load_corpus
 from maestlib.models.checkpoint import SCORES_MODEL, load_model
 from maestlib.models.patchout import Patchout
@@ -24,7 +24,7 @@ from maestlib.training.loop import fit
 from maestlib.training.trainer import Trainer, create_model, distribute
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-ESSENTIA = np.load(Path(__file__).with_name("essentia.npz"))
+ESSENTIA = np.load(asset_path("essentia.npz"))
 CUDA = torch.device("cuda:0")
 
 

@@ -36,6 +36,7 @@ from maestlib.collection.scan import scan
 from maestlib.collection.search import SongIndex
 from maestlib.collection.vectors import VectorIndex
 from maestlib.inference.embedding import embed
+from maestlib.inference.presets import SPEED_PRESETS
 from maestlib.models.checkpoint import save_checkpoint
 from maestlib.models.patchout import Patchout
 
@@ -311,6 +312,24 @@ def test_a_file_is_read_like_the_excerpts_of_a_library(model, tmp_path, monkeypa
     spaces = SongSpaces(tmp_path / "library")
     ((title, vector),) = spaces.read(tmp_path / "0.wav")[0].items()
     assert vector @ spaces.vectors(title)[0] > 0.99
+
+
+def test_a_library_of_a_few_windows(model, tmp_path):
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.wav", recording(30, i), 16_000)
+    options = dict(model=model, progress=False)
+    report = scan(tmp_path, tmp_path / "library", preset="balanced", **options)
+    settings = Library(tmp_path / "library").settings
+    assert report.read == 2 and (settings.windows, settings.keep_every) == (3, SPEED_PRESETS["balanced"]["keep_every"])
+    assert np.isclose(report.audio_s, 2 * 3 * 5, atol=0.1), "three windows of five seconds"
+    assert scan(tmp_path, tmp_path / "library", preset="balanced", **options).unchanged == 2
+    for other in (dict(preset="full"), dict(windows=2), dict(preset="balanced", keep_every=7)):
+        with pytest.raises(ValueError, match="windows|keep_every"):
+            scan(tmp_path, tmp_path / "library", **other, **options)
+    excerpts = scan(tmp_path, tmp_path / "excerpts", preset="fast", excerpt_s=10, **options)
+    assert np.isclose(excerpts.audio_s, 20, atol=0.1), "the excerpt replaces the windows of the preset"
+    with pytest.raises(ValueError, match="give one of them"):
+        scan(tmp_path, tmp_path / "both", windows=3, excerpt_s=10, **options)
 
 
 def test_tags_of_a_calibrated_library(undisturbed):

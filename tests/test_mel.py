@@ -2,7 +2,6 @@
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,9 @@ import torch
 import torchaudio
 
 from maestlib.audio.mel import MEL, MelConfig, audio_duration, load_audio, logmel, mel_edges, normalize
+from maestlib.core.files import asset_path
 
-ESSENTIA = np.load(Path(__file__).with_name("essentia.npz"))
+ESSENTIA = np.load(asset_path("essentia.npz"))
 TORCHAUDIO = MelConfig(frontend="torchaudio")
 
 

@@ -4,9 +4,11 @@ The fast lane reads the sources; the slow lane builds the site, checks every lin
 """
 
 import ast
+import html
 import html.parser
 import inspect
 import json
+import re
 import subprocess
 import sys
 import time
@@ -25,7 +27,16 @@ pytest.importorskip("mkdocs", reason="MkDocs is not installed: pip install -e '.
 from pages import convert_notebook, link_names, prose, reading_order  # noqa: E402
 from reference import lazy_names, modules  # noqa: E402
 
-PAGES = ("index", "class", "notebooks/index", "notebooks/explore", "notebooks/stats/metrics", "reference/inference")
+PAGES = (
+    "index",
+    "class",
+    "faq",
+    "how/tag",
+    "notebooks/index",
+    "notebooks/explore",
+    "notebooks/stats/metrics",
+    "reference/inference",
+)
 ENTITIES = {
     "a": "href",
     "link": "href",
@@ -147,6 +158,15 @@ def test_every_link_leads_somewhere_and_nothing_is_loaded_from_elsewhere(site):
             elif file in pages and urllib.parse.unquote(address.fragment) not in pages[file].anchors:
                 problems.append(f"{path.relative_to(site)}: no anchor {target}")
     assert not problems, "\n".join(sorted(set(problems)))
+
+
+@pytest.mark.slow
+def test_the_search_finds_every_question_and_task(site):
+    entries = json.loads((site / "search/search_index.json").read_text(encoding="utf8"))["docs"]
+    titles = {html.unescape(entry["title"]) for entry in entries}
+    questions = re.findall(r"(?m)^## (.+)", (ROOT / ".ci/site/docs/faq.md").read_text(encoding="utf8"))
+    tasks = [path.read_text(encoding="utf8").split("\n")[0][2:] for path in ROOT.glob(".ci/site/docs/how/*.md")]
+    assert len(questions) >= 12 and len(tasks) >= 10 and not {*questions, *tasks} - titles
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """Speed where the notebooks do not go: bad input, recommendations at their limits, reduced models in use."""
 
+import contextlib
 import json
+import subprocess
+import sys
 
 import polars as pl
 import pytest
@@ -10,7 +13,13 @@ import maestlib as ml
 from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.models.patchout import Patchout
 from maestlib.models.reduction import ReducedMAEST, pool_weighted, quantize_int8, top_attended
-from maestlib.speed.benchmark import InferenceSetting, benchmark, build_forward
+from maestlib.speed.benchmark import (
+    InferenceSetting,
+    benchmark,
+    build_forward,
+    busy_processes,
+    published_package,
+)
 from maestlib.speed.tradeoff import embed_options, pareto_front, plot_pareto, recommend
 
 
@@ -193,3 +202,71 @@ def test_int8_is_near():
     cosine = torch.cosine_similarity(a, b)
     assert (cosine > 0.99).all() and (cosine < 0.9999999).all()
     assert torch.allclose(model(mel), quantize_int8(model)(mel), atol=0.2)
+
+
+def test_every_round_visits_every_state_and_times_every_setting_in_it(monkeypatch):
+    rounds, calls, children = [], [], []
+
+    @contextlib.contextmanager
+    def watched(count):
+        rounds.append(count)
+        with busy_processes(count) as started:
+            children.extend(started)
+            yield started
+
+    def other(waves):
+        calls.append(sum(child.poll() is None for child in children))
+
+    monkeypatch.setattr("maestlib.speed.benchmark.busy_processes", watched)
+    settings = [InferenceSetting(keep_every=2), InferenceSetting()]
+    table = benchmark(settings, {"maest": small()}, clips=1, repeats=2, others={"other": other}, busy=(0, 2))
+    assert rounds == [0, 0, 2, 0, 2], "a first round without load, then all states in each"
+    assert calls == [0, 0, 0, 2, 0, 2], "the first counts operations, too; all busy processes run where they should"
+    assert table["busy"].to_list() == [0, 0, 0, 2, 2, 2]
+    assert table["setting"].to_list() == ["maest, keep_every=2", "maest", "other"] * 2
+    assert table.filter(setting="maest, keep_every=2")["ratio"].to_list() == [1, 1], "of the same state"
+    assert table.filter(setting="other")["ratio_other"].to_list() == [1, 1] and (table["ratio_other"] > 0).all()
+    assert len(children) == 4 and all(child.poll() is not None for child in children)
+
+
+def test_without_states_there_is_one_and_others_are_timed_from_the_waveform_only():
+    table = benchmark([InferenceSetting()], {"maest": small()}, "model", 1, 1, others={"other": None})
+    assert table["busy"].to_list() == [0] and "ratio_other" not in table.columns
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_busy_processes_end_with_the_measurement(error):
+    with pytest.raises(error), busy_processes(2) as children:
+        assert [child.poll() for child in children] == [None] * 2
+        raise error
+    assert all(child.wait(60) for child in children)
+
+
+def test_busy_processes_end_with_the_program():
+    "They hold its stderr, so that `run` returns when the last of them is gone."
+    code = "import os; from maestlib.speed.benchmark import busy_processes\nwith busy_processes(2): os._exit(3)"
+    assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=120).returncode == 3
+
+
+def test_a_busy_process_that_ended_too_early_is_an_error():
+    with pytest.raises(RuntimeError, match="ended before"), busy_processes(2) as children:
+        children[0].kill()
+        children[0].wait(60)
+
+
+def test_a_state_that_makes_no_sense():
+    with pytest.raises(ValueError, match="busy=-1"):
+        benchmark([InferenceSetting()], {"maest": small()}, busy=(0, -1))
+
+
+def test_the_published_package_is_one_of_the_others():
+    pytest.importorskip("maest_infer")
+    ((name, run),) = published_package().items()
+    with torch.no_grad():
+        values = run(torch.randn(1, 480_000, generator=torch.Generator().manual_seed(0)) * 0.1)
+    assert name == "maest-infer" and values[-1].shape[-1] == 3 * 768
+
+
+def test_the_published_package_may_be_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "maest_infer", None)
+    assert published_package() == {}

@@ -20,6 +20,7 @@ from reference import FLOORS, Writer
 HERE = Path(__file__).resolve().parent
 PAGE = "Tag your music"
 CARD = "studies/model_card.ipynb"  # has a tab of its own
+HOW = "tag train probe compare paper slurm ray dataset encoder cite".split()  # pages of docs/how
 
 
 def write(path: Path, text: str):
@@ -77,7 +78,10 @@ def write_pages(docs: Path) -> list:  # the navigation
         {"Reference": ["reference/index.md", *({f.capitalize(): f"reference/{f}.md"} for f in FLOORS)]},
         {"Paper": "notebooks/mapping.md"},
         {"Model card": f"notebooks/{CARD.removesuffix('.ipynb')}.md"},
+        {"How to": ["how/index.md", *(f"how/{name}.md" for name in HOW)]},
+        {"Questions": "faq.md"},
         {"For a class": "class.md"},
+        {"Changelog": "changelog.md"},
     ]
 
 

@@ -117,9 +117,8 @@ def addresses() -> dict[str, str]:  # name → reference/audio.md#mel.logmel
 
 
 def lazy_names() -> dict[str, list[str]]:  # module → names that `import maestlib as ml` offers
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf8"))
-    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
-    return next(ast.literal_eval(k.value) for c in calls for k in c.keywords if k.arg == "submod_attrs")
+    body = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf8")).body
+    return {n.module: [a.name for a in n.names] for n in body if isinstance(n, ast.ImportFrom) and n.module}
 
 
 class Writer:

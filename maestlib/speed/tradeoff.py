@@ -116,9 +116,8 @@ def evaluate_quality(
     rows = []
     for setting in settings:
         embeddings, probabilities = results[setting.name]
-        row = {"setting": setting.name, "cosine": None}
-        if setting.model == reference.model:
-            row["cosine"] = _cosine(embeddings, results[reference.name][0])
+        is_same = setting.model == reference.model
+        row = {"setting": setting.name, "cosine": _cosine(embeddings, results[reference.name][0]) if is_same else None}
         if tags:
             row |= _score_tags(corpus, models[setting.model].config.labels, probabilities)
         rows.append(row)
@@ -145,12 +144,9 @@ def pareto_front(
     y: str = "val_map",
 ) -> pl.DataFrame:  # rows of `table`, ascending in x
     "Select the rows that no other row beats in both columns."
-    best, front = -math.inf, []
-    for row in table.drop_nulls([x, y]).sort(x, y, descending=True).iter_rows(named=True):
-        if row[y] > best:
-            best = row[y]
-            front.append(row)
-    return pl.DataFrame(front[::-1], schema=table.schema)
+    fastest_first = table.drop_nulls([x, y]).sort(x, y, descending=True)
+    score = pl.col(y).cast(pl.Float64).fill_nan(-math.inf)
+    return fastest_first.filter(score > score.cum_max().shift(fill_value=-math.inf)).reverse()
 
 # %% ../../nbs/speed/tradeoff.ipynb #fe2ffc64
 def _measured_table(path: str | Path | None) -> pl.DataFrame:  # None: what this notebook wrote, full before quick
@@ -255,11 +251,9 @@ def plot_pareto(
     if not len(table):
         return style_figure(figure, "nothing passes these filters")
     front = pareto_front(table).drop_nulls(y)
-    line = dict(color="#999999", width=1, dash="dot", shape="vh")
-    style = dict(mode="lines", line=line, name="Pareto front on validation", hoverinfo="skip")
-    figure.add_scatter(x=front["realtime_factor"], y=front[y], **style)
-    families = table.sort("realtime_factor").partition_by("family", maintain_order=True)
-    for i, rows in enumerate(families):
+    style = dict(mode="lines", line=dict(color="#999999", width=1, dash="dot", shape="vh"), hoverinfo="skip")
+    figure.add_scatter(x=front["realtime_factor"], y=front[y], name="Pareto front on validation", **style)
+    for i, rows in enumerate(table.sort("realtime_factor").partition_by("family", maintain_order=True)):
         _add_family(figure, rows, y, i)
     _add_paper_region(figure, table, y)
     x_title = "throughput from the waveform (hours of audio per hour)"
