@@ -4,7 +4,6 @@ A notebook is run once in a kernel of its own, as a student would run it, withou
 exercise, the unsolved cell and its check, and the solution and its check.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -13,16 +12,12 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from maestlib.collection.course import COURSE
+
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
 KINDS = ["exercise", "solution", "check"]
 QUESTION = re.compile(r"(?m)^\*\*Question\.\*\* [^\n]+\?$")
 SLOW = {"demo/tunes", "train", "inference/embedding", "speed/tradeoff", "explore"}  # a minute or more
-
-
-def course() -> list[str]:  # such as models/patchout
-    index = json.loads((NOTEBOOKS / "index.ipynb").read_text(encoding="utf8"))
-    sources = ["".join(cell["source"]) for cell in index["cells"]]
-    return next(re.search(r'COURSE = """(.+?)"""', s, re.S)[1].split() for s in sources if s.startswith("COURSE"))
 
 
 def kind(cell) -> str:  # exercise, solution, check, or the type of a cell of the notebook itself
@@ -35,7 +30,7 @@ def read(name: str) -> tuple[list, list[list]]:  # its own cells; the exercises:
     return cells[:start], [cells[i : i + 4] for i in range(start, len(cells), 4)]
 
 
-@pytest.mark.parametrize("name", course())
+@pytest.mark.parametrize("name", COURSE)
 def test_a_notebook_of_the_course_asks_and_has_exercises(name):
     own, exercises = read(name)
     assert QUESTION.search(own[0].source), "its first cell has no line `**Question.** …?`"
@@ -46,7 +41,7 @@ def test_a_notebook_of_the_course_asks_and_has_exercises(name):
         assert solution.metadata["jupyter"]["source_hidden"] and "assert " in check.source
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in course()])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in COURSE])
 def test_a_check_fails_before_the_solution_and_passes_after_it(name):
     own, exercises = read(name)
     notebook = nbformat.v4.new_notebook(cells=[cell for cell in own if cell.cell_type == "code"])
