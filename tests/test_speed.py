@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import maestlib as ml
+from maestlib.models.checkpoint import BUNDLED_MODELS
 from maestlib.models.maest import MAEST, MAESTConfig
 from maestlib.models.patchout import Patchout
 from maestlib.models.reduction import ReducedMAEST, pool_weighted, quantize_int8, top_attended
@@ -112,6 +113,15 @@ def test_a_table_of_another_version_is_refused(tmp_path):
 def test_nothing_measured_yet(tmp_path):
     with pytest.raises(FileNotFoundError, match="run nbs/speed/tradeoff.ipynb"):
         recommend(1, deadline=1, table=tmp_path / "none.parquet")
+
+
+def test_the_shipped_measurements_recommend_what_embed_takes(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAESTLIB_CACHE", str(tmp_path))
+    night = recommend(1000, min_map=0)
+    assert night["model"] in BUNDLED_MODELS and night["reduction"] == {}
+    wave = torch.randn(16000 * 40, generator=torch.Generator().manual_seed(0)) * 0.1
+    table = ml.embed(wave, night["model"], **night["options"])
+    assert len(table) == night["options"]["windows"], "as many windows as the setting says"
 
 
 def test_an_empty_selection_is_a_figure():

@@ -32,7 +32,7 @@ def resolve_preset(
     hop_s: float | None = None,  # seconds from window to window
     patchout: Patchout | None = None,  # None: the preset's
 ) -> tuple[int | None, float | None, Patchout | None]:  # windows, hop_s, patchout
-    "Complete what was given by a preset. Raises `ValueError` for another name, a count below 1, and a count with a hop."
+    "Complete what was given by a preset. Raises `ValueError` for another name, no window, and windows with a hop."
     values = preset_values("full" if preset is None else preset)
     windows = check_number("windows", windows, 1, integer=True, optional=True)
     if windows is not None and hop_s is not None:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..core.checks import check_number
 from ..core.extras import optional_import
-from ..core.files import atomic_write, cache_path, resolve_path
+from ..core.files import asset_path, atomic_write, cache_path, resolve_path
 from ..core.plotting import PALETTE, interval_bars, style_figure
 from ..datasets.batches import Corpus
 from ..inference.jobs import model_fingerprint
@@ -149,12 +149,12 @@ def pareto_front(
     return fastest_first.filter(score > score.cum_max().shift(fill_value=-math.inf)).reverse()
 
 # %% ../../nbs/speed/tradeoff.ipynb #fe2ffc64
-def _measured_table(path: str | Path | None) -> pl.DataFrame:  # None: what this notebook wrote, full before quick
+def _measured_table(path: str | Path | None) -> pl.DataFrame:  # None: of this machine, full before quick, or shipped
     if path:
         path = resolve_path(path)
     else:
-        full, quick = (cache_path("speed", f"{name}.parquet") for name in ("speed", "speed-quick"))
-        path = full if full.exists() else quick
+        measured = [cache_path("speed", f"{name}.parquet") for name in ("speed", "speed-quick")]
+        path = next(path for path in (*measured, asset_path("songs-per-hour.parquet")) if path.exists())
     if not path.exists():
         raise FileNotFoundError(f"{path}: nothing was measured yet; run nbs/speed/tradeoff.ipynb")
     table = pl.read_parquet(path)
@@ -182,7 +182,7 @@ def recommend(
     hours_of_audio: float,  # how much there is to embed
     deadline: float | None = None,  # hours until it must be done: take the best score in that time
     min_map: float | None = None,  # the required mAP on validation: take the fastest setting that has it
-    table: pl.DataFrame | str | Path | None = None,  # of this notebook; None: what it wrote on this machine
+    table: pl.DataFrame | str | Path | None = None,  # None: what this notebook wrote here, or else of real recordings
 ) -> dict:  # model, setting, hours, val_map, map (of the test split), arguments of `ReducedMAEST` and `maestlib.embed`
     """Recommend a measured setting for an amount of audio. Give either `deadline` or `min_map`.
 
