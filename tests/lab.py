@@ -202,6 +202,7 @@ class Lab:
             options.add_argument(f"--{argument}")
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
         driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": PATIENCE})
+        driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})  # else no widget is the current
         driver.set_script_timeout(TIMEOUT_S)
         driver.set_page_load_timeout(TIMEOUT_S)
         return driver

@@ -93,10 +93,13 @@ def code(cell: dict) -> str:
     text = re.sub(r"^#\|.*\n?", "", text, flags=re.M).strip()
     if not text:
         return ""
-    title = ' title="parameters"' if "parameters" in cell["metadata"].get("tags", []) else ""
+    tags = cell["metadata"].get("tags", [])
+    title = ' title="parameters"' if "parameters" in tags else ""
     block = f"``` {{ .python .{'export' if is_exported else 'example'}{title} }}\n{text}\n```"
     if is_exported and only_imports(ast.parse(text).body):
         return f"<details markdown>\n<summary>Imports</summary>\n\n{block}\n\n</details>"
+    if "solution" in tags:
+        return f"<details markdown>\n<summary>Solution</summary>\n\n{block}\n\n</details>"
     return block
 
 

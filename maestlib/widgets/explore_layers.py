@@ -77,9 +77,8 @@ def plot_label_scores(
     block: int,  # which is framed
 ) -> go.Figure:
     "Plot the labels of a group by block; colors are differences from the mean of a row."
-    groups = [split_label(name)[0] or name for name in labels]
-    group = dict(zip(labels, groups, strict=True)).get(label, label)
-    members = [i for i, name in enumerate(groups) if name == group]
+    group = split_label(label)[0] or label if label in labels else label
+    members = [i for i, name in enumerate(labels) if (split_label(name)[0] or name) == group]
     names = ["mean", *(split_label(labels[i])[1] or labels[i] for i in members)]
     values = np.nan_to_num(scores[:, members], nan=0.5).T
     values = np.concatenate([values.mean(0, keepdims=True), values])
@@ -240,14 +239,13 @@ class LayerExplorer:
     "Maps of a corpus by block, with its labels and the neighbors of a track by block; `box` is the widget."
 
     def __init__(self, corpus: Corpus, embeddings: Embeddings, track: int = 0):  # chosen at the start
-        self.corpus, self.chosen = corpus, track
-        self.message, self.player = parts.Message(), parts.Player()
+        self.corpus, self.chosen, self.message, self.player = corpus, track, parts.Message(), parts.Player()
         self.maps = BlockMaps(embeddings, self.draw, self.message.show)
         self.map = TrackMap(corpus, embeddings, self.choose)
         self.neighbors = NeighborView(corpus, embeddings, self.choose)
         self.controls = controls = LayerControls(corpus, embeddings.blocks, track)
         self.labels = LabelView(corpus, embeddings, lambda block: setattr(controls.block, "value", block))
-        controls.label.value = clearest_group(self.labels.score(controls.tokens.value), corpus.labels)
+        controls.label.value = clearest_group(self.labels.score("cdt"), corpus.labels)
         figures = parts.side_by_side(self.map.figure, self.labels.figure, self.neighbors.figure)
         self.box = parts.panel("layers", controls.box, self.player, self.message, figures)
         for control in (controls.block, controls.tokens, controls.label, controls.method):
