@@ -344,8 +344,9 @@ def accumulate_gradients(
         try:
             starts = range(0, len(crops), trainer.micro_batch_size)
             return sum(forward_backward(trainer, crops, targets, randomness, start) for start in starts)
-        except torch.OutOfMemoryError:
-            pass  # retried outside the handler, where the failed pass no longer holds memory
+        except RuntimeError as error:  # retried outside the handler, where the failed pass no longer holds memory
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise  # the second is what a CPU's allocator says
         _halve_micro_batch(trainer, len(crops))
 
 # %% ../../nbs/training/trainer.ipynb #2407c61f
