@@ -310,7 +310,7 @@ def _list_folders(paths) -> tuple[list[str], list]:  # absolute folders and file
         raise ValueError("paths: none; give folders or audio files")
     return folders, list_audio(folders)
 
-# %% ../../nbs/collection/scan.ipynb #8da274fe
+# %% ../../nbs/collection/scan.ipynb #e1313ca5
 def _expand_preset(preset: str | None = None, **settings) -> dict:
     "Replace a preset by its windows and patchout, unless these are given, or another way to read a part."
     values = preset_values(preset) if preset else {}
@@ -318,7 +318,7 @@ def _expand_preset(preset: str | None = None, **settings) -> dict:
         values.pop("windows", None)
     return values | settings
 
-
+# %% ../../nbs/collection/scan.ipynb #8da274fe
 def scan(
     paths: str | Path | Iterable[str | Path],  # folders and audio files
     out: str | Path,  # the folder of the library

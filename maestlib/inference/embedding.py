@@ -223,22 +223,20 @@ def embed(
 ) -> pl.DataFrame | pl.LazyFrame:  # path, start_s, end_s, [block, if several], embedding; lazy if `out` is given
     """Embed audio of any length: read it in windows and return the vectors after a block.
 
-    A waveform is (samples,) float, mono, full scale ±1, at the model's 16 kHz unless `sample_rate` is given: at a wrong
-    rate its embedding would look right. Returns a row per window, or with `average` per recording: `path` (null for a
-    waveform), `start_s`, `end_s`, `block` if there are several, and `embedding`, (vectors * embed_dim,) float32. With
-    `out` the table is streamed there and returned lazily, and all processes that call this with the same files and
-    `out` share the work. With tokens="f" it returns a row per column of patches instead, every 160 ms, from the window
-    in whose middle the column lies.
+    A waveform is (samples,) float, mono, full scale ±1, at the model's 16 kHz unless `sample_rate` is given. Returns a
+    row per window, or with `average` per recording: `path` (null for a waveform), `start_s`, `end_s`, `block` if there
+    are several, and `embedding`, (vectors * embed_dim,) float32. With `out` the table is streamed there and returned
+    lazily, and all processes that call this with the same files and `out` share the work. With tokens="f" it returns a
+    row per column of patches instead, every 160 ms, from the window in whose middle the column lies.
 
     Raises `ValueError` for parameters out of range, a model in training mode and an `out` made with other settings; if
     no file can be read, the first error. Other files that fail are left out and logged; with `out="emb.parquet"` they
     are listed in `emb.report.parquet` (path, error), even if they crashed their decoder.
-
     Source: MAEST (ISMIR 2023), §3.3 for the embedding and half-overlapping windows, §4.5 for patchout at inference.
     """
     model = resolve_model(model)
-    options = (block, tokens, patchout, hop_s, windows, preset, average, dtype, batch_size, num_workers)
-    run, to_table, schema, choices = prepare_embedding(model, *options)
+    chosen = (block, tokens, patchout, hop_s, windows, preset, average, dtype, batch_size, num_workers)
+    run, to_table, schema, choices = prepare_embedding(model, *chosen)
     sources = list_sources(source, sample_rate, model.config.mel.sample_rate)
     if out is None:
         return _collect(sources, run, to_table)
@@ -267,13 +265,11 @@ def tag(
 
     With `threshold`, labels with a lower activation are left out, which may leave none. At the level of genres or
     styles, the activation is the highest of the labels `Genre---Style` that share it.
-
     Raises `ValueError` for a model without labels, without the thresholds asked for or in training mode, for parameters
     out of range, more than one file, audio that cannot be read and a head of another model, and `FileNotFoundError`.
     Source: MAEST (ISMIR 2023), §3.2.
     """
-    model = resolve_model(model)
-    heads = resolve_heads(heads, model)
+    heads = resolve_heads(heads, model := resolve_model(model))
     windows, hop_s, patchout = resolve_preset(preset, windows, hop_s, patchout)
     if not heads.labels:
         raise ValueError("model: it has no labels; load one that was trained to tag, or give heads")
