@@ -31,7 +31,6 @@ for example:
   maestlib clusters -n 8 --out playlists/                 clusters of songs, each a playlist
   maestlib write-tags                                     genre and mood into the files; prints them first
   maestlib compare runs/a runs/b                          which of two trained models is better, with intervals
-  maestlib notebooks course/                              the course, to open in JupyterLab
 See also the --help of each command.
 Exit codes: 0 all went well, 1 some files failed or no song fits, 2 nothing was done.
 """
