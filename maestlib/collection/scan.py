@@ -340,8 +340,7 @@ def scan(
     of `heads`, files, are stored with the model's. Raises `FileNotFoundError` for a path, `ValueError` for other
     settings than those of the library and while another scan of it is running, `OSError` where it cannot be written.
     """
-    settings = _expand_preset(**settings)
-    start, flush_s = time.monotonic(), check_number("flush_s", flush_s, 0)
+    start, settings, flush_s = time.monotonic(), _expand_preset(**settings), check_number("flush_s", flush_s, 0)
     folders, listing = _list_folders(paths)
     with contextlib.ExitStack() as stack:
         if dry_run and not (resolve_path(out) / "library.json").exists():
