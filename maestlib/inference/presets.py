@@ -11,8 +11,8 @@ from ..models.patchout import Patchout
 
 # %% ../../nbs/inference/presets.ipynb #71920dc7
 SPEED_PRESETS = {  # windows at most, spread over the recording; patchout: one of so many columns is kept
-    "fast": {"windows": 1, "keep_every": 5},
-    "balanced": {"windows": 3, "keep_every": 2},
+    "fast": {"windows": 1, "keep_every": 2},
+    "balanced": {"windows": 3, "keep_every": 3},
     "full": {"windows": None, "keep_every": 1},
 }
 
