@@ -213,10 +213,10 @@ def main(
             stream.reconfigure(encoding=None if stream.isatty() else "utf8", errors="replace")
     args = build_parser().parse_args(arguments)
     commands = {"embed": _run_embed, "tag": _run_tag, "models": _run_models, "compare": _run_compare}
-    commands["notebooks"] = _run_notebooks
+    commands |= shell.LIBRARY_COMMANDS | {"notebooks": _run_notebooks}
     try:
         with _log_to_stderr(getattr(args, "quiet", False)):
-            return (shell.LIBRARY_COMMANDS | commands)[args.command](args)
+            return commands[args.command](args)
     except (ValueError, OSError, ImportError) as error:
         print(f"maestlib {args.command}: {error}", file=sys.stderr)
         return 2

@@ -129,11 +129,9 @@ def log_costs(
     "Log how long whole songs, excerpts and a few windows of each would take."
     window_cost = _time_window(model, forward, batch_size)
     decoding_cost = _time_decoding(paths, model) / (num_workers or worker_count())
-    ways = {
-        "whole songs": (None, None),
-        f"excerpts of {settings.excerpt_s or 30:g} s": (settings.excerpt_s or 30, None),
-    }
-    ways[f"{settings.windows or 3} windows of each"] = (None, settings.windows or 3)
+    excerpt_s, windows = settings.excerpt_s or 30, settings.windows or 3
+    ways = {"whole songs": (None, None), f"excerpts of {excerpt_s:g} s": (excerpt_s, None)}
+    ways |= {f"{windows} windows of each": (None, windows)}
     shape = seconds, model.config.seconds, settings.hop_s
     times = [f"{way} {_duration(scan_hours(*shape, *read, window_cost, decoding_cost))}" for way, read in ways.items()]
     chosen = next(way for way, read in ways.items() if read == (settings.excerpt_s, settings.windows))

@@ -225,10 +225,8 @@ def _read_files(
     bar = tqdm(total=round(expected.sum()), unit="s", unit_scale=True, desc="audio", disable=not progress)
     options |= settings.reading
     options |= dict(skip=writer.is_known, opener=writer.open, progress=False)
-    hop_s, shown = (
-        settings.hop_s or model.config.seconds / (1 if settings.windows else 2),
-        Counter(),
-    )  # seconds shown before a file is complete
+    hop_s = settings.hop_s or model.config.seconds / (1 if settings.windows else 2)
+    shown = Counter()  # seconds, before a file is complete
 
     def on_window(i):
         seconds = min(hop_s, expected[i] - shown[i])
@@ -313,10 +311,8 @@ def _list_folders(paths) -> tuple[list[str], list]:  # absolute folders and file
 # %% ../../nbs/collection/scan.ipynb #e1313ca5
 def _expand_preset(preset: str | None = None, **settings) -> dict:
     "Replace a preset by its windows and patchout, unless these are given, or another way to read a part."
-    values = preset_values(preset) if preset else {}
-    if {"windows", "excerpt_s", "hop_s"} & {name for name, value in settings.items() if value is not None}:
-        values.pop("windows", None)
-    return values | settings
+    ways = (settings.get(name) for name in ("windows", "hop_s", "excerpt_s"))
+    return (preset_values(preset, *ways) if preset else {}) | settings
 
 # %% ../../nbs/collection/scan.ipynb #8da274fe
 def scan(

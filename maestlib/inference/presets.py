@@ -19,11 +19,13 @@ SPEED_PRESETS = {  # windows at most, spread over the recording; patchout: one o
 
 def preset_values(
     preset: str,  # fast, balanced or full
-) -> dict:  # windows, keep_every
+    *ways: float | None,  # numbers of other ways to read a part, such as windows, hop_s and excerpt_s; None: not given
+) -> dict:  # keep_every, and windows unless another way was given
     "Look up a preset. Raises `ValueError` for another name."
     if preset not in SPEED_PRESETS:
         raise ValueError(f"preset={preset!r}: give {', '.join(SPEED_PRESETS)}")
-    return dict(SPEED_PRESETS[preset])
+    is_chosen = any(way is not None for way in ways)
+    return {name: value for name, value in SPEED_PRESETS[preset].items() if name != "windows" or not is_chosen}
 
 # %% ../../nbs/inference/presets.ipynb #b4191883
 def resolve_preset(
@@ -33,10 +35,10 @@ def resolve_preset(
     patchout: Patchout | None = None,  # None: the preset's
 ) -> tuple[int | None, float | None, Patchout | None]:  # windows, hop_s, patchout
     "Complete what was given by a preset. Raises `ValueError` for another name, no window, and windows with a hop."
-    values = preset_values("full" if preset is None else preset)
+    values = preset_values("full" if preset is None else preset, windows, hop_s)
     windows = check_number("windows", windows, 1, integer=True, optional=True)
     if windows is not None and hop_s is not None:
         raise ValueError(f"windows={windows}, hop_s={hop_s}: give one of them")
     if patchout is None and values["keep_every"] > 1:
         patchout = Patchout(values["keep_every"])
-    return values["windows"] if windows is None and hop_s is None else windows, hop_s, patchout
+    return values.get("windows", windows), hop_s, patchout
