@@ -44,7 +44,7 @@ def _read_mel(source, opened, config: MelConfig, first: int, frames: int) -> tup
     mel = logmel(wave, config)[:, before : min(before + frames, len(wave) // hop)]
     return mel, len(wave) < (before + frames + _CONTEXT) * hop
 
-
+# %% ../../nbs/inference/windows.ipynb #9cdc89d3
 def stream_mel(
     source: str | Path | torch.Tensor | np.ndarray,  # an audio file, a waveform (samples,), or its mel already
     config: MelConfig,
