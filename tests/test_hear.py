@@ -12,6 +12,7 @@ import urllib.request
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 for package, extra in (("onnxscript", "onnx"), ("onnxruntime", "onnx"), ("selenium.webdriver", "dev")):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[{extra}]'")
@@ -178,6 +179,43 @@ def test_the_slider_leaves_patches_out(page, model):
     page.find("#rows").click()
     slider.send_keys(Keys.HOME)
     until(lambda: page.text("sentence") == before, "all patches again")
+    assert page.errors() == []
+
+
+def heard(page):  # (samples,) at 16 kHz, of the player of what is left
+    script = """const done = arguments[0];
+    fetch(document.getElementById("left").src).then((r) => r.arrayBuffer()).then((bytes) =>
+      done(Array.from(new Int16Array(bytes, 44))))"""
+    return np.array(page.driver.execute_async_script(script), np.float32) / 32767
+
+
+def test_what_is_left_can_be_heard(page):
+    page.press("jig")
+    wave = load_audio(asset_path("hear/clips/jig.mp3"), duration_s=10).numpy()
+    until(lambda: len(heard(page)) == len(wave) // 256 * 256, "the whole window")
+    all_of_it = heard(page)
+    assert abs(all_of_it - wave[: len(all_of_it)]).mean() < 1e-3, "but for peaks above full scale"
+    for _ in range(3):
+        page.find("#every").send_keys(Keys.ARROW_RIGHT)
+    page.find("#rows").send_keys(Keys.SPACE)
+    until(lambda: "now sees 96 of 549" in page.text("sentence"), "six rows of one column in four")
+    frames = np.square(heard(page)).reshape(-1, 256).mean(1)
+    is_kept = (np.arange(len(frames)) % 40 < 16) & (np.arange(len(frames)) < 616)
+    assert frames[~is_kept].max() < 1e-9 < frames[is_kept].mean(), "gaps where no column is left"
+    left = torch.from_numpy(heard(page)[10240:14336])  # of the second column
+    power = torch.stft(left, 512, 256, window=torch.hann_window(512), return_complex=True).abs().square().mean(1)
+    assert power[:2].max() < power[20:80].max() / 100 > power[200:].max(), "neither low nor high frequencies"
+    page.find("#rows").click()
+    page.find("#every").send_keys(Keys.HOME)
+    page.js("document.getElementById('left').play()")
+    until(lambda: page.js("return document.getElementById('left').currentTime") > 0.5, "it plays")
+    page.find("#every").send_keys(Keys.ARROW_RIGHT)
+    until(lambda: "now sees" in page.text("sentence"), "half of the columns")
+    assert page.js("return document.getElementById('left').currentTime") > 0.4, "it goes on where it was"
+    page.js("document.getElementById('player').play()")
+    until(lambda: page.js("return document.getElementById('left').paused"), "one player plays at a time")
+    page.js("document.getElementById('player').pause()")
+    page.find("#every").send_keys(Keys.HOME)
     assert page.errors() == []
 
 

@@ -2,6 +2,7 @@
 
 import { decode, record } from "./audio.js";
 import { drawGrid, drawSpectrogram } from "./draw.js";
+import { encodeWav, silenceDropped } from "./left.js";
 import { config, countGflop, cutWindow, gridOf, listWindows, loadModel, selectPatches } from "./model.js";
 
 const TOP = 10; // tags shown
@@ -27,6 +28,7 @@ let song = null; // what is shown: { name, blob, wave, windows, chosen }
 // a window has `full` once it is tagged, and `now` with patches left out
 let latest = null; // what is being tagged, shown from its first window on
 let listening = Promise.resolve();
+let heard = null; // the window whose rest can be played
 
 function topLabels(activations, count = TOP, group = "") {
   return [...activations.keys()]
@@ -146,6 +148,7 @@ async function leaveOut() {
       const wanted = setting();
       const kept = selectPatches(gridOf(window.frames), wanted.every, wanted.rows);
       let now = window.full;
+      await offerSound(mine, window, kept);
       if (!isAll(wanted)) {
         const { run } = await model;
         now = faster(await compute(run, mine.wave, window, kept), await compute(run, mine.wave, window, kept));
@@ -161,6 +164,20 @@ async function leaveOut() {
     fail(error);
   }
   computing = false;
+}
+
+// Put what is left of the window into its player, which goes on where it was.
+async function offerSound(mine, window, kept) {
+  const left = $("left");
+  const wave = cutWindow(mine.wave, window).subarray(config.context);
+  const sound = encodeWav(await silenceDropped(wave, gridOf(window.frames), kept, config), config.sample_rate);
+  const [isSame, wasPlaying, time] = [window === heard, !left.paused, left.currentTime];
+  heard = window;
+  URL.revokeObjectURL(left.src);
+  left.src = URL.createObjectURL(sound);
+  if (!isSame) return;
+  left.currentTime = time;
+  if (wasPlaying) left.play().catch(() => {}); // it was changed once more
 }
 
 function drawPatches() {
@@ -303,10 +320,11 @@ function show() {
 
 function moveCursor() {
   const window = song.windows[song.chosen];
-  const place = ($("player").currentTime - startOf(window)) / (endOf(window) - startOf(window));
+  const start = startOf(window);
+  const place = ($("left").paused ? $("player").currentTime - start : $("left").currentTime) / (endOf(window) - start);
   $("cursor").hidden = !(place > 0 && place < 1);
   $("cursor").style.left = `${100 * place}%`;
-  if (!$("player").paused) requestAnimationFrame(moveCursor);
+  if (!$("player").paused || !$("left").paused) requestAnimationFrame(moveCursor);
 }
 
 function fillMenus() {
@@ -346,7 +364,13 @@ function listen() {
       drawPatches();
     };
   $("group").onchange = drawBars;
-  $("player").onplay = $("player").onseeked = moveCursor;
+  for (const [player, other] of [["player", "left"], ["left", "player"]]) {
+    $(player).onplay = () => {
+      $(other).pause();
+      moveCursor();
+    };
+    $(player).onseeked = moveCursor;
+  }
   matchMedia("(prefers-color-scheme: dark)").onchange = () => song && drawPatches();
 }
 

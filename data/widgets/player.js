@@ -4,9 +4,12 @@ function render({ model, el }) {
   audio.setAttribute("aria-label", "audio at the input rate of the model");
   audio.style.cssText = "width: 100%; height: 36px";
   const load = () => {
+    const time = model.get("time"), goesOn = time > 0 && !audio.paused;  // the same clip, in another version
     URL.revokeObjectURL(audio.src);
     const flac = model.get("flac");
     if (flac.byteLength) audio.src = URL.createObjectURL(new Blob([flac], { type: "audio/flac" }));
+    audio.currentTime = time;
+    if (goesOn) audio.play().catch(() => {});
   };
   const report = () => { model.set("time", audio.currentTime); model.save_changes(); };
   let clock;

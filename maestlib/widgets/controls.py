@@ -118,11 +118,13 @@ class Player(anywidget.AnyWidget):
         self,
         wave: torch.Tensor,  # (samples,) float32
         sample_rate: int = MEL.sample_rate,  # Hz
+        time: float = 0.0,  # s; where it goes on if another one was playing, else playback does not start
     ):
-        "Encode a waveform and load it; playback does not start."
+        "Encode a waveform and load it."
         buffer = io.BytesIO()
         soundfile.write(buffer, np.asarray(wave), sample_rate, format="FLAC")
-        self.flac, self.time = buffer.getvalue(), 0.0
+        with self.hold_sync():
+            self.flac, self.time = buffer.getvalue(), time
 
     def seek(self, second: float):
         "Play from a position."
