@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.device import default_device, default_dtype
 from .musicnn import ConvNorm, MusiCNN
 
 # %% ../../nbs/models/musicnn_fast.ipynb #aae0caef
@@ -91,11 +92,12 @@ class FastMusiCNN(nn.Module):
     def __init__(
         self,
         model: MusiCNN,  # in evaluation mode; its other layers are shared
-        dtype: torch.dtype = torch.bfloat16,  # of the products
+        dtype: torch.dtype | None = None,  # of the products; None: that of the default device
     ):
         super().__init__()
         if model.training:
             raise ValueError("model: it is in training mode; call model.eval()")
+        dtype = dtype or default_dtype(default_device())
         self.model, self.labels, self.dtype = model, model.labels, dtype
         norm = model.input_norm
         self.scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).item()
