@@ -251,7 +251,7 @@ def test_all_positions_of_the_patchout_sliders(tracks):
                 explorer.worker.wait()
                 assert "⚠" not in message.value and "…" not in explorer.numbers.value
     tooltips = explorer.box.children[-1]
-    names = {f"maestlib-{n}" for n in ("track", "path", "upload", "pattern", "time", "frequency", "seed")}
+    names = {f"maestlib-{n}" for n in ("track", "path", "upload", "pattern", "time", "frequency", "seed", "sound")}
     assert set(tooltips.tips) == names and "so many" in tooltips.tips["maestlib-time"] and all(tooltips.tips.values())
     controls.time.value, controls.frequency.value = 3, 2
     for name in ("short", "long"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ..core.files import log, resolve_path
+from ..core.files import asset_path, log, resolve_path
 from .protocol import attach_audio, report_protocol
 from .registry import fill_columns
 from .table import read_table, validate_table
@@ -150,18 +150,7 @@ def load_fma(
     return _finish_set(table, folder / f"fma_{size}", "fma", "genre")
 
 # %% ../../nbs/datasets/probing_sets.ipynb #8848ff73
-MGPHOT_GENES = tuple(
-    """Vocal Register; Vocal Timbre Thin to Full; Vocal Breathiness; Vocal Smoothness; Vocal Grittiness; Vocal Nasality;
-Vocal Accompaniment; Minor / Major Key Tonality; Harmonic Sophistication; Tempo; Cut Time Feel; Triple Meter;
-Compound Meter; Odd Meter; Swing Feel; Shuffle Feel; Syncopation Low to High; Backbeat; Danceability; Drum Set;
-Drum Aggressiveness; Synthetic Drums; Percussion; Electric Guitar; Electric Guitar Distortion; Acoustic Guitar;
-String Ensemble; Horn Ensemble; Piano; Organ; Rhodes; Synthesizer; Synth Timbre; Bass Guitar; Reed Instrument;
-Angry Lyrics; Sad Lyrics; Happy/Joyful Lyrics; Humorous Lyrics; Love/Romance Lyrics; Social/Political Lyrics;
-Abstract Lyrics; Explicit Lyrics; Live Recording; Audio Production; Aural Intensity; Acoustic Sonority;
-Electric Sonority; Synthetic Sonority; Focus on Lead Vocal; Focus on Lyrics; Focus on Melody;
-Focus on Vocal Accompaniment; Focus on Rhythmic Groove; Focus on Musical Arrangements; Focus on Form; Focus on Riffs;
-Focus on Performance""".replace("\n", " ").split("; ")
-)
+MGPHOT_GENES = tuple(asset_path("mgphot_genes.txt").read_text(encoding="utf8").splitlines())
 
 # %% ../../nbs/datasets/probing_sets.ipynb #bbda31cd
 def load_mgphot(

@@ -38,20 +38,6 @@ def _read_tags(
             raise ValueError(f"{folder / tags}: {name!r} contains a line break; is a quote missing?")
     return table
 
-# %% ../../nbs/datasets/registry.ipynb #e670bb9a
-def _assign_splits(
-    artists: list[str],  # each once, sorted
-    seed: int,
-    validation: float,  # fraction of the artists
-    test: float,
-) -> dict[str, str]:  # artist: split
-    "Assign shuffled artists to test, validation and training, in exact proportions."
-    shuffled = named_rng(seed, "split").permutation(artists).tolist()
-    n_test, n_held_out = (round(len(artists) * fraction) for fraction in (test, test + validation))
-    splits = dict.fromkeys(shuffled, "train")
-    splits |= dict.fromkeys(shuffled[:n_held_out], "validation")
-    return splits | dict.fromkeys(shuffled[:n_test], "test")
-
 # %% ../../nbs/datasets/registry.ipynb #2504c0f2
 def fill_columns(
     table: pl.DataFrame,  # with track_id, or name instead; artist and split are kept
@@ -73,8 +59,10 @@ def fill_columns(
     if "split" in table.columns:
         return table
     artist = pl.col("artist").cast(pl.String)
-    splits = _assign_splits(sorted(set(table.select(artist)["artist"])), seed, validation, test)
-    return table.with_columns(split=artist.replace_strict(splits, return_dtype=pl.String))
+    shuffled = named_rng(seed, "split").permutation(sorted(set(table.select(artist)["artist"]))).tolist()
+    n_test, n_held_out = (round(len(shuffled) * fraction) for fraction in (test, test + validation))
+    names = ["test"] * n_test + ["validation"] * (n_held_out - n_test) + ["train"] * (len(shuffled) - n_held_out)
+    return table.with_columns(split=artist.replace_strict(shuffled, names, return_dtype=pl.String))
 
 # %% ../../nbs/datasets/registry.ipynb #389c49a3
 def _log_names(what: str, names: list[str]):

@@ -18,11 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from ..core.extras import optional_import
-
-with optional_import():
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+from ..datasets.splits import artist_components
 
 # %% ../../nbs/demo/abc.ipynb #06fc421f
 REGIONS = {  # where each collection's tunes were gathered
@@ -321,13 +317,9 @@ def group_duplicates(
     keys: list[set],  # per tune, from `duplicate_keys`
 ) -> list[int]:  # per tune: index of the first tune of its family
     "Group tunes into the connected components of tunes that share a key."
-    nodes: dict = {}  # key: its node, after those of the tunes
-    edges = [(i, nodes.setdefault(key, len(keys) + len(nodes))) for i, tune in enumerate(keys) for key in tune]
-    size = len(keys) + len(nodes)
-    rows, columns = np.array(edges, int).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(edges)), (rows, columns)), (size, size))
-    component = connected_components(graph, directed=False)[1][: len(keys)]
-    _, first, family = np.unique(component, return_index=True, return_inverse=True)
+    schema = {"track_id": pl.Int64, "artists": pl.List(pl.String)}
+    table = pl.DataFrame([range(len(keys)), [[f"key {key!r}" for key in tune] for tune in keys]], schema)
+    _, first, family = np.unique(artist_components(table), return_index=True, return_inverse=True)
     return first[family].tolist()
 
 # %% ../../nbs/demo/abc.ipynb #c3a7c859

@@ -44,42 +44,9 @@ class ReleasedModel:
         "Where the file is cached, whether it exists or not; a file copied there by hand is found."
         return cache_path("weights", self.url.rsplit("/", 1)[1])
 
-# %% ../../nbs/models/hub.ipynb #8688ea88
-# variant, seconds, labels, bytes, sha256 of discogs-maest-{variant}
-_MAEST = """
-5s-pw-129e        5 400 343668755 cc626ee9f0a816cadbef0a698f87424d72d7b5d84aef68983dac83bf2a03052a
-10s-fs-129e      10 400 343764150 62f369fbf60e93c1e93869fbac2bc60ecbcc4eb0fe99ab523f8218212490520c
-10s-dw-75e       10 400 343763987 1265f4cab278eb1da66a7946f4c870e2ca659076ed1aa1de718f55dc72766b68
-10s-pw-129e      10 400 343764150 9862dbc5945a62de01de0c2cccd5e499563210e307324bf6305f6932ad967f1f
-20s-pw-129e      20 400 343957686 1ea0880da17aed1b149323ae46c7dbbe6cf6c02c9d30a3f7931a962f7169353b
-30s-pw-129e      30 400 344148150 2e8ac8ebdc8ac4a3750583df23fd715605935286cbd9d2c4231dfeaa3736ad01
-30s-pw-73e-ts    30 400 344148476 26b954652cd75b0951a67b7ab8f85b8b4c459f63a921a04f62829de85ea801fb
-30s-pw-129e-519l 30 519 344878270 d6044e642b6ae295ee1164cc52b33ac663e247f03b4b100a0af1a5edfab18cdb
-"""
-_MAEST_URL = "https://github.com/palonso/MAEST/releases/download/v0.0.0-beta"
-
-
-def _released_maest(line):
-    variant, seconds, num_labels, size, sha256 = line.split()
-    name, separate_heads = f"discogs-maest-{variant}", variant.endswith("-ts")
-    numbers = int(size), sha256, int(seconds), int(num_labels)
-    url = f"{_MAEST_URL}/{name}-swa.ckpt"
-    return ReleasedModel(name, url, *numbers, "CC BY-NC-SA 4.0", separate_heads=separate_heads)
-
 # %% ../../nbs/models/hub.ipynb #09b8e010
-_PASST = ReleasedModel(
-    "passt_s_swa_p16_128_ap476",
-    "https://github.com/kkoutini/PaSST/releases/download/v0.0.1-audioset/passt-s-f128-p16-s10-ap.476-swa.pt",
-    344665734, "302903fa8c4aee817b11dc982da0b29aaf8d11a3e722420476d0a12c9db70c2c",
-    seconds=10, num_labels=527, license="Apache-2.0", layout="passt",
-)  # fmt: skip
-_DEIT = ReleasedModel(
-    "deit_base_distilled_patch16_384",
-    "https://dl.fbaipublicfiles.com/deit/deit_base_distilled_patch16_384-d0272ac0.pth",  # timm's address
-    None, "d0272ac0", seconds=None, num_labels=1000, license="Apache-2.0", layout="deit",
-)  # fmt: skip
 RELEASED_MODELS: dict[str, ReleasedModel] = {
-    model.name: model for model in (*map(_released_maest, _MAEST.strip().splitlines()), _PASST, _DEIT)
+    row["name"]: ReleasedModel(**row) for row in pl.read_csv(asset_path("models.csv")).iter_rows(named=True)
 }
 
 # %% ../../nbs/models/hub.ipynb #4fde438c
@@ -117,11 +84,8 @@ def verify_checkpoint(
     hint = "delete it and load again to download it anew"
     if entry.bytes is not None and size != entry.bytes:
         raise ValueError(f"{path}: has {size:,} bytes, but {entry.name} has {entry.bytes:,}; {hint}")
-    sha256 = hashlib.sha256()
     with open(path, "rb") as f:
-        for block in iter(partial(f.read, 1 << 22), b""):
-            sha256.update(block)
-    digest = sha256.hexdigest()
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
     if not digest.startswith(entry.sha256):
         raise ValueError(f"{path}: its sha256 is {digest}, but {entry.name}'s is {entry.sha256}; {hint}")
 

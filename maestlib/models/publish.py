@@ -11,45 +11,10 @@ import tempfile
 from pathlib import Path
 
 from ..core.extras import optional_import
-from ..core.files import atomic_write, write_json
+from ..core.files import asset_path, atomic_write, write_json
 from .checkpoint import save_checkpoint
 from .effnet import EffNet
 from .maest import MAEST
-
-# %% ../../nbs/models/publish.ipynb #8dd937e7
-_CARD = """---
-{header}
----
-
-# {title}
-
-{text}## Use
-
-```python
-import maestlib as ml  # pip install "maestlib[hub]"
-
-model = ml.load_model("{name}")
-ml.tag("song.mp3", model, top=5)
-```
-
-## Model
-
-{architecture} ([Alonso-Jiménez, Serra and Bogdanov, ISMIR 2023](https://arxiv.org/abs/2309.16418)), licence {license}.
-
-| setting | value |
-|---|---|
-{settings}
-
-## Mel-spectrogram
-
-| setting | value |
-|---|---|
-{mel}
-
-## Labels
-
-{labels}
-"""
 
 # %% ../../nbs/models/publish.ipynb #9b3de005
 def model_card(
@@ -71,7 +36,7 @@ def model_card(
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("labels", "mel")}
     thresholds = "uncalibrated" if model.thresholds is None else "one for each label"
     settings |= {"labels": len(model.config.labels), "decision thresholds": thresholds}
-    return _CARD.format(
+    return asset_path("model_card.md").read_text(encoding="utf8").format(
         header=header, name=name, title=name.rsplit("/", 1)[-1], license=license,
         text=f"{text.strip()}\n\n" if text else "", architecture=type(model).__name__,
         settings=_rows(settings), mel=_rows(model.config.mel.to_dict()), labels=", ".join(model.config.labels),

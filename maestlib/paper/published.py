@@ -8,7 +8,7 @@ __all__ = ['EXPERIMENTS', 'DATASET_TITLES', 'FINDINGS', 'PAPER_CURATION', 'publi
 # %% ../../nbs/paper/published.ipynb #8d46b849
 import polars as pl
 
-from ..stats.metrics import METRICS
+from ..core.files import asset_path
 
 # %% ../../nbs/paper/published.ipynb #2ab5ef87
 EXPERIMENTS = {
@@ -32,22 +32,6 @@ FINDINGS = {
 }  # results of the paper that are not numbers
 
 # %% ../../nbs/paper/published.ipynb #c8ff8fd7
-_DOWNSTREAM = {  # ROC-AUC / mAP in per cent, in the order of `DATASET_TITLES`
-    "EffNet-B0": "87.7/19.9 77.6/19.8 75.6/13.6 83.1/29.7 90.2/37.4 90.4/32.8 88.9/32.8",
-    "MAEST-10s": "88.1/21.1 79.7/22.4 77.9/15.1 84.0/31.3 91.8/41.0 91.5/36.9 88.9/32.7",
-    "MAEST-20s": "88.1/21.4 79.9/22.6 77.9/15.2 84.1/31.5 91.8/41.0 92.1/39.2 89.5/34.5",
-    "MAEST-30s": "88.2/21.6 80.0/22.9 78.1/15.4 84.0/31.5 92.0/41.9 92.4/40.7 89.8/35.4",
-}
-_ABLATIONS = {  # (experiment, dataset, weights): mAP in per cent, by setting
-    ("init", "discogs20", "last"): {"random": 20.5, "DeiT": 22.7, "PaSST": 22.8},
-    ("init", "discogs20", "SWA"): {"random": 20.1, "DeiT": 23.2, "PaSST": 23.5},
-    ("init", "mtt", "last"): {"random": 38.7, "DeiT": 40.4, "PaSST": 41.1},
-    ("init", "mtt", "SWA"): {"random": 39.0, "DeiT": 40.2, "PaSST": 41.0},
-    ("length", "discogs20", "last"): {"5 s": 21.1, "10 s": 22.8, "20 s": 24.8, "30 s": 26.1},
-    ("length", "discogs20", "SWA"): {"5 s": 21.3, "10 s": 23.5, "20 s": 25.8, "30 s": 27.0},
-    ("length", "mtt", "last"): {"5 s": 40.8, "10 s": 41.1, "20 s": 41.2, "30 s": 41.7},
-    ("length", "mtt", "SWA"): {"5 s": 40.9, "10 s": 41.0, "20 s": 41.2, "30 s": 41.5},
-}
 PAPER_CURATION = {  # §3.1 and §3.3
     "labels": 400, "labels per track": 2.1, "training tracks": 3_300_000, "validation tracks": 40_000,
     "test tracks": 40_000,
@@ -56,14 +40,6 @@ PAPER_CURATION = {  # §3.1 and §3.3
 # %% ../../nbs/paper/published.ipynb #4253d384
 def published_scores() -> pl.DataFrame:  # experiment, dataset, setting, weights (last, SWA or null), metric, published
     "Return the paper's ROC-AUC and mAP, as fractions, and the counts of its curation."
-    rows = [
-        ("downstream", dataset, model, None, metric, round(float(value) / 100, 4))
-        for model, cells in _DOWNSTREAM.items()
-        for dataset, cell in zip(DATASET_TITLES, cells.split(), strict=False)
-        for metric, value in zip(METRICS, cell.split("/"), strict=True)
-    ]
-    for (experiment, dataset, weights), scores in _ABLATIONS.items():
-        rows += [(experiment, dataset, name, weights, "map", round(x / 100, 4)) for name, x in scores.items()]
-    rows += [("curation", "discogs20", name, None, "count", float(n)) for name, n in PAPER_CURATION.items()]
-    schema = dict.fromkeys(("experiment", "dataset", "setting", "weights", "metric"), pl.String)
-    return pl.DataFrame(rows, schema | {"published": pl.Float64}, orient="row")
+    table = pl.read_csv(asset_path("paper.csv"), schema_overrides={"weights": pl.String, "published": pl.Float64})
+    counts = [("curation", "discogs20", name, None, "count", float(n)) for name, n in PAPER_CURATION.items()]
+    return table.vstack(pl.DataFrame(counts, table.schema, orient="row"))

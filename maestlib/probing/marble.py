@@ -14,6 +14,7 @@ from torch import nn
 
 from ..audio.mel import logmel, normalize
 from ..audio.windows import window_starts
+from ..core.files import asset_path
 from ..models.checkpoint import load_model
 from ..models.maest import MAEST, check_blocks
 from ..models.patchout import PATCH, STRIDE, pad_to_patch, patch_grid
@@ -94,29 +95,9 @@ def marble_config(
     num_classes: int = 10,  # of the task
 ) -> str:  # YAML
     "Write what a configuration of MARBLE needs for an encoder. Raises `ValueError` for a layer that does not exist."
-    config, rate = encoder.model.config, encoder.sample_rate
+    template, config = asset_path("marble.yaml").read_text(encoding="utf8"), encoder.model.config
     [layer] = check_blocks(config.middle_block if layer is None else layer, config.depth, "layer")
-    return f"""model:
-  init_args:
-    sample_rate: {rate}
-    encoder:
-      class_path: maestlib.probing.marble.MAESTEncoder
-      init_args: {{pre_trained_folder: {encoder.checkpoint}, train_mode: {encoder.train_mode}}}
-    emb_transforms:
-      - {{class_path: marble.modules.transforms.LayerSelector, init_args: {{layers: [{layer}]}}}}
-      - {{class_path: marble.modules.transforms.TimeAvgPool}}
-    decoders:
-      - class_path: marble.modules.decoders.MLPDecoder
-        init_args:
-          in_dim: {config.embed_dim}
-          out_dim: {num_classes}
-          hidden_layers: [512]
-          activation_fn: {{class_path: torch.nn.ReLU}}
-          dropout: 0.2
-data:
-  init_args:
-    audio_transforms: {{train: [], val: [], test: []}}
-    train: {{init_args: {{sample_rate: {rate}}}}}
-    val: {{init_args: {{sample_rate: {rate}}}}}
-    test: {{init_args: {{sample_rate: {rate}}}}}
-"""
+    return template.format(
+        rate=encoder.sample_rate, checkpoint=encoder.checkpoint, mode=encoder.train_mode, layer=layer,
+        width=config.embed_dim, num_classes=num_classes,
+    )  # fmt: skip

@@ -35,20 +35,16 @@ class TrainingLoss(nn.Module):
         "Compute the cross-entropy; with a teacher its mean over cls and dist; with columns the weighted sum."
         bce = F.binary_cross_entropy_with_logits
         if self.column_weight:
-            of_clip, of_columns, kept = self._forward_columns(mel, targets, patches)
-            labels = targets[:, : of_clip.shape[1]]
+            of_clip, of_columns = self.model.forward_columns(mel, patches)
+            labels, of_all = targets.split([of_clip.shape[1], targets.shape[1] - of_clip.shape[1]], 1)
+            of_all = of_all.unflatten(1, (-1, of_columns.shape[-1]))
+            kept = of_all[torch.arange(len(mel), device=mel.device)[:, None], patches.columns]
             return bce(of_clip.float(), labels) + self.column_weight * bce(of_columns.float(), kept)
         if teacher_targets is None:
             logits = self.model(mel, patches).float()
             return bce(logits, targets[:, : logits.shape[1]])
         cls, dist = self.model.forward_separate(mel, patches)
         return (bce(cls.float(), targets) + bce(dist.float(), teacher_targets)) / 2
-
-    def _forward_columns(self, mel, targets, patches):  # logits of clips and columns, targets of the kept columns
-        of_clip, of_columns = self.model.forward_columns(mel, patches)
-        of_all = targets[:, of_clip.shape[1] :].unflatten(1, (-1, of_columns.shape[-1]))
-        clip = torch.arange(len(mel), device=mel.device)[:, None]
-        return of_clip, of_columns, of_all[clip, patches.columns]
 
 # %% ../../nbs/training/losses.ipynb #0b1ec010
 def check_columns(corpus: Corpus, frames: int):  # frames of a training clip

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ..audio.mel import MelConfig, normalize
-from ..core.device import autocast, default_device
+from ..core.device import autocast, default_device, map_threads
 from ..core.files import log, named_rng, rank_and_world_size, resolve_path
 from ..datasets.batches import BatchDataset, Corpus
 from ..models.checkpoint import keep_first_blocks, load_model, model_from_tensors, replace_head
@@ -297,22 +297,47 @@ def compute_loss(
     return trainer.loss(mel, targets, patches, teacher_targets)
 
 # %% ../../nbs/training/trainer.ipynb #63b72c3c
+def _share_of_loss(trainer, crops, targets, randomness, clips: slice) -> torch.Tensor:  # scalar
+    "The loss of some clips, times their share of all of this process."
+    mel, y = (x[clips].to(trainer.device, non_blocking=True).float() for x in (crops, targets))
+    mel = normalize(mel, trainer.corpus.mel, validate=False)
+    mel, y = augment(mel, y, trainer.config, randomness, clips)
+    patches = randomness.patches and randomness.patches.of_clips(clips)
+    with autocast(trainer.device, trainer.dtype):
+        return compute_loss(trainer, mel, y, patches) * (len(mel) / len(crops))
+
+
+def _backward_in_threads(trainer, clips: slice, *batch) -> torch.Tensor:  # the share of the loss
+    "Add the gradients of successive parts of even size, each from a thread of its own, in their order."
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+
+    def differentiate(pairs):
+        part = slice(2 * int(pairs[0]), min(2 * int(pairs[-1]) + 2, clips.stop))
+        loss = _share_of_loss(trainer, *batch, part)
+        return loss.detach(), torch.autograd.grad(loss, parameters)
+
+    pairs = torch.arange(clips.start // 2, (clips.stop + 1) // 2)
+    losses, gradients = zip(*map_threads(differentiate, pairs, trainer.device), strict=True)
+    for parameter, *parts in zip(parameters, *gradients, strict=True):
+        parameter.grad = sum(parts, 0 if parameter.grad is None else parameter.grad)
+    return sum(losses)
+
+# %% ../../nbs/training/trainer.ipynb #1f1d9f96
 def forward_backward(
     trainer: Trainer,
     crops: torch.Tensor,  # (clips, 96, frames), not normalized: this process's part of the batch
     targets: torch.Tensor,  # (clips, labels)
     randomness: StepRandomness,  # on the device
-    start: int,  # first clip of the micro-batch
+    start: int,  # first clip of the micro-batch, an even number
 ) -> torch.Tensor:  # scalar: the micro-batch's share of the loss
     "Add the gradients of one micro-batch."
-    micro_slice = slice(start, start + trainer.micro_batch_size)
-    mel, y = (x[micro_slice].to(trainer.device, non_blocking=True).float() for x in (crops, targets))
-    mel = normalize(mel, trainer.corpus.mel, validate=False)
-    mel, y = augment(mel, y, trainer.config, randomness, micro_slice)
-    patches = randomness.patches and randomness.patches.of_clips(micro_slice)
-    is_partial = trainer.world_size > 1 and micro_slice.stop < len(crops)
-    with trainer.loss.no_sync() if is_partial else contextlib.nullcontext(), autocast(trainer.device, trainer.dtype):
-        loss = compute_loss(trainer, mel, y, patches) * (len(mel) / len(crops))
+    batch, clips = (crops, targets, randomness), slice(start, min(start + trainer.micro_batch_size, len(crops)))
+    is_cpu = trainer.device.type == "cpu" and trainer.world_size == 1
+    if is_cpu and isinstance(trainer.model, MAEST) and not trainer.config.compile:
+        return _backward_in_threads(trainer, clips, *batch)
+    is_partial = trainer.world_size > 1 and clips.stop < len(crops)
+    with trainer.loss.no_sync() if is_partial else contextlib.nullcontext():
+        loss = _share_of_loss(trainer, *batch, clips)
         trainer.scaler.scale(loss).backward()
     return loss.detach()
 

@@ -66,17 +66,19 @@ def time_range(pattern: str, columns: int) -> tuple[int, int, int]:  # least, gr
 # %% ../../nbs/widgets/explore_patchout.ipynb #556c661a
 def silence_dropped(
     wave: torch.Tensor,  # (samples,), at least a patch long
-    rows: torch.Tensor,  # (r,) kept rows of the patch grid
-    columns: torch.Tensor,  # (c,) kept columns
+    patchout: Patchout,
+    seed: int = 0,  # of a random patchout
     config: MelConfig = MEL,
 ) -> torch.Tensor:  # (samples,)
-    "Silence the times and frequencies of a clip that no kept patch covers."
-    frames, bands, dropped = coverage_mask((config.n_mels, len(wave) // config.hop_length), rows, columns)
-    kept = 1 - dropped.repeat(np.diff(bands), 0).repeat(np.diff(frames), 1)[:, [*range(frames[-1]), -1]]
+    "Silence the times and frequencies of a clip that no kept patch covers. Raises `ValueError` as `patch_grid` does."
+    shape = config.n_mels, len(wave) // config.hop_length
+    kept = select_patches(patch_grid(*shape[::-1]), patchout, torch.Generator().manual_seed(seed))
+    frames, bands, dropped = coverage_mask(shape, *kept)
+    gain = 1 - dropped.repeat(np.diff(bands), 0).repeat(np.diff(frames), 1)[:, [*range(frames[-1]), -1]]
     hertz = np.linspace(0, config.sample_rate / 2, config.n_fft // 2 + 1)
     nearest = np.abs(hertz[:, None] - mel_edges(config)[1:-1]).argmin(1)  # band of each frequency
     options = dict(n_fft=config.n_fft, hop_length=config.hop_length, window=torch.hann_window(config.n_fft))
-    spectrum = torch.stft(wave, **options, return_complex=True) * torch.from_numpy(kept[nearest])
+    spectrum = torch.stft(wave, **options, return_complex=True) * torch.from_numpy(gain[nearest])
     return torch.istft(spectrum, **options, length=len(wave))
 
 # %% ../../nbs/widgets/explore_patchout.ipynb #97a9b6e1
@@ -151,7 +153,6 @@ class PatchoutExplorer(ModelExplorer):
     def load(self, wave: torch.Tensor):  # (samples,)
         "Show another clip."
         config, self.wave = self.model.config, wave
-        self.heard = (id(wave),)  # what the player has: a clip, and the request whose rest is heard
         self.mel = logmel(wave, config.mel)[:, : config.num_frames]
         self.full = None, None  # seconds and activations of the clip with all patches, once measured
         self.grid = patch_grid(self.mel.shape[1], config.mel.n_mels)
@@ -164,24 +165,16 @@ class PatchoutExplorer(ModelExplorer):
         kept = select_patches(self.grid, patchout, torch.Generator().manual_seed(seed))
         self.figure.data[0].z = coverage_mask(tuple(self.mel.shape), *kept)[2]
         self.numbers.value = cost_table(self.model.config, patchout, self.mel.shape[1], self.full[0])
-        self.worker(patchout, seed)
+        self.worker(patchout, seed, self.controls.sound.value)
 
-    def run_model(self, patchout: Patchout, seed: int):
-        "Measure and show the tags of the clip, with all patches and with those that are kept; change the sound."
-        self._change_sound(self.wave, patchout, seed)
-        mel = self.mel
+    def run_model(self, patchout: Patchout, seed: int, sound: str):
+        "Load the sound; measure and show the tags of the clip, with all patches and with those that are kept."
+        mel, config, player = self.mel, self.model.config, self.track.player
+        wave = self.wave if sound == "the clip" else silence_dropped(self.wave, patchout, seed, config.mel)
+        player.load(wave, config.mel.sample_rate, player.time)
         full = self.full if self.full[0] else time_tags(self.model, mel)
         elapsed, kept = time_tags(self.model, mel, patchout, seed)
         if mel is self.mel:  # else another clip was loaded meanwhile, and its request is pending
             self.full = full
-            self.numbers.value = cost_table(self.model.config, patchout, mel.shape[1], full[0], elapsed)
-            self.tags.change_to(plot_tag_comparison(self.model.config.labels, full[1], kept))
-
-    def _change_sound(self, wave, patchout, seed):
-        is_left, config = self.controls.sound.value == "what is left", self.model.config.mel
-        heard = (id(wave), patchout, seed) if is_left else (id(wave),)
-        if heard != self.heard:
-            self.heard = heard
-            kept = select_patches(self.grid, patchout, torch.Generator().manual_seed(seed))
-            sound = silence_dropped(wave, *kept, config) if is_left else wave
-            self.track.player.load(sound, config.sample_rate, time=self.track.player.time)
+            self.numbers.value = cost_table(config, patchout, mel.shape[1], full[0], elapsed)
+            self.tags.change_to(plot_tag_comparison(config.labels, full[1], kept))

@@ -9,6 +9,7 @@ __all__ = ['follow_width', 'SelectableFigure', 'LiveFigure']
 import re
 
 from ..core.extras import optional_import
+from ..core.files import asset_path
 
 with optional_import():
     import plotly.graph_objects as go
@@ -16,25 +17,13 @@ with optional_import():
     from plotly.serializers import custom_serializers
 
 # %% ../../nbs/widgets/live_figure.ipynb #82a95b38
-_FOLLOW = """
-const draw = VIEW.prototype.perform_render;
-VIEW.prototype.perform_render = function () {
-  draw.call(this);
-  const fit = () => {
-    const [is, drawn] = [this.el.clientWidth, this.el._fullLayout?.width];
-    if (is && drawn && Math.abs(is - drawn) >= 1) this.autosizeFigure();
-  };
-  new ResizeObserver(fit).observe(this.el);
-};
-"""
-
-
 def follow_width(
     bundle: str,  # JavaScript of plotly's widget
 ) -> str:
     "Add an observer to plotly's widget that resizes a figure without a width together with its cell."
     view = re.search(r"([\w$]+) as FigureView", bundle)
-    return bundle + _FOLLOW.replace("VIEW", view[1]) if view else bundle
+    observer = asset_path("widgets/follow.js").read_text(encoding="utf8")
+    return bundle + observer.replace("VIEW", view[1]) if view else bundle
 
 # %% ../../nbs/widgets/live_figure.ipynb #1f000005
 class SelectableFigure(go.FigureWidget):
