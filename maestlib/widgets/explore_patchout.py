@@ -143,8 +143,7 @@ class PatchoutExplorer(ModelExplorer):
 
     def __init__(self, model: MAEST, tracks: dict[str, str]):
         super().__init__(model, tracks)
-        self.controls = PatchoutControls(self.draw)
-        self.numbers = w.HTML().add_class("maestlib-numbers")
+        self.controls, self.numbers = PatchoutControls(self.draw), w.HTML().add_class("maestlib-numbers")
         self.figure, self.tags = (LiveFigure().add_class(f"maestlib-{name}") for name in ("mel", "tags"))
         below = side_by_side(w.VBox([self.controls.box, self.numbers]), self.tags)
         self.box = panel("patchout", self.track.box, self.figure, below)
