@@ -184,7 +184,7 @@ def test_a_run_that_proves_far_too_slow_is_shortened(small, tmp_path, clock, cap
     clock(lambda _: 3.0)
     fit(*small(out_dir=str(tmp_path / "slow"), max_steps=200, depth=1, slow_minutes=1.5, num_validations=1))
     out, steps = capsys.readouterr().out, pl.read_parquet(tmp_path / "slow/steps.parquet")
-    shortened = "too slow, shortened to end at 1.5 min; slow_minutes=none trains to the end"
+    shortened = "too slow, shortened to end at 1.5 min with lower scores; slow_minutes=none trains to the end"
     assert f"step 20 of 200 after 63 s of training; {shortened}" in out, out
     assert f"step 29 of 200 after 1.5 min of training; {shortened}" in out, out
     assert len(steps) == json.loads((tmp_path / "slow/config.json").read_text())["max_steps"] == 29

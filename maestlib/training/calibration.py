@@ -83,5 +83,5 @@ def describe_clock(
         text += f", {_format_time(forecast_s)} forecast" if has_ended else left
     if clock.is_late:
         limit = _format_time(60 * clock.config.slow_minutes)
-        text += f"; too slow, shortened to end at {limit}; slow_minutes=none trains to the end"
+        text += f"; too slow, shortened to end at {limit} with lower scores; slow_minutes=none trains to the end"
     return text
