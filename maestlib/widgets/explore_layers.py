@@ -89,7 +89,7 @@ def plot_label_scores(
     figure.add_shape(**frame, line=dict(color=PALETTE[3], width=3))
     figure.update_xaxes(title_text="block, counted from 0", dtick=1)
     layout = dict(width=390, margin=dict(l=20, r=10, t=40, b=45))
-    return neutral_theme(style_figure(figure, f"{group}, told by neighbors", 460, **layout))
+    return neutral_theme(style_figure(figure, f"{group} by block", 460, **layout))
 
 # %% ../../nbs/widgets/explore_layers.ipynb #bb74089a
 def clearest_group(
