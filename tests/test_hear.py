@@ -262,7 +262,7 @@ def test_times_are_compared_warm(page):
     assert float(page.text("ms").split()[2]) == before, "the time of all patches was measured before the slider moved"
 
 
-def test_another_window_and_where_the_model_looks(page):
+def test_another_window_and_where_the_model_looks(page, model):
     page.press("song")
     drawn = "return document.getElementById('spectrogram').toDataURL()"
     first = page.js(drawn)
@@ -272,7 +272,7 @@ def test_another_window_and_where_the_model_looks(page):
     assert pressed == ["false", "false", "true", "false", "false"] and page.js(drawn) != first
     views = {page.js(drawn)}
     page.find("[value=attention]").send_keys(Keys.SPACE)
-    for block in ("7", "0"):
+    for block in (str(model.config.depth - 1), "0"):
         Select(page.find("#block")).select_by_value(block)
         views.add(page.js(drawn))
         assert f"attention of block {block}" in page.find("#spectrogram").get_attribute("aria-label")
