@@ -16,19 +16,18 @@ function spans(kept, first, last) {
 // wave: of a window; kept: patches of a grid; the result is as long, at the same rate
 export async function silenceDropped(wave, { rows, columns }, kept, config) {
   const { sample_rate: rate, hop_length: hop, patch, stride, row_hz: hertz } = config;
-  const isAll = kept.length === rows * columns;
-  if (isAll || !kept.length) return wave;
+  if (kept.length === rows * columns) return wave;
   const context = new OfflineAudioContext(1, wave.length, rate);
   const buffer = context.createBuffer(1, wave.length, rate);
   buffer.copyToChannel(wave, 0);
   const gate = new GainNode(context, { gain: 0 });
-  const keptColumns = [...new Set(kept.map((index) => index % columns))].sort((a, b) => a - b);
+  const keptColumns = new Set(kept.map((index) => index % columns)); // as the rows, in order: each row has the same
   const seconds = (frame) => (frame * hop) / rate;
   for (const [start, end] of spans(keptColumns, (c) => seconds(c * stride), (c) => seconds(c * stride + patch))) {
     gate.gain.setValueAtTime(0, start).linearRampToValueAtTime(1, start + RAMP_S);
     gate.gain.setValueAtTime(1, end - RAMP_S).linearRampToValueAtTime(0, end);
   }
-  const keptRows = [...new Set(kept.map((index) => Math.floor(index / columns)))].sort((a, b) => a - b);
+  const keptRows = new Set(kept.map((index) => Math.floor(index / columns)));
   const source = new AudioBufferSourceNode(context, { buffer });
   for (const [low, high] of spans(keptRows, (r) => hertz[r][0], (r) => hertz[r][1])) {
     const filters = [["highpass", low], ["lowpass", high]]

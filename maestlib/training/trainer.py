@@ -314,7 +314,7 @@ def _backward_in_threads(trainer, clips: slice, *batch) -> torch.Tensor:  # the 
     def differentiate(pairs):
         part = slice(2 * int(pairs[0]), min(2 * int(pairs[-1]) + 2, clips.stop))
         loss = _share_of_loss(trainer, *batch, part)
-        return loss.detach(), torch.autograd.grad(loss, parameters)
+        return loss.detach(), torch.autograd.grad(trainer.scaler.scale(loss), parameters)
 
     pairs = torch.arange(clips.start // 2, (clips.stop + 1) // 2)
     losses, gradients = zip(*map_threads(differentiate, pairs, trainer.device), strict=True)

@@ -112,7 +112,7 @@ class Player(anywidget.AnyWidget):
 
     flac = traitlets.Bytes().tag(sync=True)  # the audio, encoded as FLAC
     time = traitlets.Float(0.0).tag(sync=True)  # position in s
-    _esm = _read_asset("player.js")
+    _esm, wave = _read_asset("player.js"), None  # the last is what is loaded
 
     def load(
         self,
@@ -120,9 +120,11 @@ class Player(anywidget.AnyWidget):
         sample_rate: int = MEL.sample_rate,  # Hz
         time: float = 0.0,  # s; where it goes on if another one was playing, else playback does not start
     ):
-        "Encode a waveform and load it."
-        buffer = io.BytesIO()
-        soundfile.write(buffer, np.asarray(wave), sample_rate, format="FLAC")
+        "Encode a waveform, unless it is loaded already, and load it."
+        buffer = io.BytesIO(self.flac)
+        if wave is not self.wave:
+            self.wave, buffer = wave, io.BytesIO()
+            soundfile.write(buffer, np.asarray(wave), sample_rate, format="FLAC")
         with self.hold_sync():
             self.flac, self.time = buffer.getvalue(), time
 
