@@ -758,6 +758,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'maestlib.core.device.device_name': ('core/device.html#device_name', 'maestlib/core/device.py'),
                                       'maestlib.core.device.map_threads': ('core/device.html#map_threads', 'maestlib/core/device.py'),
                                       'maestlib.core.device.matmul_tflops': ('core/device.html#matmul_tflops', 'maestlib/core/device.py'),
+                                      'maestlib.core.device.one_thread': ('core/device.html#one_thread', 'maestlib/core/device.py'),
                                       'maestlib.core.device.peak_memory': ('core/device.html#peak_memory', 'maestlib/core/device.py'),
                                       'maestlib.core.device.processor_name': ('core/device.html#processor_name', 'maestlib/core/device.py'),
                                       'maestlib.core.device.resolve_dtype': ('core/device.html#resolve_dtype', 'maestlib/core/device.py'),

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from ..audio.mel import MelConfig, normalize
-from ..core.device import autocast, default_device, map_threads
+from ..core.device import autocast, default_device, map_threads, one_thread
 from ..core.files import log, named_rng, rank_and_world_size, resolve_path
 from ..datasets.batches import BatchDataset, Corpus
 from ..models.checkpoint import keep_first_blocks, load_model, model_from_tensors, replace_head
@@ -318,8 +318,9 @@ def _backward_in_threads(trainer, clips: slice, *batch) -> torch.Tensor:  # the 
 
     pairs = torch.arange(clips.start // 2, (clips.stop + 1) // 2)
     losses, gradients = zip(*map_threads(differentiate, pairs, trainer.device), strict=True)
-    for parameter, *parts in zip(parameters, *gradients, strict=True):
-        parameter.grad = sum(parts, 0 if parameter.grad is None else parameter.grad)
+    with one_thread():
+        for parameter, *parts in zip(parameters, *gradients, strict=True):
+            parameter.grad = sum(parts, 0 if parameter.grad is None else parameter.grad)
     return sum(losses)
 
 # %% ../../nbs/training/trainer.ipynb #1f1d9f96
@@ -375,6 +376,7 @@ def accumulate_gradients(
         _halve_micro_batch(trainer, len(crops))
 
 # %% ../../nbs/training/trainer.ipynb #2407c61f
+@one_thread()
 def optimizer_step(
     trainer: Trainer,  # with accumulated gradients; they are cleared
     lr: float,  # of this step, for groups with `lr_scale=1`
