@@ -53,17 +53,12 @@ def _literal(value):  # "0.5" → 0.5, "true" → True; anything else is unchang
     return value
 
 # %% ../../nbs/core/parameters.ipynb #7e480011
-def _fit_tuple(value, annotation):  # of one type
-    if isinstance(value, str):
-        value = [part for part in value.split(",") if part.strip()]
-    parts = value if isinstance(value, Iterable) and getattr(value, "ndim", 1) else [value]
-    return tuple(_fit(part, typing.get_args(annotation)[0]) for part in parts)
-
-
 def _fit(value, annotation):
     "Raises `ValueError` where the value does not fit."
-    if typing.get_origin(annotation) is tuple:
-        return _fit_tuple(value, annotation)
+    if typing.get_origin(annotation) is tuple:  # of one type
+        parts = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        parts = parts if isinstance(parts, Iterable) and getattr(parts, "ndim", 1) else [parts]
+        return tuple(_fit(part, typing.get_args(annotation)[0]) for part in parts)
     if typing.get_origin(annotation) is Literal:
         return next(choice for choice in typing.get_args(annotation) if str(choice).lower() == str(value).lower())
     if annotation in (int, float):

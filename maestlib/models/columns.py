@@ -28,28 +28,21 @@ class ColumnMAEST(MAEST):
         patchout: Patchout | PatchSelection | None = None,  # which patches to drop
         generator: torch.Generator | None = None,  # of random patchout, see `embed_patches`
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (batch, labels) logits; (batch, kept columns, column labels) logits
-        "Compute the logits of the clip and of each column. Raises `ValueError` as `embed_patches` does."
+        """Compute the logits of the clip and of each column. Raises `ValueError` as `embed_patches` does.
+
+        Each row of patches has its own weights in the head of columns; dropped rows contribute zero.
+        """
         x, kept = self.embed_patches(mel, patchout, generator)
         middle = x  # of a single block: the tokens that go in
         for i, block in enumerate(self.blocks[:-1]):
             x = block(x)
             middle = x if i <= self.config.middle_block else middle
         logits = self.forward_head(self.norm(self.blocks[-1](x, 2)))
-        return logits, self.predict_columns(middle, kept.rows)
-
-    def predict_columns(
-        self,
-        tokens: torch.Tensor,  # (batch, 2 + kept, embed_dim) after the middle block
-        rows: torch.Tensor,  # (kept rows,) or (batch, kept rows) of patches
-    ) -> torch.Tensor:  # (batch, kept columns, column labels) logits
-        "Predict the labels of each column. Each row has its own weights; dropped rows contribute zero."
         norm, output = self.column_head
-        patches = norm(tokens[:, 2:]).unflatten(1, (rows.shape[-1], -1))
-        if rows.shape[-1] < self.config.grid[0]:
-            kept, clip = patches, torch.arange(len(patches), device=rows.device)[:, None]
-            patches = kept.new_zeros(len(kept), self.config.grid[0], *kept.shape[2:])
-            patches[clip, rows] = kept
-        return output(patches.transpose(1, 2).flatten(2))
+        patches = norm(middle[:, 2:]).unflatten(1, (kept.rows.shape[-1], -1))
+        all_rows = patches.new_zeros(len(patches), self.config.grid[0], *patches.shape[2:])
+        all_rows[torch.arange(len(patches), device=mel.device)[:, None], kept.rows] = patches
+        return logits, output(all_rows.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/models/columns.ipynb #0617ae24
 def build_model(

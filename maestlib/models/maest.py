@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'TaggerConfig', 'MAESTConfig', 'gather_patches', 'check_mel', 'TokenEmbedding', 'pool_tokens', 'Encoder',
-           'check_blocks', 'init_encoder_', 'MAEST']
+           'check_blocks', 'MAEST']
 
 # %% ../../nbs/models/maest.ipynb #5c67c32d
 from collections.abc import Iterable, Iterator
@@ -216,27 +216,6 @@ def check_blocks(
         raise ValueError(f"{name}=(): give numbers from 0 to {depth - 1}")
     return checked
 
-# %% ../../nbs/models/maest.ipynb #a3f4af5e
-@torch.no_grad()
-def init_encoder_(
-    model: Encoder,  # changed in place, its heads included
-    seed: int = 0,  # the same seed gives the same weights
-):
-    "Draw random weights that preserve the variance of activations, with positions at the scale of the patches."
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if p.ndim < 2:
-            p.fill_(1.0 if name.endswith("weight") else 0.0)  # norms; biases
-        else:
-            p.normal_(std=0.02 if p.shape[0] == 1 else p[0].numel() ** -0.5, generator=generator)
-    for block in model.blocks:  # give the residual branches weight from the first step on
-        block.attn.proj.weight.mul_(2)
-        block.mlp.fc2.weight.mul_(2)
-    model.freq_new_pos_embed.normal_(std=0.5, generator=generator)
-    frequency = torch.logspace(0.5, -1.5, model.config.embed_dim // 2)[:, None]
-    angle = torch.arange(model.time_new_pos_embed.shape[-1]) * frequency
-    model.time_new_pos_embed[0, :, 0] = torch.cat([angle.sin(), angle.cos()]) / 2
-
 # %% ../../nbs/models/maest.ipynb #1bb1836c
 class _TaggingHeads(Encoder):
     def __init__(
@@ -268,12 +247,25 @@ class MAEST(_TaggingHeads):
 
     thresholds: tuple[float, ...] | None = None  # activation from which each label is assigned; None: not calibrated
 
+    @torch.no_grad()
     def init_weights(
         self,
         seed: int = 0,  # the same seed gives the same weights
     ) -> "MAEST":  # itself
-        "Draw random weights, see `init_encoder_`."
-        init_encoder_(self, seed)
+        "Draw random weights that preserve the variance of activations, with positions at the scale of the patches."
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.ndim < 2:
+                p.fill_(1.0 if name.endswith("weight") else 0.0)  # norms; biases
+            else:
+                p.normal_(std=0.02 if p.shape[0] == 1 else p[0].numel() ** -0.5, generator=generator)
+        for block in self.blocks:  # give the residual branches weight from the first step on
+            block.attn.proj.weight.mul_(2)
+            block.mlp.fc2.weight.mul_(2)
+        self.freq_new_pos_embed.normal_(std=0.5, generator=generator)
+        frequency = torch.logspace(0.5, -1.5, self.config.embed_dim // 2)[:, None]
+        angle = torch.arange(self.time_new_pos_embed.shape[-1]) * frequency
+        self.time_new_pos_embed[0, :, 0] = torch.cat([angle.sin(), angle.cos()]) / 2
         return self
 
     def forward(

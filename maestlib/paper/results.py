@@ -203,14 +203,6 @@ def _format(metric: str, value: float | None, low: float | None = None, high: fl
     text = f"{factor * value:,.{0 if is_count or factor * value >= 1000 else 1}f}"
     return text if low is None else f"{text} ({factor * low:.1f} to {factor * high:.1f})"
 
-
-def _metric_columns(rows: pl.DataFrame, metric: str) -> pl.DataFrame:  # ours with its interval, and the paper's
-    part, title = rows.filter(metric=metric), metric.replace("roc_auc", "ROC-AUC").replace("map", "mAP")
-    ours = [_format(metric, *row) for row in part.select("value", "low", "high").iter_rows()]
-    paper = [_format(metric, value) for value in part["published"]]
-    columns = pl.Series(title, ours, pl.String), pl.Series(f"{title}, paper", paper, pl.String)
-    return part.select(_ROW).with_columns(columns)
-
 # %% ../../nbs/paper/results.ipynb #ec7657ee
 @dataclass
 class Report:
@@ -226,8 +218,12 @@ class Report:
         rows = self.results.filter(pl.col("reference").is_null())
         table = rows.select(*_ROW, "runs").unique(maintain_order=True)
         for metric in rows["metric"].unique(maintain_order=True):
-            columns = _metric_columns(rows, metric)
-            table = table.join(columns, on=_ROW, how="left", nulls_equal=True, maintain_order="left")
+            part, title = rows.filter(metric=metric), metric.replace("roc_auc", "ROC-AUC").replace("map", "mAP")
+            ours = [_format(metric, *row) for row in part.select("value", "low", "high").iter_rows()]
+            paper = [_format(metric, value) for value in part["published"]]
+            columns = pl.Series(title, ours, pl.String), pl.Series(f"{title}, paper", paper, pl.String)
+            part = part.select(_ROW).with_columns(columns)
+            table = table.join(part, on=_ROW, how="left", nulls_equal=True, maintain_order="left")
         empty = [name for name in table.columns if table[name].is_null().all()]
         if not table.select(set(_ROW) - {"counterpart"}).is_duplicated().any():
             empty.append("counterpart")

@@ -38,16 +38,13 @@ from ..models.patchout import Patchout, pad_to_patch
 
 # %% ../../nbs/probing/embeddings.ipynb #a9f30537
 def probe_target(
-    run: str | Path = "auto",  # what `load_model` takes, or auto: the bundled model
-    size: str = "tiny",  # of a random model
-    bundled: str = TUNES_MODEL,  # which bundled model
+    run: str | Path = "auto",  # what `load_model` takes, or auto: the bundled model of `tunes`
 ) -> tuple[MAEST | EffNet, str]:  # the model in evaluation mode on the default device, and its name
     "Load the model to probe. Raises what `load_model` raises."
     if run == "auto":
-        run = bundled
-        log.info(f"run=auto: the bundled model {bundled}; the folder of a run takes that one")
-    model = load_model(run, size=size) if str(run) == "random" else load_model(run)
-    return model.to(default_device()), Path(run).name
+        run = TUNES_MODEL
+        log.info(f"run=auto: the bundled model {run}; the folder of a run takes that one")
+    return load_model(run, size="tiny").to(default_device()), Path(run).name
 
 # %% ../../nbs/probing/embeddings.ipynb #af806f6c
 def subset_corpus(

@@ -107,16 +107,13 @@ def _ridge_scores(frames: Frames, targets: list[np.ndarray], train: np.ndarray) 
     coefficients, intercepts = ridge_path((x - mean) / scale, y)
     return [(((v - mean) / scale) @ coefficients + intercepts).astype(np.float32) for v in frames.vectors]
 
-# %% ../../nbs/probing/frames.ipynb #cf9dda49
-def _mean_precision(targets: np.ndarray, scores: np.ndarray) -> float:  # (columns, outputs) each
-    values = score_labels(targets, scores, [""] * targets.shape[1], np.ones((1, len(targets)), np.int32))
-    return np.nanmean(values[:, 1, 0])
-
 # %% ../../nbs/probing/frames.ipynb #29e54a41
 def _best_strength(targets: list, scores: list, tracks: np.ndarray) -> int:
+    "The strength with the highest average precision, averaged over the outputs."
     y = np.concatenate([targets[i] for i in tracks])
     of_strengths = [np.concatenate([scores[i][k] for i in tracks]) for k in range(len(STRENGTHS))]
-    return int(np.argmax([_mean_precision(y, values) for values in of_strengths]))
+    unnamed, once = [""] * y.shape[1], np.ones((1, len(y)), np.int32)
+    return int(np.argmax([np.nanmean(score_labels(y, x, unnamed, once)[:, 1, 0]) for x in of_strengths]))
 
 # %% ../../nbs/probing/frames.ipynb #ac56dcb5
 def answer_columns(

@@ -72,17 +72,6 @@ class HeadExamples(NamedTuple):
         counts = np.diff(self.starts, append=len(values))
         return np.add.reduceat(values, self.starts) / counts[:, None]
 
-# %% ../../nbs/probing/heads.ipynb #4ec9e498
-def _embed_windows(
-    paths: pl.Series, model: MAEST, blocks: tuple[int, ...], tokens: str, **options
-) -> tuple[pl.Series, np.ndarray]:  # path of each window; (windows, in_features)
-    windows = embed(paths.to_list(), model, blocks, tokens, **options).lazy()
-    windows = windows.filter(pl.col("path").is_in(paths.implode())).collect()
-    if windows.is_empty():
-        raise ValueError("table: none of its files could be read; the report beside the embeddings says why")
-    parts = [windows.filter(block=block) for block in blocks] if len(blocks) > 1 else [windows]
-    return parts[0]["path"], np.concatenate([part["embedding"].to_numpy() for part in parts], 1)
-
 # %% ../../nbs/probing/heads.ipynb #0b8077e6
 def _make_examples(
     table: pl.DataFrame, paths: pl.Series, windows: np.ndarray, min_positives: int, folds: int, seed: int
@@ -165,8 +154,13 @@ def train_head(
     model, folds = resolve_model(model), check_number("folds", folds, 2, integer=True)
     blocks = resolve_blocks(model.config.middle_block if block is None else block, model.config.depth)
     rows, out = _read_labels(table), resolve_path(out)
-    paths, windows = _embed_windows(rows["path"], model, blocks, tokens, out=embeddings, **options)
-    labels, artists, examples = _make_examples(rows, paths, windows, min_positives, folds, seed)
+    windows = embed(rows["path"].to_list(), model, blocks, tokens, out=embeddings, **options).lazy()
+    windows = windows.filter(pl.col("path").is_in(rows["path"].implode())).collect()
+    if windows.is_empty():
+        raise ValueError("table: none of its files could be read; the report beside the embeddings says why")
+    of_blocks = [windows.filter(block=block) for block in blocks] if len(blocks) > 1 else [windows]
+    windows = np.concatenate([of_block["embedding"].to_numpy() for of_block in of_blocks], 1)
+    labels, artists, examples = _make_examples(rows, of_blocks[0]["path"], windows, min_positives, folds, seed)
     origin = dict(name=out.stem, model=name, fingerprint=model_fingerprint(model))
     config = HeadConfig(tuple(labels), blocks, tokens, windows.shape[1], hidden, **origin)
     strength, activations = _cross_validate(config, examples, seed)

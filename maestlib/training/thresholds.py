@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ..core.extras import optional_import
 from ..core.files import atomic_write, resolve_path
 from ..models.checkpoint import find_checkpoint, read_tensors
-from ..stats.metrics import bootstrap_weights, confidence_interval
+from ..stats.metrics import bootstrap_weights, confidence_interval, macro_average
 
 # %% ../../nbs/training/thresholds.ipynb #ec1dc5ed
 MIN_THRESHOLD_POSITIVES = 10  # positives of a label in validation, from which on it has a threshold of its own
@@ -72,11 +72,6 @@ def fit_thresholds(
     return pl.DataFrame(rows, infer_schema_length=None)
 
 # %% ../../nbs/training/thresholds.ipynb #00059dd3
-def _mean_defined(values):  # (resamples, labels) → (resamples,)
-    defined = np.isfinite(values)
-    return np.where(defined, values, 0).sum(1) / np.maximum(defined.sum(1), 1)
-
-
 def _score_row(level, name, values, **extent):  # values: precision, recall, F1, (resamples,) each, all tracks first
     row = {"level": level, "name": name, "positives": None, "assigned": None} | extent
     for metric, (value, *resampled) in zip(("precision", "recall", "f1"), values, strict=True):
@@ -103,7 +98,7 @@ def threshold_scores(
     counts = _count(targets, np.asarray(probabilities) >= np.asarray(thresholds), weights)  # (resamples, labels) each
     scored = counts[2][0] > 0
     by_label = _ratios(*counts)
-    macro = [_mean_defined(values[:, scored]) for values in by_label]
+    macro = macro_average(np.stack(by_label)[:, :, scored].T).T
     micro = _ratios(*(values.sum(1) for values in counts))
     rows = [_score_row("macro", "all", macro), _score_row("micro", "all", micro)]
     for i, label in enumerate(labels):
