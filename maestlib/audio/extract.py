@@ -21,14 +21,13 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
 from tqdm.auto import tqdm
 
 from .isolated import imap_isolated, read_duration
 from .mel import MEL, MelConfig, audio_duration, load_audio, logmel, validate_mel
 from .store import INDEX_SCHEMA, TABLES, shard_path, table_checksums
 from ..core.chunks import ChunkClaims, discard_folder
-from ..core.device import worker_count
+from ..core.device import one_thread, worker_count
 from maestlib.core.files import (
     atomic_write,
     log,
@@ -39,32 +38,24 @@ from maestlib.core.files import (
     write_parquet,
 )
 
-# %% ../../nbs/audio/extract.ipynb #7a88fc3d
-def _stored_mel(path, seconds, min_seconds, config, load) -> torch.Tensor:  # (frames, n_mels) float16
-    "The mel of one track as it is stored. Raises `ValueError` for a short track, and what loading raises."
-    duration = audio_duration(path) if min_seconds else 0
-    if duration < min_seconds:
-        raise ValueError(f"{path}: {duration:.1f} s long, min_seconds={min_seconds}")
-    wave = load(path, duration_s=seconds, center=seconds is not None, sample_rate=config.sample_rate)
-    mel = logmel(wave, config)[:, : len(wave) // config.hop_length]
-    validate_mel(mel, config)
-    return mel.mT.half().contiguous()
-
 # %% ../../nbs/audio/extract.ipynb #5ed5563b
+@one_thread()
 def _mel_bytes(
     path: str, seconds: float | None, min_seconds: float, config: MelConfig, load: Callable = load_audio
 ) -> tuple[bytes, str]:  # (frames × n_mels) float16 and ""; or nothing and the error
     "Compute the mel of one track, or return the error. Raises `OSError` only where the disk is full."
-    threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        return _stored_mel(path, seconds, min_seconds, config, load).numpy().tobytes(), ""
+        duration = audio_duration(path) if min_seconds else 0
+        if duration < min_seconds:
+            raise ValueError(f"{path}: {duration:.1f} s long, min_seconds={min_seconds}")
+        wave = load(path, duration_s=seconds, center=seconds is not None, sample_rate=config.sample_rate)
+        mel = logmel(wave, config)[:, : len(wave) // config.hop_length]
+        validate_mel(mel, config)
+        return mel.mT.half().numpy().tobytes(), ""
     except Exception as error:  # whatever is wrong with one file must not stop the others; a full disk does
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         return b"", str(error).partition("\n")[0] or type(error).__name__
-    finally:
-        torch.set_num_threads(threads)
 
 # %% ../../nbs/audio/extract.ipynb #6a874787
 CHUNK_SCHEMA = INDEX_SCHEMA | {"error": pl.String}

@@ -18,8 +18,8 @@ import numpy as np
 from .expressions import label_degrees
 from .files import real_path
 from .library import Library
-from .library_controls import ALL_SONGS, LibraryControls, SongColors, SongLayouts, SongMap
-from .library_map import SongSpaces, place_songs, plot_song_map, song_names
+from .library_controls import ALL_SONGS, LibraryControls, SongColors, SongMap
+from .library_map import SongSpaces, place_songs, plot_song_map, song_layout, song_names
 from .my_tags import fit_my_tag
 from .playlist import write_playlist
 from .search import match_text
@@ -78,10 +78,10 @@ _MAX_LISTED, _MAX_FOUND, _PLAYED_S = 200, 25, 180  # songs; songs; seconds
 class ExplorerMaps(ExplorerState):
     "Adds one map, or two side by side."
 
-    def __init__(self, *libraries, dataset=""):
-        super().__init__(*libraries, dataset=dataset)
-        self.figures, self.status = parts.side_by_side(), w.HTML()  # one map, or both; of the layouts
-        self.layouts = SongLayouts(self.spaces, self.draw, self._show_status)
+    def _layout(self, method, title):  # of a space; all are aligned with that of the first
+        first = self.spaces.titles[0]
+        reference = None if title == first else self.layouts.compute(method, first)
+        return song_layout(self.spaces.vectors(title), method, reference)
 
     def _show_status(self, status: str | Exception):
         self.status.value = html.escape(str(status))
@@ -143,10 +143,6 @@ class ExplorerDrawing(ExplorerMaps):
 # %% ../../nbs/collection/explore_library.ipynb #eaf11feb
 class ExplorerPlayer(ExplorerDrawing):
     "Adds a player."
-
-    def __init__(self, *libraries, dataset=""):
-        super().__init__(*libraries, dataset=dataset)
-        self.player, self.title = parts.Player(), w.HTML()
 
     def play(self, song: int):  # a row of the table
         "Play a song; if it cannot be loaded, show why."
@@ -219,12 +215,6 @@ class ExplorerUpload(ExplorerPlayer):
 # %% ../../nbs/collection/explore_library.ipynb #84a1c721
 class ExplorerTags(ExplorerUpload):
     "Adds labels, and a probe that is fitted to them in the background."
-
-    def __init__(self, *libraries, dataset=""):
-        super().__init__(*libraries, dataset=dataset)
-        self.score = w.HTML()
-        self.worker = parts.LatestOnlyWorker(self._fit, self.message.show, contextlib.nullcontext())
-        self.controls.tag.options = self.colors.tags.names
 
     def fit(self, is_shown: bool = True):  # whether the songs are then colored by it
         "Fit my tag in the background."
@@ -344,7 +334,11 @@ class LibraryExplorer(ExplorerFiles):
         dataset: str = "",  # as for `SongSpaces`
     ):
         super().__init__(*libraries, dataset=dataset)
-        c = self.controls
+        self.figures, self.player, c = parts.side_by_side(), parts.Player(), self.controls  # one map, or both
+        self.status, self.title, self.score = w.HTML(), w.HTML(), w.HTML()  # of the layouts; of the song; of my tag
+        self.layouts = parts.LayoutCache(self._layout, self.draw, self._show_status)
+        self.worker = parts.LatestOnlyWorker(self._fit, self.message.show, contextlib.nullcontext())
+        c.tag.options = self.colors.tags.names
         tags = [c.tag, parts.row(c.yes, c.no, c.unlabel, c.most), self.score]
         tags = w.VBox(tags, layout=dict(width="32em", margin="0 0 0 16px"))
         listed = w.VBox([c.songs, parts.row(c.nearest), self.title, self.player])

@@ -14,9 +14,7 @@ import socket
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .files import explain_read_only
@@ -45,28 +43,20 @@ def _has_ended(owner: str) -> bool:  # the contents of a claim: machine, process
         return isinstance(error, ProcessLookupError)
     return False
 
-# %% ../../nbs/core/chunks.ipynb #1b51339a
-def _filesystem_clock(folder: Path) -> Callable[[], float]:
-    "The clock of a folder's file system, in seconds. The clocks of machines differ; a new file shows this one."
-
-    @cache
-    def offset():
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return os.fstat(file.fileno()).st_mtime - time.monotonic()
-
-    return lambda: time.monotonic() + offset()
-
 # %% ../../nbs/core/chunks.ipynb #8c4dded2
-def _is_abandoned(claim: Path, timeout_s: float, clock: Callable[[], float]) -> bool:
+def _is_abandoned(claim: Path, timeout_s: float) -> bool:
     try:
-        age = clock() - claim.stat().st_mtime
-        owner = claim.read_text(encoding="ascii")
+        renewed, owner = claim.stat().st_mtime, claim.read_text(encoding="ascii")
+        with tempfile.TemporaryFile(
+            dir=claim.parent
+        ) as file:  # the clocks of machines differ; a new file shows this one
+            age = os.fstat(file.fileno()).st_mtime - renewed
     except FileNotFoundError:  # released this moment
         return False
     return age > timeout_s or _has_ended(owner) or not owner and age > EMPTY_CLAIM_TIMEOUT_S
 
 # %% ../../nbs/core/chunks.ipynb #d00a8a73
-def _create_claim(folder: Path, name: str, owner: str, timeout_s: float, clock: Callable[[], float]) -> list[Path]:
+def _create_claim(folder: Path, name: str, owner: str, timeout_s: float) -> list[Path]:
     "Create the claim after all abandoned ones. Returns them and it; [] where somebody has it or the folder is gone."
     claims = []
     for number in itertools.count():
@@ -76,7 +66,7 @@ def _create_claim(folder: Path, name: str, owner: str, timeout_s: float, clock: 
                 file.write(owner)
             return claims
         except FileExistsError:
-            if not _is_abandoned(claims[-1], timeout_s, clock):
+            if not _is_abandoned(claims[-1], timeout_s):
                 return []
         except FileNotFoundError:
             return []
@@ -93,7 +83,6 @@ class _HeldClaims:
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._owner = f"{socket.gethostname()} {os.getpid()} {_PROCESS}"
-        self._clock = _filesystem_clock(folder)
 
     def __enter__(self):
         self._thread.start()
@@ -130,7 +119,7 @@ class ChunkClaims(_HeldClaims):
 
     def acquire(self, name: str) -> bool:  # False: it is done, another worker has it, or the folder is gone
         "Claim a chunk, or another step that one worker should do. Raises `OSError` if the folder cannot be written."
-        claims = _create_claim(self.folder, name, self._owner, self.timeout_s, self._clock)
+        claims = _create_claim(self.folder, name, self._owner, self.timeout_s)
         if not claims:
             return False
         self._held[name] = claims

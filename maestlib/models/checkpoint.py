@@ -8,7 +8,6 @@ __all__ = ['FORMAT', 'BUNDLED_MODEL', 'SCORES_MODEL', 'TUNES_MODEL', 'BUNDLED_MO
            'check_head', 'load_model', 'keep_first_blocks']
 
 # %% ../../nbs/models/checkpoint.ipynb #2835b126
-import contextlib
 import difflib
 import json
 import pickle
@@ -246,7 +245,7 @@ def load_model(
 # %% ../../nbs/models/checkpoint.ipynb #2d930026
 def _load_file(path, entry, overrides, labels, new_head, seed):
     contents, header = read_tensors(path)
-    with _name_file_in_errors(path):
+    try:
         if header.get("model") == "EffNet":
             return _load_effnet(contents, header, overrides | {"labels": labels})
         tensors = extract_state_dict(contents)
@@ -265,6 +264,13 @@ def _load_file(path, entry, overrides, labels, new_head, seed):
         model = model_from_tensors(tensors, config)
         model.thresholds = None if new_head else thresholds_from_header(header, len(config.labels))
         return model
+    except ValueError as error:  # whatever is wrong with the contents names the file, in one line
+        raise ValueError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{path}: an incomplete MAEST, {error} is missing") from error
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"{path}: its tensors do not have the shapes of a MAEST ({message})") from error
 
 # %% ../../nbs/models/checkpoint.ipynb #a8296521
 def _load_effnet(tensors, header, overrides):
@@ -278,20 +284,6 @@ def _load_effnet(tensors, header, overrides):
     model.load_state_dict(tensors, strict=True)
     model.thresholds = thresholds_from_header(header, len(config.labels))
     return model.eval()
-
-# %% ../../nbs/models/checkpoint.ipynb #4c14afb9
-@contextlib.contextmanager
-def _name_file_in_errors(path):
-    "Turn whatever is wrong with the contents of a file into a one-line `ValueError` that names it."
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    except KeyError as error:
-        raise ValueError(f"{path}: an incomplete MAEST, {error} is missing") from error
-    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{path}: its tensors do not have the shapes of a MAEST ({message})") from error
 
 # %% ../../nbs/models/checkpoint.ipynb #5b1f0002
 def keep_first_blocks(

@@ -219,10 +219,6 @@ def find_musicnn(
             _download(cached) if folder is None else _unpack(resolve_path(folder), cached)
     return cached
 
-# %% ../../nbs/models/musicnn.ipynb #cf1a4f46
-def _numbered(name: str, number: int) -> str:  # as TensorFlow names its layers
-    return f"{name}_{number}" if number else name
-
 # %% ../../nbs/models/musicnn.ipynb #81eb1b7b
 def _copy_layer(layer: nn.Module, tensors: dict[str, np.ndarray], name: str):
     "Copy the tensors of a layer of TensorFlow. Raises `ValueError` for another shape."
@@ -256,8 +252,8 @@ def load_musicnn(
     tensors = read_tensorflow_checkpoint(path / f"{name}_musicnn")
     blocks = [*model.front_end, *model.mid_end]
     norms = [model.input_norm, *(block.norm for block in blocks), model.pool_norm, model.hidden_norm]
-    layers = {_numbered("conv2d", i): block.conv for i, block in enumerate(blocks)}
-    layers |= {_numbered("batch_normalization", i): norm for i, norm in enumerate(norms)}
+    layers = {f"conv2d_{i}".removesuffix("_0"): block.conv for i, block in enumerate(blocks)}  # TensorFlow's names
+    layers |= {f"batch_normalization_{i}".removesuffix("_0"): norm for i, norm in enumerate(norms)}
     layers |= {"dense": model.hidden, "dense_1": model.head}
     with torch.no_grad():
         for layer_name, layer in layers.items():

@@ -132,17 +132,6 @@ class ReducedMAEST(MAEST):
         *_, (x, _) = self.iter_blocks(mel, patchout, generator)
         return self.norm(x[:, :2])
 
-# %% ../../nbs/models/reduction.ipynb #cf79781d
-class _Cast(nn.Module):
-    "Cast to a dtype."
-
-    def __init__(self, dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, x):
-        return x.to(self.dtype)
-
 # %% ../../nbs/models/reduction.ipynb #b25b00d9
 def quantize_int8(model: MAEST) -> MAEST:  # a copy; run it with dtype="float32"
     "Quantize the linear layers of a float32 model to int8, dynamically. Raises `ValueError` for one not on the CPU."
@@ -153,9 +142,10 @@ def quantize_int8(model: MAEST) -> MAEST:  # a copy; run it with dtype="float32"
         warnings.simplefilter("ignore")  # torch.ao.quantization is deprecated, see above
         quantized = copy.deepcopy(model)
         quantized.blocks = torch.ao.quantization.quantize_dynamic(quantized.blocks, {nn.Linear}, torch.qint8)
+    dtype = default_dtype("cpu")
     for block in quantized.blocks:  # attention in bf16 where the CPU computes in it
-        block.attn.qkv = nn.Sequential(block.attn.qkv, _Cast(default_dtype("cpu")))
-        block.attn.proj = nn.Sequential(_Cast(torch.float32), block.attn.proj)
+        block.attn.qkv.register_forward_hook(lambda layer, inputs, output: output.to(dtype))
+        block.attn.proj.register_forward_pre_hook(lambda layer, inputs: inputs[0].float())
     return quantized
 
 # %% ../../nbs/models/reduction.ipynb #3a65aa2e

@@ -98,16 +98,16 @@ def load_task(
     return make_task(name, source.kind, table, list(source.columns))
 
 # %% ../../nbs/paper/suite.ipynb #294dab28
-def _result_rows(scores: pl.DataFrame, differences: pl.DataFrame) -> list[dict]:
-    rows = []
-    for row in scores.iter_rows(named=True):
-        named = {"setting": f"{row['model']}, {row['probe']}", "dataset": row["task"], "metric": row["metric"]}
-        rows.append(named | {"value": row["value"], "low": row["low"], "high": row["high"], "note": str(row["chosen"])})
-    for row in differences.iter_rows(named=True):
-        named = {"setting": f"{row['model']}, {row['probe']}", "reference": f"{row['other']}, {row['probe']}"}
-        named["dataset"] = row["task"]
-        values = {"metric": row["metric"], "value": row["difference"], "low": row["low"], "high": row["high"]}
-        rows.append(named | values)
+def _result_rows(scores: pl.DataFrame, differences: pl.DataFrame, curves: pl.DataFrame) -> list[dict]:
+    setting, reference = (pl.format("{}, {}", name, "probe") for name in ("model", "other"))
+    note = pl.col("chosen").map_elements(lambda chosen: str(chosen.to_list()), pl.String)
+    common = dict(dataset="task", metric="metric", setting=setting, low="low", high="high")
+    rows = scores.select(**common, value="value", note=note).to_dicts()
+    if len(differences):
+        rows += differences.select(**common, reference=reference, value="difference").to_dicts()
+    if len(curves):
+        few = dict(setting=pl.format("{}, few-shot", "model"), metric=pl.format("{}, {} each", "metric", "count"))
+        rows += curves.select(**common | few, value="value").to_dicts()
     return rows
 
 # %% ../../nbs/paper/suite.ipynb #6cd98ade
@@ -147,15 +147,6 @@ def few_shot_curves(
             curve = few_shot_curve(task, vectors, vectors.shape[1] // 2, n_bootstrap=n_bootstrap, kept=kept)
             curves.append(curve.with_columns(task=pl.lit(task.name), model=pl.lit(encoder.name)))
     return pl.concat(curves) if curves else pl.DataFrame()
-
-
-def _curve_rows(curves: pl.DataFrame) -> list[dict]:
-    rows = []
-    for row in curves.iter_rows(named=True):
-        named = {"setting": f"{row['model']}, few-shot", "dataset": row["task"]}
-        named["metric"] = f"{row['metric']}, {row['count']} each"
-        rows.append(named | {name: row[name] for name in ("value", "low", "high")})
-    return rows
 
 # %% ../../nbs/paper/suite.ipynb #7ea470ad
 def _cost_rows(encoders: list[AudioEncoder], seconds: float = 30.0) -> list[dict]:
@@ -209,7 +200,7 @@ def run_suite(config: PaperConfig) -> Report:
     answers = answer_suite(tasks, encoders, out=resolve_path(config.out_dir) / "suite-answers.parquet")
     scores, differences = score_suite(answers, tasks, config.n_bootstrap)
     main, curves = {task.name: task.metrics[0] for task in tasks}, few_shot_curves(tasks, encoders, config.n_bootstrap)
-    rows = _result_rows(scores, differences) + _curve_rows(curves) + _cost_rows(encoders)
+    rows = _result_rows(scores, differences, curves) + _cost_rows(encoders)
     rows += _onset_rows(config) if ONSETS in names else []
     settings = config.settings | {"encoders": {e.name: [e.revision, e.license] for e in encoders}}
     common = {"experiment": "suite", "unit": "artist", "runs": 1, "scale": config.scale}

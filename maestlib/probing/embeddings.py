@@ -9,7 +9,6 @@ __all__ = ['probe_target', 'subset_corpus', 'embed_tracks', 'check_whole_tracks'
 # %% ../../nbs/probing/embeddings.ipynb #eb2444e6
 import itertools
 import json
-import math
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -20,11 +19,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..audio.mel import MEL, MelConfig, audio_duration, normalize
+from ..audio.isolated import read_duration
+from ..audio.mel import MEL, MelConfig, normalize
 from ..audio.store import MelStore
 from ..audio.windows import window_starts
 from ..core.device import default_device, resolve_dtype
-from ..core.files import atomic_write, cache_path, log, resolve_path, write_json
+from ..core.files import atomic_write, cache_path, log, read_json, resolve_path, write_json
 from ..datasets.batches import Corpus
 from ..datasets.table import SPLITS
 from ..inference.embedding import make_embedder
@@ -84,19 +84,10 @@ def embed_tracks(
     with np.errstate(over="ignore"):  # an overflow of float16 becomes infinite, which the caller refuses
         return np.stack([total / count for total, count in zip(sums, counts, strict=True)]).astype(np.float16)
 
-# %% ../../nbs/probing/embeddings.ipynb #a91c07d3
+# %% ../../nbs/probing/embeddings.ipynb #356b57c2
 _MAX_CHECKED = 100  # headers that are read
 
 
-def _duration_s(track: dict) -> float:  # infinite where it is unknown
-    if track.get("duration_s"):
-        return track["duration_s"]
-    try:
-        return audio_duration(track["path"])
-    except (OSError, ValueError):
-        return math.inf
-
-# %% ../../nbs/probing/embeddings.ipynb #356b57c2
 def check_whole_tracks(corpus: Corpus):  # its store and the lengths of its files
     "Raise `ValueError` where the store holds only the middle of tracks, unlike the paper's protocol (§3.3)."
     store = corpus.store
@@ -105,7 +96,8 @@ def check_whole_tracks(corpus: Corpus):  # its store and the lengths of its file
     frames = store.index["frames"].to_numpy()[corpus.store_rows]
     full = np.flatnonzero(frames >= store.config.num_frames(store.seconds))
     for track in corpus.table[full[:: len(full) // _MAX_CHECKED + 1]].iter_rows(named=True):
-        if _duration_s(track) > store.seconds + 0.5:  # codecs add some milliseconds
+        duration_s = track.get("duration_s") or read_duration(resolve_path(track["path"]))
+        if duration_s is None or duration_s > store.seconds + 0.5:  # codecs add some milliseconds
             what = f"holds the middle {store.seconds:g} s of {track['track_id']} and others"
             hint = "load_corpus(stored_s=None) or extract_mels(seconds=None) stores them, whole_tracks=False does"
             raise ValueError(f"{store.path}: {what}, the paper's probes read whole tracks; {hint} without")
@@ -167,25 +159,6 @@ def _make_forward(
         forward = lambda mels: (x := embed(mels)).reshape(*x.shape[:2], -1, model.config.embed_dim)  # noqa: E731
     return forward, model.config.mel, model.config.num_frames
 
-# %% ../../nbs/probing/embeddings.ipynb #191e85ef
-def _describe(model, patchout, dtype: torch.dtype, mel: MelConfig) -> dict:
-    "Return what the values depend on besides the mels."
-    name, kind = (model, "mel") if isinstance(model, str) else (model_fingerprint(model), type(model).__name__)
-    meta = {"model": name, "patchout": repr(patchout), "kind": kind, "mel": mel.fingerprint()}
-    return meta | {"dtype": str(dtype).removeprefix("torch.")}
-
-# %% ../../nbs/probing/embeddings.ipynb #59362386
-def _check_meta(folder: Path, meta: dict):
-    "Record `meta` in a new folder; raise `ValueError` if the folder belongs to another model."
-    path = folder / "meta.json"
-    if not path.exists():
-        write_json(path, meta)
-        return
-    stored = json.loads(path.read_text(encoding="utf8"))
-    differences = [f"{key} {stored.get(key)}, now {value}" for key, value in meta.items() if stored.get(key) != value]
-    if differences:
-        raise ValueError(f"{folder}: embeddings of another model ({'; '.join(differences)}); give another folder")
-
 # %% ../../nbs/probing/embeddings.ipynb #e1f897d0
 def _read_parts(folder: Path) -> dict[tuple[str, int], np.ndarray]:  # (track_id, checksum of its mel): embedding
     embedded = {}
@@ -222,7 +195,13 @@ def embed_in_parts(
     """
     default = cache_path("embeddings", f"{zlib.crc32(json.dumps(meta).encode()):08x}")
     folder = resolve_path(folder) if folder else default
-    _check_meta(folder, meta)
+    record = folder / "meta.json"
+    if not record.exists():
+        write_json(record, meta)
+    stored = read_json(record)
+    changed = [f"{key} {stored.get(key)}, now {value}" for key, value in meta.items() if stored.get(key) != value]
+    if changed:
+        raise ValueError(f"{folder}: embeddings of another model ({'; '.join(changed)}); give another folder")
     embedded = _read_parts(folder)
     checksums = corpus.store.index["checksum"].to_numpy()[corpus.store_rows].tolist()
     keys = list(zip(corpus.table["track_id"].to_list(), checksums, strict=True))
@@ -262,5 +241,7 @@ def extract_embeddings(
     def compute(tracks):
         return embed_tracks(forward, mel, frames, corpus.store, corpus.store_rows[tracks], batch_size)
 
-    meta = _describe(model, patchout, compute_dtype, mel) | ({"rows": True} if rows else {})
+    name, kind = (model, "mel") if isinstance(model, str) else (model_fingerprint(model), type(model).__name__)
+    meta = {"model": name, "patchout": repr(patchout), "kind": kind, "mel": mel.fingerprint()}
+    meta |= {"dtype": str(compute_dtype).removeprefix("torch.")} | ({"rows": True} if rows else {})
     return embed_in_parts(corpus, compute, meta, folder, tracks_per_file)

@@ -122,11 +122,9 @@ def embed_recordings(
     vectors, rows, errors = [], [], {}
     with ThreadPoolExecutor(worker_count()) as pool:
         waves = _decode_ahead(pool, paths, encoder, folder)
-        for row, result in enumerate(tqdm(waves, encoder.name, len(paths), unit="file", delay=2)):
+        for row, wave in enumerate(tqdm(waves, encoder.name, len(paths), unit="file", delay=2)):
             try:
-                if isinstance(result, Exception):
-                    raise result
-                vectors.append(_embed_once(result, encoder, _vector_file(paths[row], encoder, folder)))
+                vectors.append(_embed_once(wave.result(), encoder, _vector_file(paths[row], encoder, folder)))
                 rows.append(row)
             except (OSError, ValueError) as error:  # too short for the model, say
                 errors[paths[row]] = str(error)
@@ -140,22 +138,17 @@ def embed_recordings(
 
 # %% ../../nbs/probing/encoders.ipynb #104da89e
 def _decode_ahead(pool: ThreadPoolExecutor, paths: list[str], encoder: AudioEncoder, folder: Path):
-    "Yield for each path a waveform, None where its vectors are known, or the error; a few files ahead."
+    "Yield a future for each path, of a waveform, or of None where its vectors are known; four files ahead."
 
     def decode(path: str):
-        try:
-            known = _vector_file(path, encoder, folder).exists()
-            return None if known else load_audio(path, sample_rate=encoder.sample_rate)
-        except (OSError, ValueError) as error:
-            return error
+        known = _vector_file(path, encoder, folder).exists()
+        return None if known else load_audio(path, sample_rate=encoder.sample_rate)
 
-    ahead, waiting = 4, []
-    for path in paths:
+    waiting = [pool.submit(decode, path) for path in paths[:4]]
+    for path in paths[4:]:
         waiting.append(pool.submit(decode, path))
-        if len(waiting) > ahead:
-            yield waiting.pop(0).result()
-    while waiting:
-        yield waiting.pop(0).result()
+        yield waiting.pop(0)
+    yield from waiting
 
 # %% ../../nbs/probing/encoders.ipynb #867b217d
 def _embed_once(wave: torch.Tensor | None, encoder: AudioEncoder, file: Path) -> np.ndarray:

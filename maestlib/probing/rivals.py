@@ -25,9 +25,9 @@ from .encoders import AudioEncoder, maest_encoder, mel_encoder, musicnn_encoder
 from .musicnn import weights_fingerprint
 
 # %% ../../nbs/probing/rivals.ipynb #01e3c07f
-def _windowed(forward: Callable, sample_rate: int, seconds: float) -> Callable[[torch.Tensor], np.ndarray]:
+def _windowed(name: str, forward: Callable, rate: int, seconds: float, license: str, revision: str) -> AudioEncoder:
     "Average what `forward` returns for windows (batch, samples), (batch, layers, width), side by side over a track."
-    size, device = int(sample_rate * seconds), default_device()
+    size, device = int(rate * seconds), default_device()
 
     @torch.inference_mode()
     def embed_track(wave: torch.Tensor) -> np.ndarray:
@@ -35,7 +35,7 @@ def _windowed(forward: Callable, sample_rate: int, seconds: float) -> Callable[[
         batches = [torch.stack(windows[i : i + 4]).to(device) for i in range(0, len(windows), 4)]
         return np.concatenate([forward(batch) for batch in batches]).mean(0)
 
-    return embed_track
+    return AudioEncoder(name, embed_track, rate, seconds, license, revision)
 
 # %% ../../nbs/probing/rivals.ipynb #229feab4
 def _time_means(hidden: list[torch.Tensor]) -> np.ndarray:  # layers of (batch, time, width) → (batch, layers, width)
@@ -68,7 +68,7 @@ def mert_encoder(
         return _time_means(hidden)
 
     revision = _name_weights(model, source, revision)
-    return AudioEncoder("MERT-v1-95M", _windowed(forward, 24000, 5.0), 24000, 5.0, "CC BY-NC 4.0", revision)
+    return _windowed("MERT-v1-95M", forward, 24000, 5.0, "CC BY-NC 4.0", revision)
 
 # %% ../../nbs/probing/rivals.ipynb #038468a3
 def muq_encoder(
@@ -85,7 +85,7 @@ def muq_encoder(
     model = MuQ.from_pretrained(source, revision=revision).eval().to(default_device())
     forward = lambda windows: _time_means(model(windows, output_hidden_states=True).hidden_states)  # noqa: E731
     revision = _name_weights(model, source, revision)
-    return AudioEncoder("MuQ", _windowed(forward, 24000, 10.0), 24000, 10.0, "CC BY-NC 4.0", revision)
+    return _windowed("MuQ", forward, 24000, 10.0, "CC BY-NC 4.0", revision)
 
 # %% ../../nbs/probing/rivals.ipynb #fc57db58
 def omar_encoder(
@@ -97,8 +97,7 @@ def omar_encoder(
     model = get_model(model_id=source).eval().to(default_device())
     layers = list(range(len(model.net.layers)))
     forward = lambda windows: _time_means(list(model.extract_embeddings(windows, layers=layers)))  # noqa: E731
-    embed_track, revision = _windowed(forward, model.sr, 30.0), weights_fingerprint(model)
-    return AudioEncoder("OMAR-RQ", embed_track, model.sr, 30.0, "CC BY-NC-SA 4.0", revision)
+    return _windowed("OMAR-RQ", forward, model.sr, 30.0, "CC BY-NC-SA 4.0", weights_fingerprint(model))
 
 # %% ../../nbs/probing/rivals.ipynb #4b4855ff
 def clap_encoder(
@@ -118,7 +117,7 @@ def clap_encoder(
         return getattr(output, "pooler_output", output)[:, None].numpy(force=True)
 
     revision = _name_weights(model, source, revision)
-    return AudioEncoder("CLAP", _windowed(forward, 48000, 10.0), 48000, 10.0, "Apache-2.0", revision)
+    return _windowed("CLAP", forward, 48000, 10.0, "Apache-2.0", revision)
 
 # %% ../../nbs/probing/rivals.ipynb #1f9d58c0
 def effnet_discogs_encoder(

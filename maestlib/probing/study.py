@@ -118,29 +118,23 @@ def _train_rows(
                 results[i] = CROSS_CHECKS[row["method"]](x, targets, splits)
     return results
 
-# %% ../../nbs/probing/study.ipynb #4af36b4a
-def _score_probe(
-    result: ProbeResult, corpus: Corpus, splits: dict[str, torch.Tensor]
-) -> dict[str, list]:  # a value for each label, of each column that is not in the key
-    "Score a probe on the test split label by label, and on the validation split as a whole."
-    targets, val_targets = (corpus.targets[splits[name].numpy()] for name in ("test", "validation"))
-    metrics = score_labels(targets, result.scores, corpus.labels, bootstrap_weights(len(targets), 0))
-    weights = bootstrap_weights(len(val_targets), 0)
-    val_map = macro_average(score_labels(val_targets, result.val_scores, corpus.labels, weights))[1, 0]
-    columns = {"label": corpus.labels, "positives": targets.sum(0).astype(int)}
-    columns |= {metric: metrics[:, i, 0] for i, metric in enumerate(METRICS)}
-    columns |= {"scores": list(result.scores.T), "epoch": [result.epoch] * len(corpus.labels)}
-    return columns | {"val_roc_auc": result.val_roc_auc, "val_map": val_map}
-
 # %% ../../nbs/probing/study.ipynb #265518f9
 def _tabulate(
     rows: list[dict], results: list[ProbeResult], corpus: Corpus, splits: dict[str, torch.Tensor]
-) -> list[pl.DataFrame]:  # one table per probe
+) -> list[pl.DataFrame]:  # one table per probe: test scores label by label, validation scores as a whole
     in_training, tables = corpus.targets[corpus.indices("train")].sum(0) > 0, []
+    targets, val_targets = (corpus.targets[splits[name].numpy()] for name in ("test", "validation"))
+    weights, val_weights = (bootstrap_weights(len(x), 0) for x in (targets, val_targets))
     for row, result in tqdm(list(zip(rows, results, strict=True)), "scoring", delay=2):
-        columns = pl.DataFrame(_score_probe(result, corpus, splits)).filter(in_training)
-        key = pl.DataFrame({k: [row[k]] for k in KEY_COLUMNS}, schema={k: STUDY_SCHEMA[k] for k in KEY_COLUMNS})
-        tables.append(key.join(columns, how="cross").cast(STUDY_SCHEMA).with_columns(pl.col(METRICS).fill_nan(None)))
+        metrics = score_labels(targets, result.scores, corpus.labels, weights)
+        val_metrics = score_labels(val_targets, result.val_scores, corpus.labels, val_weights)
+        columns = {key: [row[key]] * len(corpus.labels) for key in KEY_COLUMNS}
+        columns |= {"label": corpus.labels, "positives": targets.sum(0).astype(int)}
+        columns |= {metric: metrics[:, i, 0] for i, metric in enumerate(METRICS)}
+        columns |= {"scores": list(result.scores.T), "epoch": [result.epoch] * len(corpus.labels)}
+        columns |= {"val_roc_auc": result.val_roc_auc, "val_map": macro_average(val_metrics)[1, 0]}
+        table = pl.DataFrame(columns).filter(in_training).cast(STUDY_SCHEMA)
+        tables.append(table.with_columns(pl.col(METRICS).fill_nan(None)))
     return tables
 
 # %% ../../nbs/probing/study.ipynb #16d5a883

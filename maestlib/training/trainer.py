@@ -30,7 +30,7 @@ from ..models.patchout import STRIDE, Patchout, PatchSelection, draw_patches, pa
 from . import recipe
 from .calibration import time_limit_s
 from .config import TrainConfig
-from .losses import TrainingLoss, check_columns
+from .losses import TrainingLoss
 from .presets import INIT_CHECKPOINTS
 
 # %% ../../nbs/training/trainer.ipynb #9211e42e
@@ -221,8 +221,8 @@ def _check_corpus(config: TrainConfig, corpus: Corpus, teacher: MAEST | None, fr
     if teacher is not None and list(teacher.config.labels) != corpus.labels:
         count = f"{len(teacher.config.labels)} labels, not the {len(corpus.labels)} of {config.dataset}"
         raise ValueError(f"teacher={config.teacher}: it knows {count}; give one that was trained on these labels")
-    if config.column_weight:
-        check_columns(corpus, frames)
+    if config.column_weight and (corpus.columns is None or corpus.columns.shape[1] != patch_grid(frames)[1]):
+        raise ValueError("column_weight: the labels of columns are known for whole clips only; train on whole clips")
 
 
 def _micro_batch_size(config: TrainConfig, batch_size: int, clips: int) -> int:  # clips: of this process

@@ -14,7 +14,6 @@ import torch
 from ..audio.mel import logmel, normalize
 from ..core.extras import optional_import
 from ..models.maest import MAEST, MAESTConfig
-from ..models.patchout import Patchout
 from .attention import AttentionMaps, attention_maps, plot_attention, plot_spread, relative_to_uniform
 from .controls import ModelExplorer, make_control, panel, row
 from .live_figure import LiveFigure
@@ -68,14 +67,9 @@ class AttentionControls:
 class AttentionExplorer(ModelExplorer):
     "Attention of cls and dist over a clip; `box` is the widget."
 
-    def __init__(
-        self,
-        model: MAEST,  # in eval mode
-        tracks: dict[str, str],  # title → audio file
-        patchout: Patchout | None = None,  # a fixed pattern
-    ):
+    def __init__(self, model: MAEST, tracks: dict[str, str]):  # in evaluation mode; title: audio file
         super().__init__(model, tracks)
-        self.patchout, self.maps = patchout, None
+        self.maps = None
         self.controls = AttentionControls(model.config, self.draw)
         self.figure, self.spread = (LiveFigure().add_class(f"maestlib-{name}") for name in ("light", "spread"))
         self.box = panel("attention", self.track.box, self.controls.box, self.figure, self.spread)
@@ -89,7 +83,7 @@ class AttentionExplorer(ModelExplorer):
     def run_model(self, mel: torch.Tensor):
         "Compute and show the attention of a clip."
         config = self.model.config.mel
-        self.maps = maps = attention_maps(self.model, normalize(mel, config), self.patchout)
+        self.maps = maps = attention_maps(self.model, normalize(mel, config))
         self.figure.change_to(plot_attention(mel, maps.weights[0, 0, 0], maps, config=config))
         self.draw()
 

@@ -7,6 +7,7 @@ __all__ = ['TOKEN_CHOICES', 'plot_track_map', 'label_scores', 'plot_label_scores
            'TrackMap', 'NeighborView', 'LabelView', 'LayerExplorer']
 
 # %% ../../nbs/widgets/explore_layers.ipynb #c5927421
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -198,11 +199,10 @@ class NeighborView:
     ) -> list[int]:  # the neighbors by this block, nearest first
         "Show the neighbors of a track; they are computed again only for another track or other tokens."
         if self.query != (track, tokens):
-            is_first, self.query = self.query is None, (track, tokens)
+            self.query = track, tokens
             self.table = nearest_per_block(self.embeddings, track, tokens)
             self.figure.change_to(plot_neighbors(self.table, self.corpus.table, track, block))
-            if is_first:
-                self.figure.data[0].on_click(self._square_clicked)
+            self.figure.data[0].on_click(self._square_clicked)
         self.figure.move_shapes(y0=block - 0.5, y1=block + 0.5)
         return self.table.filter(block=block)["track"].to_list()
 
@@ -215,23 +215,16 @@ class LabelView:
     "Labels of a group by block; `figure` is the widget, and `on_click(block)` is called for a clicked square."
 
     def __init__(self, corpus: Corpus, embeddings: Embeddings, on_click: Callable[[int], None]):
-        self.corpus, self.embeddings, self.on_click = corpus, embeddings, on_click
+        self.corpus, self.on_click, self.query = corpus, on_click, None  # (label, tokens) of the figure
         self.figure = LiveFigure().add_class("maestlib-labels")
-        self.scores, self.query = {}, None  # by tokens; (label, tokens) of the figure
-
-    def score(self, tokens: str) -> np.ndarray:  # see `label_scores`
-        "Score all labels, once for each choice of tokens."
-        if tokens not in self.scores:
-            self.scores[tokens] = label_scores(self.corpus, self.embeddings, tokens)
-        return self.scores[tokens]
+        self.score = functools.cache(functools.partial(label_scores, corpus, embeddings))  # of tokens
 
     def show(self, label: str, tokens: str, block: int):
         "Show the group of a label, and frame a block."
         if self.query != (label, tokens):
-            is_first, self.query = self.query is None, (label, tokens)
+            self.query = label, tokens
             self.figure.change_to(plot_label_scores(self.score(tokens), self.corpus.labels, label, block))
-            if is_first:
-                self.figure.data[0].on_click(lambda _, points, __: points.xs and self.on_click(int(points.xs[0])))
+            self.figure.data[0].on_click(lambda _, points, __: points.xs and self.on_click(int(points.xs[0])))
         self.figure.move_shapes(x0=block - 0.5, x1=block + 0.5)
 
 # %% ../../nbs/widgets/explore_layers.ipynb #4c730670
