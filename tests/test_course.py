@@ -17,7 +17,7 @@ from maestlib.collection.course import COURSE
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
 KINDS = ["exercise", "solution", "check"]
 QUESTION = re.compile(r"(?m)^\*\*Question\.\*\* [^\n]+\?$")
-SLOW = {"audio/mel", "demo/tunes", "train", "inference/embedding", "speed/tradeoff", "explore"}  # most of a minute, or more
+SLOW = {"audio/mel", "demo/tunes", "train", "inference/embedding", "speed/tradeoff", "explore"}  # most of a minute
 
 
 def kind(cell) -> str:  # exercise, solution, check, or the type of a cell of the notebook itself

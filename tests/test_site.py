@@ -210,7 +210,7 @@ def test_no_page_has_an_error_in_the_console_or_asks_the_network(site, browser):
     for name in names:
         show(browser, site, name)
         problems += [f"{name}: {entry['message']}" for entry in browser.get_log("browser")]
-        own = ("file:", "chrome:")  # the browser's first tab is a page of its own
+        own = ("file:", "chrome:", "chrome-untrusted:")  # the browser's first tab is a page of its own
         problems += [f"{name}: asks {url}" for url in requested(browser) if not url.startswith(own)]
     assert not problems, "\n".join(problems)
 

@@ -47,9 +47,7 @@ def _has_ended(owner: str) -> bool:  # the contents of a claim: machine, process
 def _is_abandoned(claim: Path, timeout_s: float) -> bool:
     try:
         renewed, owner = claim.stat().st_mtime, claim.read_text(encoding="ascii")
-        with tempfile.TemporaryFile(
-            dir=claim.parent
-        ) as file:  # the clocks of machines differ; a new file shows this one
+        with tempfile.TemporaryFile(dir=claim.parent) as file:  # shows the clock of the file system, not of a machine
             age = os.fstat(file.fileno()).st_mtime - renewed
     except FileNotFoundError:  # released this moment
         return False

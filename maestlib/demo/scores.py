@@ -286,7 +286,7 @@ def render_score_clip(
 SCORE_CLIPS = 12_000
 TRAINING_FONTS = ("TimGM6mb", "OPL-3")
 MIN_CLIPS = 20  # of a label that is kept
-SCORE_TIMEOUT_S = 10  # of a clip, which takes about 0.1 s
+SCORE_TIMEOUT_S = 60  # of a clip, which takes about 0.1 s, and of what the first one of a process imports
 
 
 def _clip_row(clip: int, works_file: str, fonts: tuple[str, ...], seed: int) -> dict:

@@ -235,7 +235,8 @@ def plot_pareto(
         _add_family(figure, rows, i)
     _add_paper_region(figure, table)
     x_title = "throughput from the waveform (hours of audio per hour)"
-    figure.update_xaxes(type="log", title_text=x_title, dtick="D2", minor_ticks="")
+    ticks = np.outer(10.0 ** np.arange(7), (1, 2, 5)).ravel()
+    figure.update_xaxes(type="log", title_text=x_title, tickvals=ticks, minor_ticks="")
     figure.update_yaxes(title_text="mAP of a probe")
     threads = f"{table['threads'][0]} thread{'s' * (table['threads'][0] != 1)}"
     return style_figure(figure, f"Throughput against quality · {table['device'][0]}, {threads}", 520)
