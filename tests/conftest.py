@@ -27,14 +27,15 @@ use_forked_kernels()
 SLOW_NOTEBOOKS = """
     nbs/train.ipynb nbs/inference/ray.ipynb nbs/probing/musicnn.ipynb nbs/demo/heldout.ipynb nbs/speed/tradeoff.ipynb
     nbs/paper.ipynb nbs/paper/runs.ipynb nbs/paper/fig3.ipynb nbs/studies/damaged_files.ipynb
-    nbs/studies/retrieval.ipynb nbs/demo/columns.ipynb
+    nbs/studies/retrieval.ipynb nbs/demo/columns.ipynb nbs/speed/benchmark.ipynb nbs/probing/frames.ipynb
+    nbs/explore.ipynb
 """.split()  # a cell cannot be marked where it is written
 LONGEST = [  # they start first, so that no worker is idle at the end
     *"""tests/test_browser.py tests/test_train.py tests/test_resume.py tests/test_distributed.py tests/test_paper.py
     tests/test_ray.py tests/test_datasets.py tests/test_portable.py tests/test_public.py""".split(),
     *SLOW_NOTEBOOKS,
     *"""tests/test_store.py tests/test_embed.py nbs/audio/extract.ipynb nbs/inference/embedding.ipynb
-    nbs/collection/search.ipynb nbs/speed/benchmark.ipynb nbs/explore.ipynb nbs/probing/layers.ipynb
+    nbs/collection/search.ipynb nbs/probing/layers.ipynb
     nbs/training/evaluation.ipynb nbs/datasets/discogs.ipynb""".split(),
 ]
 

@@ -89,6 +89,7 @@ def test_a_store_of_another_front_end_is_refused(teachers, tmp_path):
         distill.write_targets(MelStore(tmp_path / "s"), teachers, tmp_path / "t", 1)
 
 
+@pytest.mark.slow  # Muon multiplies in bf16, which is emulated on some processors
 def test_a_student_learns_and_a_run_is_repeated_and_resumed(teachers, shards, tmp_path):
     table = load_file(shards / "00000.safetensors")
     mels, targets = table["mel"].float(), distill.Targets(table["hidden"].float(), table["tags"].float())

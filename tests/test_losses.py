@@ -11,7 +11,7 @@ from maestlib.training.loop import fit
 from maestlib.training.losses import TrainingLoss
 from maestlib.training.trainer import Trainer, create_model
 
-CLIPS = {"clips": 120, "works": 8, "fonts": ("TimGM6mb",)}  # those of nbs/training/losses.ipynb
+CLIPS = {"clips": 40, "works": 8, "fonts": ("TimGM6mb",)}  # those of nbs/training/losses.ipynb
 
 
 @pytest.fixture(scope="module")

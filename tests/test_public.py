@@ -82,6 +82,7 @@ def test_audio_of_every_dataset_of_the_paper_is_found(name, tmp_path):
     assert [str(Path(path).relative_to(tmp_path).as_posix()) for path in found["path"]] == table["path"].to_list()
 
 
+@pytest.mark.slow
 def test_whole_tracks_have_a_store_of_their_own(named):
     audio = named("mtg-genre")
     excerpts, whole = (load_corpus("mtg-genre", audio=audio, **o) for o in ({}, {"stored_s": None}))
