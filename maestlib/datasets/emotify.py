@@ -6,13 +6,13 @@
 __all__ = ['EMOTIFY_GENRES', 'EMOTIONS', 'load_emotify']
 
 # %% ../../nbs/datasets/emotify.ipynb #57d1db56
-import contextlib
 from pathlib import Path
 
 import polars as pl
-import soundfile
 
 from ..core.files import log, resolve_path
+from .recordings import read_credits
+from .table import read_table
 
 # %% ../../nbs/datasets/emotify.ipynb #4b808f36
 EMOTIFY_GENRES = ("classical", "electronic", "pop", "rock")
@@ -39,22 +39,11 @@ def load_emotify(
         raise FileNotFoundError(f"{folder}: no recordings such as classical/1.mp3 in it; give the folder of Emotify")
     if len(table) < len(votes):
         log.info(f"Emotify: {len(votes) - len(table)} of {len(votes)} recordings have no file in {folder}")
-    artists = pl.Series("artist", map(_read_artist, table["path"]), pl.String)
+    artists = pl.Series("artist", [read_credits(path).get("author") for path in table["path"]], pl.String)
     return table.select("path", artists, "genre", "votes", *EMOTIONS)
 
 # %% ../../nbs/datasets/emotify.ipynb #b78a3164
-def _read_artist(path: str) -> str | None:
-    with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(path) as file:
-        return file.copy_metadata().get("artist")
-    return None
-
-
 def _read_votes(path: Path) -> pl.DataFrame:  # genre, number (1 to 100), votes, shares
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there; it comes with the recordings of Emotify")
-    table = pl.read_csv(path).rename(str.strip)
-    missing = [name for name in ("track id", "genre", *EMOTIONS) if name not in table.columns]
-    if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r}; is it Emotify's table of listeners?")
-    table = table.with_columns(pl.col("genre").str.strip_chars(), number=(pl.col("track id") - 1) % 100 + 1)
+    table = read_table(path, ("track id", "genre", *EMOTIONS))
+    table = table.with_columns(pl.col(EMOTIONS).cast(pl.Float64), number=(pl.col("track id").cast(int) - 1) % 100 + 1)
     return table.group_by("genre", "number").agg(pl.len().alias("votes"), pl.col(EMOTIONS).mean())

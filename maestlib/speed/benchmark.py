@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from ..audio.mel import logmel, normalize
 from ..audio.windows import window_starts
 from ..core.checks import check_number, check_numbers
-from ..core.device import device_name, matmul_tflops, resolve_dtype
+from ..core.device import device_name, matmul_tflops, one_thread, resolve_dtype
 from ..inference.windows import make_forward
 from ..models.cost import auto_batch_size
 from ..models.effnet import EffNet
@@ -192,11 +192,9 @@ def _count_gflop(work: Callable, setting: InferenceSetting | None) -> float | No
         return None
     unknown = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # to PyTorch's counter
     formulas = {unknown: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    counter, threads = FlopCounterMode(display=False, custom_mapping=formulas), torch.get_num_threads()
-    torch.set_num_threads(1)  # the counter sees this thread only
-    with counter:
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with one_thread(), counter:  # it sees this thread only
         work()
-    torch.set_num_threads(threads)
     return counter.get_total_flops() / 1e9
 
 # %% ../../nbs/speed/benchmark.ipynb #e17d734b
