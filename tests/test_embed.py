@@ -326,3 +326,71 @@ def test_without_a_model_the_bundled_one_reads(function, tmp_path):
     assert_frame_equal(function(wave, dtype="float32"), expected)
     with pytest.raises(ValueError, match="model: Linear is no MAEST"):
         function(wave, torch.nn.Linear(1, 1))
+
+
+def test_a_folder_that_cannot_be_read_is_reported(model, tmp_path, monkeypatch, capsys):
+    "Also beside others, whose audio is embedded."
+    for name in ("open", "closed"):
+        (tmp_path / "music" / name).mkdir(parents=True)
+        soundfile.write(tmp_path / f"music/{name}/a.wav", recording(4), 16_000)
+    closed, scandir = str(tmp_path / "music/closed"), os.scandir
+
+    def refuse(path):
+        if os.fspath(path) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    command = ["embed", str(tmp_path / "music"), "--model", f"{tmp_path}/m.safetensors", "--out", f"{tmp_path}/e.v1"]
+    assert main(command) == 1 and "may not be read" in capsys.readouterr().err
+    report = pl.read_parquet(tmp_path / "e.v1.report.parquet")
+    assert report["path"].to_list() == [closed]
+    assert nearest(pl.read_parquet(tmp_path / "e.v1/*.parquet").head(1), tmp_path / "e.v1")["cosine"][0] > 0.999
+    (tmp_path / "e.v1/.other.claim").touch()
+    assert nearest(pl.read_parquet(tmp_path / "e.v1/*.parquet").head(1), tmp_path / "e.v1")["cosine"][0] > 0.999
+    command[1] = closed
+    assert main(command) == 2, "nothing was done"
+
+
+def test_what_is_asked_for_on_the_command_line_is_done(model, tmp_path, capsys):
+    soundfile.write(tmp_path / "song.wav", recording(40), 16_000)
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    end = ["--model", f"{tmp_path}/m.safetensors", "--out", f"{tmp_path}/e.parquet"]
+    assert main(["embed", f"{tmp_path}/song.wav", "--keep-every", "0", *end]) == 2
+    assert "keep_every" in capsys.readouterr().err
+    assert main(["embed", f"{tmp_path}/song.wav", "--preset", "fast", "--drop-rows", "0", *end]) == 0
+    expected = embed(tmp_path / "song.wav", model, preset="fast", patchout=Patchout(2, (0,)))
+    assert_frame_equal(pl.read_parquet(tmp_path / "e.parquet"), expected, check_exact=False, abs_tol=1e-5)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="such names exist on POSIX")
+def test_a_name_that_is_not_utf8_is_one_of_the_failed(model, tmp_path, capsys):
+    (tmp_path / "music").mkdir()
+    soundfile.write(tmp_path / "music/a.wav", recording(4), 16_000)
+    for name in (b"/caf\xe9.wav", b"/th\xe9.wav"):
+        shutil.copy(tmp_path / "music/a.wav", os.fsencode(tmp_path / "music") + name)
+    Path(os.fsdecode(os.fsencode(tmp_path / "music") + b"/th\xe9.wav")).write_bytes(b"no audio")
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    options = ["--model", f"{tmp_path}/m.safetensors"]
+    assert main(["embed", str(tmp_path / "music"), *options, "--out", f"{tmp_path}/e.parquet"]) == 1
+    assert "skipped: " in (error := capsys.readouterr().err) and "th\\xe9.wav" in error
+    assert main(["tag", str(tmp_path / "music"), *options, "--top", "1"]) == 1
+    assert "caf\\xe9.wav" in capsys.readouterr().out
+
+
+def test_a_file_is_embedded_once_however_it_is_named(model, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", recording(4), 16_000)
+    monkeypatch.chdir(tmp_path)
+    assert (
+        embed(["a.wav", tmp_path, "./a.wav", f"{tmp_path}/../{tmp_path.name}/a.wav"], model, average=True).height == 1
+    )
+    for source in ("", ["a.wav", ""]):
+        with pytest.raises(ValueError, match="a path is empty"):
+            embed(source, model)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "toaster"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"device={device}: cannot be used here"):
+        load_model("random", size="tiny", device=device)

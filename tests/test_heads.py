@@ -22,6 +22,7 @@ from maestlib.models.export import export_onnx, export_torch
 from maestlib.models.patchout import Patchout
 
 pytest.importorskip("sklearn")
+from maestlib.probing import heads  # noqa: E402
 from maestlib.probing.heads import train_head  # noqa: E402
 
 LABELS = ("Dance---Jig", "Dance---Reel")
@@ -339,3 +340,25 @@ def test_the_page_has_the_labels_of_heads(model, tmp_path):
     facts = page_config(model, "mine", heads)
     assert facts["labels"] == [*LABELS, "a", "b"] and len(facts["probe"]) == 4
     assert facts["thresholds"] == [0.6, 0.4, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": "f"}, "tokens='f'"),
+        ({"hidden": -1}, "hidden=-1"),
+        ({"seed": "x"}, "seed="),
+        ({"min_positives": -5}, "min_positives=-5"),
+        ({"out": "mine.pt"}, "ends in .safetensors"),
+    ],
+)
+def test_options_are_checked_before_anything_is_embedded(music, model, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(heads, "embed", None)
+    with pytest.raises(ValueError, match=message):
+        train_head(music / "tags.csv", model, **{"out": tmp_path / "h.safetensors"} | options)
+
+
+def test_a_path_in_two_rows_is_refused(music, model, tmp_path):
+    table = pl.DataFrame({"path": [str(music / "00.wav")] * 2, "labels": [["high"], ["low"]]})
+    with pytest.raises(ValueError, match="00.wav is in two rows"):
+        train_head(table, model, out=tmp_path / "h.safetensors")

@@ -405,3 +405,25 @@ def test_the_module_runs_as_a_program(tmp_path):
     child = start_python(program, PROJECT, os.environ | {"PYTHONPATH": str(PROJECT)})
     printed, errors = child.communicate()
     assert child.returncode == 2 and "no library" in errors and not printed
+
+
+@pytest.mark.parametrize("suffix", ["wav", "ogg"])
+def test_another_rate_or_number_of_channels_is_another_sound(suffix, tmp_path):
+    "The samples alone do not tell how they sound."
+    wave = 0.1 * np.random.default_rng(0).normal(size=32_000)
+    soundfile.write(tmp_path / f"a.{suffix}", wave, 16_000)
+    before = read_identity(tmp_path / f"a.{suffix}").content
+    for rate, samples in ((8_000, wave), (16_000, wave.reshape(-1, 2))):
+        soundfile.write(tmp_path / f"a.{suffix}", samples, rate)
+        assert read_identity(tmp_path / f"a.{suffix}").content != before
+
+
+def test_a_refused_scan_leaves_no_settings(music, model, tmp_path):
+    for wrong, name in (
+        ({"hop_s": 0.001}, "hop_s"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"device": "toaster"}, "device"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}="):
+            scan(music, tmp_path / "library", model, progress=False, **wrong)
+    assert not (tmp_path / "library/library.json").exists()

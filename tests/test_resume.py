@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -103,6 +104,23 @@ def test_a_stop_during_validation_loses_nothing(small, tmp_path, monkeypatch):
     assert len(pl.read_parquet(tmp_path / "stopped/metrics.parquet")) == 1
     resumed = fit(*once_more(tmp_path / "stopped"))
     assert resumed.select(SCORES).equals(whole.select(SCORES))
+
+
+def test_other_data_are_refused(small, tmp_path, monkeypatch):
+    "The columns of the head belong to the labels with which the run began."
+
+    def stop(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return predict(*arguments, **options)
+
+    with monkeypatch.context() as once, pytest.raises(TrainingInterrupted):
+        once.setattr("maestlib.training.loop.predict", stop)
+        fit(*small(out_dir=str(tmp_path), num_validations=2))
+    config, corpus, model = once_more(tmp_path)
+    renamed = replace(corpus, labels=[*corpus.labels[1:], "Z"])
+    with pytest.raises(ValueError, match="has changed since; restore it"):
+        fit(config, renamed, model)
+    assert len(fit(config, corpus, model)) == 2
 
 
 def test_a_run_with_an_unknown_parameter_is_refused(small, tmp_path):

@@ -19,7 +19,7 @@ from maestlib.paper.experiments import run_experiment  # noqa: E402
 from maestlib.paper.scales import PaperConfig  # noqa: E402
 from maestlib.probing.encoders import AudioEncoder, embed_recordings, mel_encoder  # noqa: E402
 from maestlib.probing.suite import answer_suite, score_suite  # noqa: E402
-from maestlib.probing.tasks import make_folds, make_task  # noqa: E402
+from maestlib.probing.tasks import Task, make_folds, make_task  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"genre": "multiclass", "level": "regression", "key": "key", "high+loud": "multilabel"}
@@ -185,3 +185,19 @@ def test_two_of_one_name_are_refused(sounds, tmp_path):
         answer_suite([task], [mel, replace(mel, revision="2")], folder=tmp_path)
     with pytest.raises(ValueError, match="tasks: two are named"):
         answer_suite([task, replace(task, kind="multilabel")], [mel], folder=tmp_path)
+
+
+def test_several_columns_of_labels_from_a_file(tmp_path):
+    table = pl.DataFrame({"path": list("abcd"), "happy": [1, 0, 1, 0], "sad": [1, 1, 0, None]})
+    table.write_csv(tmp_path / "t.csv")
+    task = make_task("mood", "multilabel", str(tmp_path / "t.csv"), ["happy", "sad"])
+    assert task.outputs == ("happy", "sad")
+    np.testing.assert_array_equal(task.targets, [[1, 1], [0, 1], [1, 0], [0, np.nan]])
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "key"])
+def test_a_class_that_is_not_known_is_refused(kind):
+    targets = np.eye(24, dtype=np.float32)[np.arange(48) % 24]
+    targets[0] = np.nan
+    with pytest.raises(ValueError, match=f"the {kind} of a track is not known"):
+        Task("t", kind, pl.DataFrame({"path": [*map(str, range(48))]}), KEYS, targets)

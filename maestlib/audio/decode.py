@@ -283,7 +283,8 @@ def open_audio(
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file() or path.stat().st_size == 0:
-        raise ValueError(f"{path}: empty, or not a file; give an audio file")
+        what = "a folder, perhaps one that may not be read" if os.path.isdir(path) else "empty, or not a file"
+        raise ValueError(f"{path}: {what}; give an audio file")
     with contextlib.closing(_open_libsndfile(path) or _open_ffmpeg(path)) as reader:
         for part in reader.parts:
             if not 1000 <= part.rate <= 768_000 or part.channels > 64:

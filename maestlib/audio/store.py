@@ -7,13 +7,13 @@ __all__ = ['TABLES', 'INDEX_SCHEMA', 'shard_path', 'table_checksums', 'ShardFile
            'verify_store']
 
 # %% ../../nbs/audio/store.ipynb #38b2d0dc
-import contextlib
 import functools
 import hashlib
 import os
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,10 +54,9 @@ def table_checksums(
 class ShardFiles:
     "The shards of a store, read only; each is opened when it is first needed."
 
-    max_open = 256  # of a process that may open 1,024
-
     def __init__(self, path: Path):  # the folder of the shards
-        self.path, self.files, self._lock = path, {}, threading.Lock()  # files: shard → open file
+        self.path, self._lock = path, threading.Lock()
+        self._open = functools.lru_cache(256)(partial(open, mode="rb", buffering=0))  # a process may open 1,024
 
     def _pread(self, file: BinaryIO, size: int, offset: int) -> bytes:
         if hasattr(os, "pread"):
@@ -69,13 +68,7 @@ class ShardFiles:
     def read(self, shard: int, size: int, offset: int) -> bytes:  # all in bytes
         "Read a part of a shard. Raises `OSError` where it cannot be read or ends early."
         path = shard_path(self.path, shard)
-        with contextlib.ExitStack() as closing:
-            file = self.files.get(shard) or open(path, "rb", buffering=0)
-            if shard not in self.files and len(self.files) >= self.max_open:
-                closing.enter_context(file)
-            else:
-                self.files[shard] = file
-            data = self._pread(file, size, offset)
+        data = self._pread(self._open(path), size, offset)
         if len(data) < size:
             raise OSError(f"{path}: ends before byte {offset + size:,}; ml.verify_store tells")
         return data

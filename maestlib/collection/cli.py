@@ -90,11 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
 # %% ../../nbs/collection/cli.ipynb #da46f732
 def _model_options(args: argparse.Namespace) -> dict:
     "The arguments that `embed` and `tag` share."
+    from maestlib.inference.presets import preset_values
     from maestlib.models.patchout import Patchout
 
     options = shell.given_options(args, "hop_s", "windows", "preset", "dtype", "batch_size")
-    if not args.preset or args.keep_every or args.drop_rows:
-        options["patchout"] = Patchout(args.keep_every or 1, args.drop_rows or ())
+    if args.keep_every is not None or args.drop_rows:
+        keep_every = preset_values(args.preset or "full")["keep_every"] if args.keep_every is None else args.keep_every
+        options["patchout"] = Patchout(keep_every, args.drop_rows or ())
     return {"model": shell.model_from_shell(args.model)} | options
 
 # %% ../../nbs/collection/cli.ipynb #35a86342
@@ -142,6 +144,7 @@ def _run_compare(args: argparse.Namespace) -> int:
 
 # %% ../../nbs/collection/cli.ipynb #612049c4
 def _run_tag(args: argparse.Namespace) -> int:
+    from maestlib.audio.decode import printable_path
     from maestlib.core.device import default_device
     from maestlib.inference.embedding import list_sources, tag
     from maestlib.inference.heads import resolve_heads
@@ -162,6 +165,7 @@ def _run_tag(args: argparse.Namespace) -> int:
             errors.append(error)
             print(f"skipped: {error}", file=sys.stderr)
             continue
+        path = printable_path(path)
         found.append({"path": path, "tags": dict(tags.select("label", "activation").iter_rows())})
         if not args.json:
             for label, activation, *head in tags.iter_rows():
@@ -175,20 +179,22 @@ def _run_tag(args: argparse.Namespace) -> int:
 def _run_embed(args: argparse.Namespace) -> int:
     import polars as pl
 
+    from maestlib.audio.decode import printable_path
     from maestlib.inference.embedding import embed, list_sources
+    from maestlib.inference.jobs import report_path
 
     paths, out = [shell.from_shell(path) for path in args.paths], shell.from_shell(args.out)
     paths = list_sources(paths)
     embed(paths, average=args.average, out=out, **shell.given_options(args, "block", "tokens"), **_model_options(args))
-    report = Path(out).with_suffix(".report.parquet")
+    report = report_path(Path(out))
     if not report.exists():  # other workers have yet to finish
         return 0
     report = pl.read_parquet(report)
-    failed = report.filter(pl.col("path").is_in(paths))  # not those of earlier calls
+    failed = report.filter(pl.col("path").is_in([*map(printable_path, paths)]))  # not those of earlier calls
     for path, error in failed.iter_rows():
         message = error if path in error else f"{path}: {error}"
         print(f"skipped: {message}", file=sys.stderr)
-    return 1 if len(failed) else 0
+    return 2 if len(failed) == len(paths) else 1 if len(failed) else 0
 
 # %% ../../nbs/collection/cli.ipynb #65a57437
 @contextlib.contextmanager

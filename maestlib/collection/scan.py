@@ -10,7 +10,6 @@ import contextlib
 import os
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,15 +24,15 @@ from ..audio.isolated import DecoderCrash, decoder_processes
 from ..audio.mel import watch_channels
 from .files import Identity, hash_file, read_identity, real_path
 from .library import Library, LibrarySettings, remove_songs, song_table
-from .plan import estimate_seconds, log_costs, plan_scan, read_seconds
+from .plan import estimate_seconds, log_costs, plan_scan
 from ..core.checks import check_number
-from ..core.device import default_device
+from ..core.device import resolve_device
 from ..core.files import log, resolve_path
 from ..inference.embedding import count_vectors, make_embedder, resolve_blocks
 from ..inference.heads import AttachedHeads, resolve_heads
 from ..inference.jobs import model_fingerprint
 from ..inference.presets import preset_values
-from ..inference.windows import iter_results
+from ..inference.windows import count_hop_frames, iter_results
 from ..models.checkpoint import load_model
 from ..models.cost import auto_batch_size
 from ..models.maest import MAEST
@@ -54,7 +53,7 @@ def load_library_model(
     if _fingerprint(loaded, resolve_heads(library.settings.heads, loaded)) != library.fingerprint:
         heads = ", ".join(library.settings.heads)
         raise ValueError(f"{library.folder}: {heads} changed after the scan; give another out")
-    return loaded.to(device or default_device())
+    return loaded.to(resolve_device(device))
 
 
 def _fingerprint(model: MAEST, heads: AttachedHeads) -> str:
@@ -104,14 +103,14 @@ def _create(out: str | Path, model: MAEST | str | Path | None, device, given: di
     "Make a library, and return its model, too."
     if model is None:
         raise ValueError("model: a new library needs one; give a name of `maestlib models`, or a checkpoint")
-    loaded = (model if isinstance(model, MAEST) else load_model(model)).to(device or default_device())
+    loaded = (model if isinstance(model, MAEST) else load_model(model)).to(resolve_device(device))
     if not isinstance(loaded, MAEST) or not loaded.config.labels:
         raise ValueError(f"model={model}: has no blocks or no labels; give a MAEST that was trained to tag")
     name = "" if isinstance(model, MAEST) else str(model)
     if name and resolve_path(name).exists():
         name = str(resolve_path(name))
     settings, config = LibrarySettings(name, **given), loaded.config
-    heads = resolve_heads(settings.heads, loaded)
+    heads, _ = resolve_heads(settings.heads, loaded), count_hop_frames(settings.hop_s, config)  # raises
     blocks = resolve_blocks(config.middle_block if settings.block is None else settings.block, config.depth)
     make_embedder(loaded, blocks, settings.tokens, settings.patchout, settings.dtype)  # raises for wrong parameters
     dim = count_vectors(loaded, settings.tokens, settings.patchout) * config.embed_dim
@@ -187,7 +186,7 @@ class _Writer:
         self.rows, self.vectors, self.written_at = [], {}, time.monotonic()
 
 # %% ../../nbs/collection/scan.ipynb #67335cc1
-def _add_result(writer: _Writer, path: str, result: list | Exception) -> float:  # seconds of audio
+def _add_result(writer: _Writer, path: str, result: list | Exception) -> None:
     "Take the result of one file; an error of the file system is reported, but not remembered."
     identity, error, seconds = writer.identities.pop(real_path(path), None), None, 0.0
     if isinstance(result, Exception):
@@ -208,7 +207,6 @@ def _add_result(writer: _Writer, path: str, result: list | Exception) -> float: 
         writer.known.add(identity.content)
         writer.rows.append((path, *writer.stamps[path], *identity, error))
     writer.report.audio_s += seconds
-    return seconds
 
 # %% ../../nbs/collection/scan.ipynb #bf1403cb
 def _read_seconds(windows: list[tuple[float, float, np.ndarray]]) -> float:
@@ -217,28 +215,15 @@ def _read_seconds(windows: list[tuple[float, float, np.ndarray]]) -> float:
     return sum(end - max(start, before) for (start, end, _), before in zip(windows, ends, strict=False))
 
 # %% ../../nbs/collection/scan.ipynb #6cc250b2
-def _read_files(
-    writer: _Writer, model: MAEST, forward, expected: np.ndarray, flush_s: float, progress: bool, **options
-) -> None:
+def _read_files(writer: _Writer, model: MAEST, forward, flush_s: float, progress: bool, **options) -> None:
     "Run the model over the files of a writer, and write every `flush_s` seconds and at the end."
-    paths, settings = [*writer.stamps], writer.library.settings
-    bar = tqdm(total=round(expected.sum()), unit="s", unit_scale=True, desc="audio", disable=not progress)
-    options |= settings.reading
+    paths, options = [*writer.stamps], options | writer.library.settings.reading
     options |= dict(skip=writer.is_known, opener=writer.open, progress=False)
-    hop_s = settings.hop_s or model.config.seconds / (1 if settings.windows else 2)
-    shown = Counter()  # seconds, before a file is complete
-
-    def on_window(i):
-        seconds = min(hop_s, expected[i] - shown[i])
-        shown[i] += seconds
-        bar.update(seconds)
-
+    bar = tqdm(total=len(paths), unit="file", desc="scan", disable=not progress)
     try:
-        for i, result in iter_results([list(map(real_path, paths))], model, forward, on_window=on_window, **options):
-            seconds = _add_result(writer, paths[i], result)
-            bar.total = max(1, bar.total + round(seconds) - round(expected[i]))
-            bar.update(round(seconds) - shown.pop(i, 0))
-            bar.set_postfix_str(f"file {i + 1:,} of {len(paths):,}", refresh=False)
+        for i, result in iter_results([list(map(real_path, paths))], model, forward, **options):
+            _add_result(writer, paths[i], result)
+            bar.update()
             if time.monotonic() - writer.written_at > flush_s:
                 writer.write()
     finally:
@@ -259,9 +244,8 @@ def _scan_files(library, todo, model, report, dry_run, batch_size, num_workers, 
     if dry_run or seconds.sum() > _MIN_COST_S:
         log_costs(settings, todo["path"], seconds, model, forward, batch_size, num_workers)
     if not dry_run:
-        expected = read_seconds(seconds, model.config.seconds, settings.excerpt_s, settings.windows)
         options = dict(batch_size=batch_size, num_workers=num_workers)
-        _read_files(_Writer(library, todo, report), model, forward, expected, flush_s, progress, **options)
+        _read_files(_Writer(library, todo, report), model, forward, flush_s, progress, **options)
 
 # %% ../../nbs/collection/scan.ipynb #7b8f917b
 def _count_gone(library: Library, gone: list[str], report: ScanReport, prune: bool, force: bool, dry_run: bool) -> None:
@@ -332,11 +316,11 @@ def scan(
     """Tag and embed the new and the changed files of a collection; the same call resumes after an interruption.
 
     Files that fail are listed in the report, and not tried again until they change. Settings are as for
-    `maestlib.embed`; `excerpt_s` seconds are read from the middle of each file, or else from its beginning; the labels
-    of `heads`, files, are stored with the model's. Raises `FileNotFoundError` for a path, `ValueError` for other
-    settings than those of the library and while another scan of it is running, `OSError` where it cannot be written.
+    `maestlib.embed`; `excerpt_s` seconds are from the middle of a file. Raises `FileNotFoundError` for a path,
+    `ValueError` for other settings and while another scan of it runs, `OSError` where it cannot be written.
     """
     start, settings, flush_s = time.monotonic(), _expand_preset(**settings), check_number("flush_s", flush_s, 0)
+    check_number("batch_size", batch_size, 1, integer=True, optional=True)
     folders, listing = _list_folders(paths)
     with contextlib.ExitStack() as stack:
         if dry_run and not (resolve_path(out) / "library.json").exists():

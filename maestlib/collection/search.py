@@ -270,7 +270,10 @@ def nearest(
     if options:
         raise ValueError(f"{', '.join(options)}: only for a library, which `maestlib.scan` makes")
     k, chunk_size = check_number("k", k, 1, integer=True), check_number("chunk_size", chunk_size, 1, integer=True)
-    table = pl.scan_parquet(resolve_path(embeddings)) if isinstance(embeddings, str | Path) else embeddings
+    table = embeddings
+    if isinstance(table, str | Path):
+        path = resolve_path(table)
+        table = pl.scan_parquet(path / "*.parquet" if path.is_dir() else path)
     if not _has_vectors(table):
         raise ValueError("embeddings: give a library, or a table with vectors in a column `embedding`, as of `embed`")
     queries = _query_vectors(query, table := table.lazy())

@@ -41,6 +41,8 @@ def resolve_path(
     path: str | Path,  # absolute, or relative to `project_root()`; a leading `~` is the home folder
 ) -> Path:  # absolute; need not exist
     "Make a path absolute, with the same meaning in a notebook that a person opens and under papermill."
+    if path == "":
+        raise ValueError("a path is empty; give a file or a folder, . for this one")
     path = Path(path).expanduser()
     return path if path.is_absolute() else project_root() / path
 
@@ -108,11 +110,17 @@ def atomic_write(
     with explain_read_only(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
+        mode = temporary.stat().st_mode  # some writers replace the file by one that nobody else may read
     try:
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:  # polars has its own
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, f"{path}: the disk is full; make room, and repeat the call") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -175,16 +183,6 @@ def file_lock(
         lock.release()
 
 # %% ../../nbs/core/files.ipynb #c9c22e30
-def _terminal_descriptor() -> int | None:
-    "The descriptor of the terminal that started this kernel; None outside of a kernel."
-    if "ipykernel" not in sys.modules:
-        return None
-    for stream in (sys.stderr, sys.__stderr__):  # the kernel's stream knows the terminal, unless a test replaced it
-        with contextlib.suppress(AttributeError, OSError):
-            return stream.fileno()
-    return None
-
-
 class NotebookHandler(logging.Handler):
     "Print log records to the current `sys.stdout` and, inside a Jupyter kernel, to the terminal as well."
 
@@ -193,9 +191,10 @@ class NotebookHandler(logging.Handler):
         try:
             line = self.format(record)
             print(line, flush=True)
-            terminal = _terminal_descriptor()
-            if terminal is not None:
-                os.write(terminal, f"{line}\n".encode())
+            for stream in (sys.stderr, sys.__stderr__) if "ipykernel" in sys.modules else ():
+                with contextlib.suppress(AttributeError, OSError):  # it knows the terminal, unless a test replaced it
+                    os.write(stream.fileno(), f"{line}\n".encode())
+                    break
         except Exception:
             self.handleError(record)
 

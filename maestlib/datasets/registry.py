@@ -32,7 +32,7 @@ def _read_tags(
         table = table.with_columns(pl.col("labels").fill_null("").str.split(";"))
     labels = pl.col("labels").fill_null([]).list.eval(pl.element().str.strip_chars())
     labels = labels.list.eval(pl.element().filter(pl.element() != "")).list.unique().list.sort()
-    table = table.with_columns(labels).rename({"path": "name"})
+    table = table.drop("name", strict=False).with_columns(labels).rename({"path": "name"})
     for name in (*table["name"], *table["labels"].explode()):
         if name and len(name.splitlines()) > 1:
             raise ValueError(f"{folder / tags}: {name!r} contains a line break; is a quote missing?")

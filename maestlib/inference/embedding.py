@@ -8,6 +8,7 @@ __all__ = ['list_sources', 'resolve_model', 'count_vectors', 'resolve_blocks', '
 
 # %% ../../nbs/inference/embedding.ipynb #1134c40c
 import json
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..audio.decode import AUDIO_SUFFIXES, printable_path, walk_audio
 from ..audio.mel import resample
 from ..core.checks import check_number, check_wave
 from ..core.device import default_device
-from ..core.files import log, resolve_path
+from ..core.files import log, project_root, resolve_path
 from .frames import prepare_frames
 from .heads import AttachedHeads, Head, resolve_heads
 from .jobs import ParquetJob, model_fingerprint, stream_to_parquet
@@ -38,8 +39,10 @@ _Source = str | Path | torch.Tensor | np.ndarray | Iterable[str | Path]
 
 
 def _audio_in(folder: Path) -> list[str]:
-    "The audio files of a folder, sorted. Raises `FileNotFoundError` where there are none."
-    paths = sorted(walk_audio(str(folder)))
+    "The audio files of a folder, sorted, and folders that cannot be read. Raises `FileNotFoundError` for none."
+    problems = []
+    paths = sorted(walk_audio(str(folder), problems=problems))
+    paths += [unreadable for unreadable, _ in problems]  # reported like a file
     if not paths:
         raise FileNotFoundError(f"{folder}: no audio in this folder ({', '.join(sorted(AUDIO_SUFFIXES))})")
     return paths
@@ -68,7 +71,8 @@ def list_sources(
         raise ValueError("paths: the list is empty; give files, a folder or a waveform")
     folders = [resolve_path(path) for path in sources]
     paths = [_audio_in(f) if f.is_dir() else [str(path)] for path, f in zip(sources, folders, strict=True)]
-    return list(dict.fromkeys(path for part in paths for path in part))
+    given, here = [path for part in paths for path in part], project_root()
+    return [*dict(zip((os.path.abspath(here / path) for path in given), given, strict=True)).values()]
 
 # %% ../../nbs/inference/embedding.ipynb #555faf6f
 def resolve_model(
@@ -76,7 +80,7 @@ def resolve_model(
 ) -> MAEST:  # as it was given, or loaded onto the default device
     "Load a model unless it is one. Raises what `load_model` raises, and `ValueError` for anything but a MAEST."
     if model is None or isinstance(model, str | Path):
-        model = load_model(model or BUNDLED_MODEL).to(default_device())
+        model = load_model(BUNDLED_MODEL if model is None else model).to(default_device())
     if not isinstance(model, MAEST):
         raise ValueError(f"model: {type(model).__name__} is no MAEST; give one, or the name of one")
     return model
@@ -226,8 +230,8 @@ def embed(
     A waveform is (samples,) float, mono, full scale ±1, at the model's 16 kHz unless `sample_rate` is given. Returns a
     row per window, or with `average` per recording: `path` (null for a waveform), `start_s`, `end_s`, `block` if there
     are several, and `embedding`, (vectors * embed_dim,) float32. With `out` the table is streamed there and returned
-    lazily, and all processes that call this with the same files and `out` share the work. With tokens="f" it returns a
-    row per column of patches instead, every 160 ms, from the window in whose middle the column lies.
+    lazily; files that it holds are not read again, and all processes that call this alike share the work. With
+    tokens="f" it returns a row per column of patches, every 160 ms, from the window in whose middle the column lies.
 
     Raises `ValueError` for parameters out of range, a model in training mode and an `out` made with other settings; if
     no file can be read, the first error. Other files that fail are left out and logged; with `out="emb.parquet"` they

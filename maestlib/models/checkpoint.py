@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from ..audio.mel import MelConfig
 from ..core.checks import check_names, check_number, check_numbers
+from ..core.device import resolve_device, resolve_dtype
 from ..core.files import asset_path, atomic_write, log, resolve_path
 from .columns import build_model
 from .effnet import EffNet, EffNetConfig
@@ -218,7 +219,7 @@ def load_model(
     separate_heads: bool | None = None,  # cls and dist have a head each; None: as released
     size: str = "base",  # of a random model: tiny, small or base
     seed: int = 0,  # of a random model or a new head
-    dtype: torch.dtype = torch.float32,  # of the weights
+    dtype: str | torch.dtype = torch.float32,  # of the weights
     device: str | torch.device = "cpu",  # of the weights
 ) -> MAEST:  # in evaluation mode; the baseline `EffNet` for a checkpoint of one
     """Load a model: find or download the file, verify and convert it, adapt it to what is asked for.
@@ -228,7 +229,8 @@ def load_model(
     """
     overrides = {"seconds": seconds, "mel": mel, "num_heads": num_heads, "separate_heads": separate_heads}
     overrides, seed = {k: v for k, v in overrides.items() if v is not None}, check_number("seed", seed, integer=True)
-    labels = None if labels is None else check_names("labels", labels)
+    labels, device = None if labels is None else check_names("labels", labels), resolve_device(device)
+    dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
     if str(name) == "random":
         config = MAESTConfig.from_size(size)
         config = replace(config, labels=label_names(400) if labels is None else labels, **overrides)

@@ -40,7 +40,9 @@ def _read_labels(table: str | Path | pl.DataFrame) -> pl.DataFrame:  # track_id,
     if "split" in table.columns:
         table = table.filter(pl.col("split").fill_null("") != "test")
     artist = "artist" if "artist" in table.columns else pl.lit(None, pl.String)
-    return table.select("path", "labels", track_id="path", artist=artist).unique("path", maintain_order=True)
+    if not (paths := table["path"].drop_nulls()).is_unique().all():
+        raise ValueError(f"table: {paths.filter(paths.is_duplicated())[0]} is in two rows; join their labels")
+    return table.select("path", "labels", track_id="path", artist=artist)
 
 # %% ../../nbs/probing/heads.ipynb #316e527c
 def _learnable_labels(table: pl.DataFrame, artists: np.ndarray, min_positives: int) -> list[str]:
@@ -126,10 +128,21 @@ def _cross_validate(config: HeadConfig, examples: HeadExamples, seed: int) -> tu
                 activations[left_out] = examples.average(head(windows).sigmoid().numpy())[left_out]
                 bar.update()
             likelihood = np.log(np.where(targets > 0, activations, 1 - activations).clip(1e-7)).mean()
-            if likelihood < best[0]:  # weaker ones only fit longer and worse
+            if likelihood > best[0]:
+                best = likelihood, strength, activations
+            elif likelihood < best[0] - 1e-3:  # weaker ones only fit longer and worse; constant heads differ by less
                 break
-            best = likelihood, strength, activations
     return best[1:]
+
+# %% ../../nbs/probing/heads.ipynb #bb3a1b12
+def _check_options(out, tokens, **numbers) -> Path:  # of the head
+    for name, value in numbers.items():
+        check_number(name, value, {"folds": 2, "min_positives": 1}.get(name, 0), integer=True)
+    if tokens == "f":
+        raise ValueError("tokens='f': a head reads one vector of a window; give some of c, d, t, r, s")
+    if (out := resolve_path(out)).suffix != ".safetensors" or out.is_dir():
+        raise ValueError(f"out={out}: give the name of a file that ends in .safetensors")
+    return out
 
 # %% ../../nbs/probing/heads.ipynb #d74cf680
 def train_head(
@@ -150,10 +163,11 @@ def train_head(
 
     Raises `ValueError` for a table without enough examples, and as `load_folder` and `embed` do.
     """
+    out = _check_options(out, tokens, folds=folds, hidden=hidden, min_positives=min_positives, seed=seed)
     name = BUNDLED_MODEL if model is None else "" if isinstance(model, MAEST) else Path(model).name
-    model, folds = resolve_model(model), check_number("folds", folds, 2, integer=True)
+    model = resolve_model(model)
     blocks = resolve_blocks(model.config.middle_block if block is None else block, model.config.depth)
-    rows, out = _read_labels(table), resolve_path(out)
+    rows = _read_labels(table)
     windows = embed(rows["path"].to_list(), model, blocks, tokens, out=embeddings, **options).lazy()
     windows = windows.filter(pl.col("path").is_in(rows["path"].implode())).collect()
     if windows.is_empty():

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['TOKEN_STACKS', 'PROBE_FIELDS', 'KEY_COLUMNS', 'SETTING_COLUMNS', 'STUDY_SCHEMA', 'BlockTokens', 'PROBE_SCALES',
-           'probe_settings', 'fill_scale', 'data_id', 'append_rows', 'run_study', 'ResampledStudy', 'list_settings',
+           'probe_settings', 'fill_scale', 'append_rows', 'run_study', 'ResampledStudy', 'list_settings',
            'resample_study']
 
 # %% ../../nbs/probing/study.ipynb #a6eade38
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..core.files import file_lock, log, resolve_path, write_parquet
 from ..core.text import split_label
-from ..datasets.batches import Corpus, log_missing_positives
+from ..datasets.batches import Corpus, data_id, log_missing_positives
 from .embeddings import Embeddings
 from .probe import Probe, ProbeConfig, ProbeResult, split_indices, standardize, train_probes
 from .references import CROSS_CHECKS
@@ -74,12 +73,6 @@ def fill_scale(
     changed = [f"{name} {value} for {full[name]}" for name, value in values.items() if value != full[name]]
     log.info(f"scale {scale}" + (f", not as published: {', '.join(changed)}" if changed else ", as published"))
     return values
-
-# %% ../../nbs/probing/study.ipynb #f4a91001
-def data_id(corpus: Corpus) -> str:
-    "Return the key `data` of a study: a checksum of the tracks, labels and splits."
-    rows = corpus.table.select("track_id", "split").write_csv().encode()
-    return f"{zlib.crc32(rows + corpus.targets.astype(np.float32).tobytes() + repr(corpus.labels).encode()):08x}"
 
 # %% ../../nbs/probing/study.ipynb #b4ef2389
 def _list_keys(

@@ -103,7 +103,7 @@ class Task:
     kind: str  # one of `KINDS`
     tracks: pl.DataFrame  # path, artist (who is resampled), and split where one is published
     outputs: tuple[str, ...]  # labels, classes, names of values, or `KEYS`
-    targets: np.ndarray  # (tracks, outputs): 0 or 1, or a value; NaN: not known
+    targets: np.ndarray  # (tracks, outputs): 0 or 1, or a value; NaN: not known, of labels and values
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -111,6 +111,8 @@ class Task:
         if self.targets.shape != (len(self.tracks), len(self.outputs)):
             shape = f"({len(self.tracks)} tracks, {len(self.outputs)} outputs)"
             raise ValueError(f"{self.name}: targets {self.targets.shape}; give {shape}")
+        if self.kind in ("multiclass", "key") and not np.isfinite(self.targets).all():
+            raise ValueError(f"{self.name}: the {self.kind} of a track is not known; leave the track out")
         known = [column[np.isfinite(column)] for column in self.targets.T]
         if self.kind != "key" and any(len(column) < 2 or np.ptp(column) == 0 for column in known):
             constant = [name for name, c in zip(self.outputs, known, strict=True) if len(c) < 2 or np.ptp(c) == 0]
@@ -174,7 +176,7 @@ def _read_targets(name: str, kind: str, table: pl.DataFrame) -> tuple[tuple[str,
     if kind == "multiclass":
         names = tuple(sorted(map(str, first.unique())))
         return names, _one_hot([str(value) for value in first], names)
-    if kind == "multilabel" and first.dtype == pl.String:
+    if kind == "multilabel" and first.dtype == pl.String and table.width == 1:
         first = first.str.split(";").list.eval(pl.element().str.strip_chars())
     if isinstance(first.dtype, pl.List):
         names = tuple(sorted(set(first.explode().drop_nulls()) - {""}))

@@ -159,7 +159,7 @@ def _score_run(targets, scores, labels, weights):  # scores (tracks, labels) →
     if not (targets.shape == scores.shape == (len(targets), len(labels)) and len(targets) > 0):
         hint = "targets and scores must both be (tracks, labels), with at least one track"
         raise ValueError(f"targets {targets.shape}, scores {scores.shape}, {len(labels)} labels: {hint}")
-    if targets.dtype.kind not in "biuf" or not np.isfinite(targets).all():
+    if targets.dtype.kind not in "biuf" or not ((targets == 0) | (targets == 1)).all():
         raise ValueError(f"targets of {targets.dtype}: give 0 or 1 for each track and label")
     if scores.dtype.kind not in "biuf" or not np.isfinite(scores).all():
         raise ValueError("scores: NaN or infinite; the model has diverged")

@@ -9,6 +9,7 @@ __all__ = ['MIN_TEST_TRACKS', 'predict', 'predict_test', 'warn_of_few', 'write_p
 # %% ../../nbs/training/evaluation.ipynb #b0aba457
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,21 +33,10 @@ from .config import TrainConfig
 from .thresholds import fit_thresholds, store_thresholds
 
 # %% ../../nbs/training/evaluation.ipynb #04cb36d2
-class _WindowReader(torch.utils.data.Dataset):
-    "Batches of windows: (batch, bands, frames) float16; short windows, and if `pad` the last batch, end in zeros."
-
-    def __init__(self, store, rows, starts, frames, batch_size, pad):  # rows of the store, first frames: (windows,)
-        self.store, self.rows, self.starts, self.frames = store, rows, starts, frames
-        self.batch_size, self.pad = batch_size, pad
-
-    def __len__(self):
-        return -(-len(self.rows) // self.batch_size)
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        batch = slice(i * self.batch_size, (i + 1) * self.batch_size)
-        mels = self.store.read_windows(self.rows[batch], self.starts[batch], self.frames)
-        missing = self.batch_size - len(mels) if self.pad else 0
-        return torch.cat([mels, mels.new_zeros(missing, *mels.shape[1:])]) if missing else mels
+def _read_batch(store, rows, starts, frames, lowest, windows):  # rows of the store, first frames; numbers of windows
+    "A batch (at least `lowest`, bands, frames) float16; short windows, and a short batch, end in zeros."
+    mels = store.read_windows(rows[windows], starts[windows], frames)
+    return torch.nn.functional.pad(mels, (0, 0, 0, 0, 0, max(0, lowest - len(mels))))
 
 # %% ../../nbs/training/evaluation.ipynb #04cb36d4
 def _gather_interleaved(values, total, world_size):  # process r holds the rows r, r + world_size, …
@@ -102,10 +92,10 @@ def predict(
     windows = [(i, start) for i, length in enumerate(lengths) for start in window_starts(length, frames, frames)]
     track, starts = np.array(windows, int).reshape(-1, 2).T  # none where there are fewer tracks than processes
     on_gpu = next(model.parameters()).device.type == "cuda"  # there batches of one size: compiled once
-    shape = frames, batch_size or auto_batch_size(model, patchout), on_gpu
-    reader = _WindowReader(corpus.store, store_rows[track], starts, *shape)
-    options = dict(batch_size=None, num_workers=num_workers, pin_memory=on_gpu)
-    batches = torch.utils.data.DataLoader(reader, sampler=range(len(reader)), **options)
+    batch_size = batch_size or auto_batch_size(model, patchout)
+    read = partial(_read_batch, corpus.store, store_rows[track], starts, frames, batch_size if on_gpu else 0)
+    options = dict(collate_fn=read, num_workers=num_workers, pin_memory=on_gpu)
+    batches = torch.utils.data.DataLoader(range(len(track)), batch_size, **options)
     batches = tqdm(batches, desc, disable=desc is None, leave=False)
     probabilities = _predict_windows(model, batches, patchout, dtype, on_batch)[: len(track)]
     sums = np.zeros((len(store_rows), probabilities.shape[1]), np.float64)

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import polars as pl
 import torch
-from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from ..core.device import call_in_rank_0
@@ -67,19 +67,13 @@ def _flush_metrics(trainer: Trainer):
     trainer.step_log.append(table)
 
 # %% ../../nbs/training/loop.ipynb #60f1df43
-_update_means = get_swa_multi_avg_fn()
-
-
-def _average_floats(averaged: list[torch.Tensor], current: list[torch.Tensor], n_averaged: torch.Tensor):
-    "Update the means of tensors of one dtype; an integer, such as BatchNorm's counter, has none and is copied."
-    if averaged[0].is_floating_point():
-        return _update_means(averaged, current, n_averaged)
-    for mean, value in zip(averaged, current, strict=True):
-        mean.copy_(value)
+def _average_floats(mean: torch.Tensor, value: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    "Update a mean; an integer, such as BatchNorm's counter, has none and is copied."
+    return mean + (value - mean) / (count + 1) if mean.is_floating_point() else value
 
 
 def _create_swa_model(trainer: Trainer) -> AveragedModel:  # a copy of the model
-    return AveragedModel(trainer.model, multi_avg_fn=_average_floats, use_buffers=True)
+    return AveragedModel(trainer.model, avg_fn=_average_floats, use_buffers=True)
 
 
 def _update_swa(trainer: Trainer):
@@ -103,13 +97,13 @@ def _best_map(rows: list[dict]) -> float:  # 0 if there is none
 # %% ../../nbs/training/loop.ipynb #ceb6927b
 def _training_row(trainer: Trainer) -> dict:
     "The columns of `metrics.parquet` that describe the training since the last validation."
-    last_step = trainer.history[-1]["step"] if trainer.history else 0
+    last_step, steps = trainer.history[-1]["step"] if trainer.history else 0, pl.concat(trainer.step_log)
     clips = trainer.step * trainer.batches.batch_size
     progress = {"step": trainer.step, "epoch": trainer.step / trainer.batches.steps_per_epoch, "clips": clips}
     return progress | {
         "elapsed_s": trainer.elapsed_s,
-        "loss": float(pl.concat(trainer.step_log).filter(pl.col("step") >= last_step)["loss"].mean()),
-        "learning_rate": trainer.step_log[-1]["learning_rate"][-1],
+        "loss": float(steps.filter(pl.col("step") >= last_step)["loss"].mean() or "nan"),  # of no step yet
+        "learning_rate": trainer.lr if steps.is_empty() else steps["learning_rate"][-1],
         "clips_per_s": clips / max(trainer.elapsed_s, 1e-9),
     }
 
@@ -156,7 +150,7 @@ def _save_checkpoint(trainer: Trainer):
     if trainer.rank > 0:
         return
     state = {name: getattr(trainer, name).state_dict() for name in _STATEFUL}
-    state |= {name: getattr(trainer, name) for name in ("step", "elapsed_s", "history")}
+    state |= {name: getattr(trainer, name) for name in ("step", "elapsed_s", "history", "data")}
     state["swa_model"] = trainer.swa_model.state_dict() if trainer.swa_model else None
     trainer.step_log = [pl.concat([pl.DataFrame(schema=_STEP_SCHEMA), *trainer.step_log])]
     with _warn_on_oserror(trainer):
@@ -181,6 +175,9 @@ def _load_checkpoint(trainer: Trainer):
     state = call_in_rank_0(lambda: _read_checkpoint(trainer))
     if state is None:
         return
+    if state["data"] != trainer.data:
+        source = trainer.config.dataset  # tracks, labels or splits
+        raise ValueError(f"{trainer.run_dir}: {source} has changed since; restore it, or give another out_dir")
     if swa_state := state.pop("swa_model"):
         trainer.swa_model = _create_swa_model(trainer)
         trainer.swa_model.load_state_dict(swa_state)

@@ -21,7 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from ..audio.mel import MelConfig, normalize
 from ..core.device import autocast, default_device, map_threads, one_thread
 from ..core.files import log, named_rng, rank_and_world_size, resolve_path
-from ..datasets.batches import BatchDataset, Corpus
+from ..datasets.batches import BatchDataset, Corpus, data_id
 from ..models.checkpoint import keep_first_blocks, load_model, model_from_tensors, replace_head
 from ..models.columns import build_model
 from ..models.effnet import EffNet, EffNetConfig
@@ -246,7 +246,7 @@ class Trainer(RunState):
         teacher: MAEST | None = None,  # its pseudo-labels are the targets of the dist token
     ):
         "Raises `ValueError` where the teacher, the micro-batch or the columns do not fit the run."
-        self.corpus, self.run_dir = corpus, resolve_path(config.out_dir)
+        self.corpus, self.data, self.run_dir = corpus, data_id(corpus), resolve_path(config.out_dir)
         self.device, self.dtype = default_device(), getattr(torch, config.dtype)
         self.rank, self.world_size = rank_and_world_size()
         self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
