@@ -118,7 +118,7 @@ def test_other_data_are_refused(small, tmp_path, monkeypatch):
         fit(*small(out_dir=str(tmp_path), num_validations=2))
     config, corpus, model = once_more(tmp_path)
     renamed = replace(corpus, labels=[*corpus.labels[1:], "Z"])
-    with pytest.raises(ValueError, match="has changed since; restore it"):
+    with pytest.raises(ValueError, match="restore it, or start anew"):
         fit(config, renamed, model)
     assert len(fit(config, corpus, model)) == 2
 

@@ -176,8 +176,7 @@ def _load_checkpoint(trainer: Trainer):
     if state is None:
         return
     if state["data"] != trainer.data:
-        source = trainer.config.dataset  # tracks, labels or splits
-        raise ValueError(f"{trainer.run_dir}: {source} has changed since; restore it, or give another out_dir")
+        raise ValueError(f"{trainer.config.dataset} changed since {trainer.run_dir} began; restore it, or start anew")
     if swa_state := state.pop("swa_model"):
         trainer.swa_model = _create_swa_model(trainer)
         trainer.swa_model.load_state_dict(swa_state)
