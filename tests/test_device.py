@@ -171,7 +171,10 @@ def test_predict_waits_once_at_the_end(model, fake, corpus, monkeypatch):
     config = MAESTConfig.from_size("tiny", depth=2, **shape) if model is MAEST else EffNetConfig(**shape)
     with fake, CUDA:
         model = model(config)
-    read = lambda reader, sampler, **options: (reader[i] for i in sampler)  # noqa: E731  a DataLoader reads a seed's value
+
+    def read(windows, size, collate_fn, **options):  # a DataLoader reads a seed's value
+        return (collate_fn([*windows[start : start + size]]) for start in range(0, len(windows), size))
+
     monkeypatch.setattr(torch.utils.data, "DataLoader", read)
     indices = corpus.indices("test")[:3]  # of 30 s: six windows each, in batches of four
     with fake, CountWaits() as counter, pytest.raises(RuntimeError, match="numpy"):  # a fake tensor has no values
