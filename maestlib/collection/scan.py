@@ -110,7 +110,8 @@ def _create(out: str | Path, model: MAEST | str | Path | None, device, given: di
     if name and resolve_path(name).exists():
         name = str(resolve_path(name))
     settings, config = LibrarySettings(name, **given), loaded.config
-    heads, _ = resolve_heads(settings.heads, loaded), count_hop_frames(settings.hop_s, config)  # raises
+    heads = resolve_heads(settings.heads, loaded)
+    count_hop_frames(settings.hop_s, config)  # raises for a wrong hop
     blocks = resolve_blocks(config.middle_block if settings.block is None else settings.block, config.depth)
     make_embedder(loaded, blocks, settings.tokens, settings.patchout, settings.dtype)  # raises for wrong parameters
     dim = count_vectors(loaded, settings.tokens, settings.patchout) * config.embed_dim
