@@ -62,7 +62,7 @@ def launch(
 ) -> pl.DataFrame:  # a row for each validation
     """Train in torchrun's processes and log what they print.
 
-    Raises `ValueError` if `nodes` is above 1 and MASTER_ADDR or NODE_RANK is not set, `RuntimeError` on a failure.
+    Raises `ValueError` if `nodes` is above 1 and MASTER_ADDR or NODE_RANK is not set, `ChildProcessError` on a failure.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf8", "errors": "replace"}
     process = subprocess.Popen(torchrun_command(config), env=os.environ | {"PYTHONIOENCODING": "utf8"}, **pipes)
@@ -75,8 +75,8 @@ def launch(
     finally:
         exit_code = process.wait()
     if exit_code != 0:
-        raise RuntimeError(f"{config.gpus} × {config.nodes} processes ended with code {exit_code}: see above")
-    return pl.read_parquet(resolve_path(config.out_dir) / "metrics.parquet")
+        raise ChildProcessError(f"{config.gpus} × {config.nodes} processes ended with code {exit_code}: see above")
+    return pl.read_parquet(resolve_path(config.out_dir) / "metrics.parquet", glob=False)
 
 # %% ../nbs/train.ipynb #387f026e
 def _build_parser() -> argparse.ArgumentParser:
@@ -111,9 +111,12 @@ def _shared_config(params: dict) -> TrainConfig:
     "Resolve the parameters in rank 0 and build the dataset there, for all processes."
     _, world_size = rank_and_world_size()
     gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # those that torchrun has started
+    started = {"gpus": gpus, "nodes": world_size // gpus}
+    if world_size == 1:
+        started |= {name: params[name] for name in started if params[name] != "auto"}
 
     def resolve() -> TrainConfig:
-        config = TrainConfig.from_params(params | {"gpus": gpus, "nodes": world_size // gpus})
+        config = TrainConfig.from_params(params | started)
         registry.load_dataset(config.dataset, **{"audio": config.audio} if config.audio else {})
         return config
 
@@ -139,7 +142,9 @@ def train_from_command_line(
     params = vars(_build_parser().parse_args(arguments))
     with _process_group():
         try:
-            _fit_and_report(_shared_config(params))
+            config = _shared_config(params)
+            is_started = config.gpus * config.nodes == rank_and_world_size()[1]
+            (_fit_and_report if is_started else launch)(config)
         except TrainingInterrupted as stopped:
             log.info(stopped)
         except (ValueError, OSError, ArithmeticError, MemoryError) as error:  # printed before the group is left

@@ -19,6 +19,7 @@ from maestlib.inference.windows import stream_mel
 from maestlib.models.columns import build_model
 from maestlib.models.maest import MAESTConfig
 from maestlib.speed.benchmark import InferenceSetting
+from maestlib.stats.significance import paired_bootstrap
 
 NAN, INF = float("nan"), float("inf")
 WAVE = recording(7)
@@ -144,7 +145,7 @@ NUMBERS = {
     "tokens": [3, "", "x"],
     "hop_s": [NAN, INF, "2", 0, -1, True],
     "windows": [NAN, INF, "2", 0, -1, 1.5, True],
-    "preset": ["slow", "", 3, True],
+    "preset": ["slow", "", 3, True, []],
     "batch_size": ["8", 0, 2.5, NAN, True],
     "num_workers": [-1, "2", 1.5],
     "sample_rate": [0, -16000, 10**9, INF, NAN, 16000.5, "16000", True],
@@ -209,7 +210,11 @@ def others() -> dict:  # name of the parameter: calls that give it a wrong value
         "deadline": [lambda v=v: recommend(1, deadline=v) for v in (NAN, "1", -1)],
         "min_map": [lambda v=v: recommend(1, min_map=v) for v in (NAN, "0.5", 3)],
         "n_bootstrap": [lambda v=v: ml.evaluate(targets, scores, ["a"], n_bootstrap=v) for v in (-1, 1.5, "9")],
-        "clusters": [lambda: ml.evaluate(targets, scores, ["a"], clusters=np.arange(3))],
+        "clusters": [
+            lambda v=v: ml.evaluate(targets, scores, ["a"], clusters=v)
+            for v in (np.arange(3), np.array(["Nina", None], object), ["Nina", None])
+        ],
+        "1 + resamples": [lambda: paired_bootstrap(targets, scores, scores, ["a"], n_bootstrap=0)],
         "targets": [
             lambda: ml.evaluate(targets * np.nan, scores, ["a"]),
             lambda: ml.evaluate(targets.astype(str), scores, ["a"]),

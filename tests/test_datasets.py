@@ -350,6 +350,24 @@ def test_load_folder_splits_by_artist(tmp_path):
     assert set(registry.load_dataset(folder / "own.parquet")["split"]) == {"test"}
 
 
+def test_load_folder_reports_artists_in_two_given_splits(tmp_path, capsys):
+    rows = ["a.wav,Nina,x,train", "b.wav,Nina,x,test", "sub/c.ogg,Ella,x,train"]
+    registry.load_dataset(make_folder(tmp_path, ["path,artist,labels,split", *rows]))
+    output = capsys.readouterr().out
+    assert "1 artists are in more than one split: Nina" in output and "Ella" not in output
+
+
+def test_labels_of_a_parquet_file_may_be_numbers(tmp_path):
+    folder = make_folder(tmp_path, ["path,labels"])
+    for labels in ([1, 2, None], [[1], [2], []]):
+        pl.DataFrame({"path": ["a.wav", "b.wav", "sub/c.ogg"], "labels": labels}).write_parquet(folder / "n.parquet")
+        assert registry.load_dataset(folder / "n.parquet")["labels"].to_list() == [["1"], ["2"], []]
+    artists = pl.DataFrame({"path": ["a.wav"], "labels": ["x"], "artist": [{"name": "Nina"}]})
+    artists.with_columns(artist=pl.concat_list("artist")).write_parquet(folder / "n.parquet")
+    with pytest.raises(ValueError, match="n.parquet: a column has another type"):
+        registry.load_dataset(folder / "n.parquet")
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [

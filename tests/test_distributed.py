@@ -53,6 +53,15 @@ def train_and_print(arguments):  # → exit code, stdout, stderr
         return train_from_command_line(arguments), out.getvalue(), err.getvalue()
 
 
+def test_processes_that_cannot_be_started_are_named(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    settings = FULL_RECIPE | {"dataset": folder, "out_dir": tmp_path / "run"}
+    for name, value in (("gpus", 1 + max(1, torch.cuda.device_count())), ("nodes", 2)):
+        assert train_from_command_line(options(settings | {name: value})) == 1
+        assert f"maestlib.train: {name}={value}: " in capsys.readouterr().err
+    assert not (tmp_path / "run/config.json").exists()
+
+
 @pytest.mark.slow
 def test_a_process_that_cannot_read_ends_the_run_on_all(folder, tmp_path):
     "A quarter of the batch is three clips, one of them without a partner. Two processes complete it."

@@ -347,7 +347,7 @@ def test_a_folder_that_cannot_be_read_is_reported(model, tmp_path, monkeypatch, 
     report = pl.read_parquet(tmp_path / "e.v1.report.parquet")
     assert report["path"].to_list() == [closed]
     assert nearest(pl.read_parquet(tmp_path / "e.v1/*.parquet").head(1), tmp_path / "e.v1")["cosine"][0] > 0.999
-    (tmp_path / "e.v1/.other.claim").touch()
+    (tmp_path / "e.v1/.other.claim").write_text("of a worker that was killed")
     assert nearest(pl.read_parquet(tmp_path / "e.v1/*.parquet").head(1), tmp_path / "e.v1")["cosine"][0] > 0.999
     command[1] = closed
     assert main(command) == 2, "nothing was done"

@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_head(trained, music, model, tmp_path):
 def test_an_mlp_of_two_blocks_from_a_table_in_memory(music, model, tmp_path):
     rows = [(str(music / f"{i:02}.wav"), ["both"] if i % 2 == i // 2 % 2 else ["one"]) for i in range(32)]
     table = pl.DataFrame(rows, ["path", "labels"], orient="row")
-    options = dict(block=(1, 3), tokens="cdtrs", hidden=8, min_positives=4)
+    options = dict(block=(1, 3), tokens="cdtrs", hidden=8.0, min_positives=4, folds=np.float64(5))
     head = train_head(table, model, out=tmp_path / "mlp.safetensors", **options)
     assert [tuple(p.shape) for p in head.parameters()] == [(8, 2 * 21 * 48), (8,), (2, 8), (2,)]
     assert head.config.provenance["artists"] == 32, "each recording is a group of its own"

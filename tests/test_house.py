@@ -241,6 +241,21 @@ def test_the_library_is_small():
     assert library <= MAX_LIBRARY_LINES and sum(lines.values()) <= MAX_LINES, (library, sum(lines.values()))
 
 
+def test_paths_of_tables_are_no_patterns():
+    "A folder may be called `Live [2020]`, where polars looks for a character between brackets."
+    calls = [(module, node) for module, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    readers = {f"pl.{verb}_{kind}" for verb in ("read", "scan") for kind in ("parquet", "csv")}
+    found = [call for call in calls if ast.unparse(call[1].func) in readers]
+    assert found
+    report(
+        [
+            at(MODULES[module], call.lineno, "give glob=False")
+            for module, call in found
+            if not any(k.arg == "glob" for k in call.keywords)
+        ]
+    )
+
+
 def test_no_public_name_is_defined_in_two_modules():
     places = {}
     for module, tree in TREES.items():

@@ -407,21 +407,21 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert child.returncode == 2 and "no library" in errors and not printed
 
 
-@pytest.mark.parametrize("suffix", ["wav", "ogg"])
-def test_another_rate_or_number_of_channels_is_another_sound(suffix, tmp_path):
+def test_another_rate_or_number_of_channels_is_another_sound(tmp_path):
     "The samples alone do not tell how they sound."
     wave = 0.1 * np.random.default_rng(0).normal(size=32_000)
-    soundfile.write(tmp_path / f"a.{suffix}", wave, 16_000)
-    before = read_identity(tmp_path / f"a.{suffix}").content
+    soundfile.write(tmp_path / "a.wav", wave, 16_000)
+    before = read_identity(tmp_path / "a.wav").content
     for rate, samples in ((8_000, wave), (16_000, wave.reshape(-1, 2))):
-        soundfile.write(tmp_path / f"a.{suffix}", samples, rate)
-        assert read_identity(tmp_path / f"a.{suffix}").content != before
+        soundfile.write(tmp_path / "a.wav", samples, rate)
+        assert read_identity(tmp_path / "a.wav").content != before
 
 
 def test_a_refused_scan_leaves_no_settings(music, model, tmp_path):
     for wrong, name in (
         ({"hop_s": 0.001}, "hop_s"),
         ({"batch_size": 0}, "batch_size"),
+        ({"num_workers": 0}, "num_workers"),
         ({"device": "toaster"}, "device"),
     ):
         with pytest.raises(ValueError, match=f"{name}="):

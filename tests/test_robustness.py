@@ -82,6 +82,25 @@ def test_only_files_are_opened(music, model, tmp_path):
         ml.tag(music / "pipe.mp3", model)
 
 
+def test_folders_with_brackets_are_read(music, model, tmp_path):
+    "Albums are often called so; to polars and to a shell, brackets are a pattern."
+    live = music.rename(tmp_path / "Live [2020]")
+    for out in ("e.parquet", "e"):
+        for _ in range(2):  # anew, and resumed
+            table = ml.embed(live, model, average=True, out=live / out).collect()
+        assert len(table) == 3 and nearest(table.head(1), live / out)["cosine"][0] > 0.999
+    assert scan(live, live / "library", model, progress=False).read == 3
+    assert scan(live, live / "library", progress=False).unchanged == 3
+    library = Library(live / "library")
+    assert len(nearest(library.songs["path"][:1].to_list(), library, k=2)) == 2
+    table = pl.DataFrame({"track_id": ["a"], "path": library.songs["path"][:1]})
+    assert extract_mels(table, live / "mels", num_workers=0).is_empty()
+    assert extract_mels(table, live / "mels", num_workers=0).is_empty()
+    assert ml.verify_store(live / "mels").is_empty() and len(ml.MelStore(live / "mels").tracks) == 1
+    table.with_columns(labels=pl.lit("x")).write_csv(live / "tags.csv")
+    assert len(ml.load_dataset(live)) == 1
+
+
 def test_files_vanish_during_a_scan(music, model, tmp_path, monkeypatch):
     "They are reported, not remembered, and read when they are back."
     list_audio, gone = scan_module.list_audio, music / "album 1/01.flac"

@@ -18,7 +18,7 @@ from maestlib.core.text import KEYS  # noqa: E402
 from maestlib.paper.experiments import run_experiment  # noqa: E402
 from maestlib.paper.scales import PaperConfig  # noqa: E402
 from maestlib.probing.encoders import AudioEncoder, embed_recordings, mel_encoder  # noqa: E402
-from maestlib.probing.suite import answer_suite, score_suite  # noqa: E402
+from maestlib.probing.suite import answer_suite, few_shot_curve, score_suite  # noqa: E402
 from maestlib.probing.tasks import Task, make_folds, make_task  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +106,19 @@ def test_a_broken_recording_is_left_out_for_that_model_and_the_scores_stay_paire
     assert differences["contrast"].to_list() == ["mel statistics - other"] * 2
     with pytest.raises(ValueError, match="none of 1 recordings"):
         embed_recordings([f"{tmp_path}/text.wav"], mel, tmp_path)
+    for size in (200, 0):
+        for file in tmp_path.rglob("*.npy"):
+            file.write_bytes(file.read_bytes()[:size])
+        with pytest.raises(ValueError, match="npy: damaged; delete it"):
+            embed_recordings([f"{sounds}/1.wav"], mel, tmp_path)
+
+
+def test_folds_and_layers_that_are_none_are_named(sounds):
+    task = make_task("genre", "multiclass", str(sounds / "sounds.csv"), "genre")
+    with pytest.raises(ValueError, match="folds=1"):
+        make_folds(task, 1)
+    with pytest.raises(ValueError, match="layer=2"):
+        few_shot_curve(task, np.ones((60, 2, 4)), 2)
 
 
 def test_a_published_split_is_the_only_fold(sounds):

@@ -178,6 +178,11 @@ def test_a_small_folder_is_told_what_will_happen_and_keeps_what_did(small, tmp_p
     assert kept | {"max_steps": 2900} == dataclasses.asdict(config)
 
 
+def test_the_shortest_run_takes_one_step(small, tmp_path):
+    config, *rest = small(out_dir=str(tmp_path / "run"), max_steps=0, epochs=0.01, depth=1)
+    assert fit(config, *rest)["step"][-1] == 1
+
+
 def test_a_busy_machine_changes_no_step(small, tmp_path, clock, capsys):
     settings = {"max_steps": 24, "depth": 1, "slow_minutes": 1.5, "num_validations": 1}
     losses = []

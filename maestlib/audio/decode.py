@@ -306,7 +306,7 @@ def _entries(folder: str, problems: list) -> list[os.DirEntry]:
         with os.scandir(folder) as entries:
             return [e for e in entries if not e.name.startswith(".") and e.name != "@eaDir"]
     except OSError as error:
-        problems.append((printable_path(folder), f"cannot be read ({error.strerror}); its files are left as they were"))
+        problems.append((folder, f"cannot be read ({error.strerror}); its files are left as they were"))
         return []
 
 # %% ../../nbs/audio/decode.ipynb #39c2a6fe
@@ -352,12 +352,13 @@ def list_audio(
             try:
                 status = os.stat(file)
             except OSError as error:
-                problems.append((printable_path(file), f"cannot be read ({error.strerror})"))
+                problems.append((file, f"cannot be read ({error.strerror})"))
                 continue
             if stat.S_ISREG(status.st_mode):
                 rows[printable_path(file)] = (status.st_size, status.st_mtime_ns)
             else:
-                problems.append((printable_path(file), "a pipe, a socket or a device; only files are read"))
+                problems.append((file, "a pipe, a socket or a device; only files are read"))
     columns = [(path, *rows[path]) for path in sorted(rows)]
     schema = {"path": pl.String, "size": pl.Int64, "mtime_ns": pl.Int64}
+    problems = [(printable_path(path), problem) for path, problem in problems]
     return Listing(pl.DataFrame(columns, schema, orient="row"), problems)

@@ -158,11 +158,11 @@ def _failed(part: pl.DataFrame) -> pl.DataFrame:  # track_id, path, error
 
 def _merge_parts(store: Path, table: pl.DataFrame, plan: dict[str, Any]) -> None:
     "Combine the parts of the index into one index and one report, and delete them."
-    parts = pl.concat([pl.read_parquet(store / "parts" / name) for name in _place_chunks(plan, len(table))])
+    parts = pl.concat([pl.read_parquet(store / "parts" / name, glob=False) for name in _place_chunks(plan, len(table))])
     new = {"index": parts.filter(error="").drop("path", "error"), "report": _failed(parts)}
     for name in new:
         if plan[name]:  # rows of an earlier extraction
-            new[name] = pl.concat([pl.read_parquet(store / f"{name}.parquet").head(plan[name]), new[name]])
+            new[name] = pl.concat([pl.read_parquet(store / f"{name}.parquet", glob=False).head(plan[name]), new[name]])
     _write_tables(store, tracks=table, **new)
     discard_folder(store / "parts")
 
@@ -184,7 +184,7 @@ def _check_settings(store: Path, meta: dict[str, Any]) -> None:
 def _new_plan(store: Path, table: pl.DataFrame, chunk_size: int | None) -> dict[str, Any] | None:
     "Plan the rows that a store does not hold; None if it holds all. Raises `ValueError` if it holds others."
     paths = {name: store / f"{name}.parquet" for name in TABLES}
-    finished = {name: pl.read_parquet(path) for name, path in paths.items() if path.exists()}
+    finished = {name: pl.read_parquet(path, glob=False) for name, path in paths.items() if path.exists()}
     rows, shards = {name: len(finished.get(name, [])) for name in ("index", "report")}, 0
     if len(finished) == len(TABLES):
         held = finished["tracks"].select("track_id", "path")
@@ -223,7 +223,7 @@ def _is_finished(store: Path, plan: dict[str, Any]) -> bool:
     "Whether the store's tables hold what was planned."
     if not (store / "SHA256SUMS").exists():
         return False
-    tables = [pl.scan_parquet(store / f"{name}.parquet") for name in ("index", "report")]
+    tables = [pl.scan_parquet(store / f"{name}.parquet", glob=False) for name in ("index", "report")]
     held = sum(table.select(pl.len()).collect().item() for table in tables)
     return held > plan["index"] + plan["report"]
 
@@ -279,7 +279,7 @@ def _run_plan(
         if not missing and claims.acquire("index"):
             _merge_parts(store, table, plan)
     if _is_finished(store, plan):
-        return pl.read_parquet(store / "report.parquet")
+        return pl.read_parquet(store / "report.parquet", glob=False)
     count = f"{len(missing):,} of {len(chunks):,} chunks are claimed by other workers"
     log.info(f"{store.name}: {count}, the last of which completes the store; if they died, run this again")
     return _failed(done)
@@ -297,8 +297,9 @@ def extract_mels(
 ) -> pl.DataFrame:  # track_id, path, error: the tracks that could not be used
     """Make, resume or extend a mel store; all processes that call this with the same table and store share the work.
 
-    Where other workers have yet to finish, the report has the tracks of this call only. Raises `ValueError` for a table
-    or settings other than the store's, and `OSError` when the disk is full.
+    Where other workers have yet to finish, the report has the tracks of this call only. A track that the store holds
+    is not read again, changed or not. Raises `ValueError` for a table or settings other than the store's, and `OSError`
+    when the disk is full.
     """
     store = resolve_path(store)
     _check_arguments(table, seconds, config, chunk_size)
@@ -308,6 +309,6 @@ def extract_mels(
     plan = _find_plan(store, table, meta, chunk_size)
     if plan is None:
         _remove_temporary(store)
-        return pl.read_parquet(store / "report.parquet")
+        return pl.read_parquet(store / "report.parquet", glob=False)
     job = functools.partial(_mel_bytes, seconds=seconds, min_seconds=min_seconds, config=config, load=load)
     return _run_plan(store, table, plan, job, worker_count() if num_workers is None else num_workers)

@@ -7,13 +7,12 @@ __all__ = ['TABLES', 'INDEX_SCHEMA', 'shard_path', 'table_checksums', 'ShardFile
            'verify_store']
 
 # %% ../../nbs/audio/store.ipynb #38b2d0dc
-import functools
 import hashlib
 import os
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,7 +55,7 @@ class ShardFiles:
 
     def __init__(self, path: Path):  # the folder of the shards
         self.path, self._lock = path, threading.Lock()
-        self._open = functools.lru_cache(256)(partial(open, mode="rb", buffering=0))  # a process may open 1,024
+        self._open = lru_cache(256)(lambda shard: open(shard_path(path, shard), "rb", buffering=0))
 
     def _pread(self, file: BinaryIO, size: int, offset: int) -> bytes:
         if hasattr(os, "pread"):
@@ -67,10 +66,9 @@ class ShardFiles:
 
     def read(self, shard: int, size: int, offset: int) -> bytes:  # all in bytes
         "Read a part of a shard. Raises `OSError` where it cannot be read or ends early."
-        path = shard_path(self.path, shard)
-        data = self._pread(self._open(path), size, offset)
+        data = self._pread(self._open(shard), size, offset)
         if len(data) < size:
-            raise OSError(f"{path}: ends before byte {offset + size:,}; ml.verify_store tells")
+            raise OSError(f"{shard_path(self.path, shard)}: ends before byte {offset + size:,}; ml.verify_store tells")
         return data
 
 # %% ../../nbs/audio/store.ipynb #7be3a1c0
@@ -170,18 +168,18 @@ class MelStore(WindowReader):
             raise FileNotFoundError(f"{path}: no finished mel store; {hint}")
         meta = read_json(path / "meta.json")
         self.seconds, self.config = meta["seconds"], MelConfig.from_dict(meta["config"])
-        super().__init__(path, pl.read_parquet(path / "index.parquet"), self.config.n_mels)
+        super().__init__(path, pl.read_parquet(path / "index.parquet", glob=False), self.config.n_mels)
 
-    @functools.cached_property
+    @cached_property
     def tracks(self) -> pl.DataFrame:  # in the order of `index`
         "The table that the store was made from, without the tracks that could not be used."
-        tracks = pl.read_parquet(self.path / "tracks.parquet")
+        tracks = pl.read_parquet(self.path / "tracks.parquet", glob=False)
         return self.index.select("track_id").join(tracks, "track_id", how="left", maintain_order="left")
 
-    @functools.cached_property
+    @cached_property
     def report(self) -> pl.DataFrame:  # track_id, path, error
         "The tracks that could not be used."
-        return pl.read_parquet(self.path / "report.parquet")
+        return pl.read_parquet(self.path / "report.parquet", glob=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -232,7 +230,7 @@ def verify_store(
     store = resolve_path(store)
     problems = list(_verify_tables(store))
     if not problems:  # the index can be trusted
-        index = pl.read_parquet(store / "index.parquet")
+        index = pl.read_parquet(store / "index.parquet", glob=False)
         frame_bytes = read_json(store / "meta.json")["config"]["n_mels"] * 2
         on_disk = {int(path.name.split(".")[1]) for path in store.glob("mels.*.f16")}
         for shard in sorted(set(index["shard"]) | on_disk):

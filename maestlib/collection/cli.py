@@ -94,7 +94,7 @@ def _model_options(args: argparse.Namespace) -> dict:
     from maestlib.models.patchout import Patchout
 
     options = shell.given_options(args, "hop_s", "windows", "preset", "dtype", "batch_size")
-    if args.keep_every is not None or args.drop_rows:
+    if not args.preset or args.keep_every is not None or args.drop_rows:  # results of 0.1 carry this patchout
         keep_every = preset_values(args.preset or "full")["keep_every"] if args.keep_every is None else args.keep_every
         options["patchout"] = Patchout(keep_every, args.drop_rows or ())
     return {"model": shell.model_from_shell(args.model)} | options
@@ -189,7 +189,7 @@ def _run_embed(args: argparse.Namespace) -> int:
     report = report_path(Path(out))
     if not report.exists():  # other workers have yet to finish
         return 0
-    report = pl.read_parquet(report)
+    report = pl.read_parquet(report, glob=False)
     failed = report.filter(pl.col("path").is_in([*map(printable_path, paths)]))  # not those of earlier calls
     for path, error in failed.iter_rows():
         message = error if path in error else f"{path}: {error}"

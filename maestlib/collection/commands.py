@@ -71,7 +71,7 @@ def add_model_options(add: AddOption) -> None:
 # %% ../../nbs/collection/commands.ipynb #1ec8e5ef
 def from_shell(path: str) -> str:  # absolute
     "Make a path absolute that is relative to the current folder."
-    return str(Path(path).expanduser().absolute())
+    return path and str(Path(path).expanduser().absolute())  # an empty one is refused later
 
 
 def model_from_shell(

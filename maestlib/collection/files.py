@@ -73,7 +73,6 @@ def _identity_by_samples(path: Path) -> Identity:
     name = os.fsencode(path) if os.name == "posix" else path  # may be no UTF-8
     with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(name) as file:
         if file.format == "OGG" and file.frames:
-            digest.update(f"{file.samplerate} {file.channels}".encode())
             for block in file.blocks(1 << 16, dtype="int16"):
                 digest.update(block)
             return Identity(digest.hexdigest(), file.frames / file.samplerate, *map(file.copy_metadata().get, _FIELDS))
@@ -89,8 +88,9 @@ def read_identity(
     try:
         for section in find_sections(path):
             with open_stream(path, section) as (container, stream):
-                codec = stream.codec_context
-                digest.update(f"{codec.name} {codec.sample_rate} {codec.layout.nb_channels}".encode())
+                codec = stream.codec_context  # packets of samples alone do not tell how they sound
+                format = f" {codec.sample_rate} {codec.layout.nb_channels}" * codec.name.startswith("pcm")
+                digest.update(f"{codec.name}{format}".encode())
                 for packet in container.demux(stream):
                     digest.update(packet)
                     seconds += float((packet.duration or 0) * (packet.time_base or 0))

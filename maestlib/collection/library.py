@@ -124,7 +124,7 @@ class LibraryTables(LibraryFolder):
     def songs(self) -> pl.DataFrame:  # path, size, mtime_ns, content, duration_s, artist, album, title, error
         "All files of the library, sorted by path."
         file = self.folder / "songs.parquet"
-        return pl.read_parquet(file) if file.exists() else pl.DataFrame(schema=_SONGS)
+        return pl.read_parquet(file, glob=False) if file.exists() else pl.DataFrame(schema=_SONGS)
 
     def chunks(self) -> list[Path]:
         "List the files of vectors."
@@ -132,7 +132,8 @@ class LibraryTables(LibraryFolder):
 
     def contents(self) -> set[str]:
         "Return the recordings that have vectors."
-        return {content for file in self.chunks() for content in pl.read_parquet(file, columns=["content"])["content"]}
+        chunks = (pl.read_parquet(file, columns=["content"], glob=False) for file in self.chunks())
+        return {content for chunk in chunks for content in chunk["content"]}
 
     def activations(self) -> tuple[pl.DataFrame, np.ndarray]:  # rows of `songs`; (recordings, labels) float16
         "Read the tags of all recordings."
@@ -155,7 +156,7 @@ def _read_column(library: LibraryTables, column: str, width: int) -> tuple[pl.Da
     rows = songs.select("content").with_row_index("row")
     values = np.zeros((len(songs), width), np.float16)
     for file in library.chunks():
-        chunk = pl.read_parquet(file, columns=["content", column]).join(rows, "content")
+        chunk = pl.read_parquet(file, columns=["content", column], glob=False).join(rows, "content")
         part = chunk[column].to_numpy()
         if column != "activations":
             part = part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
@@ -217,7 +218,7 @@ def remove_songs(
     library.save_songs(library.songs.filter(~pl.col("path").is_in(list(paths))))
     needed = library.songs["content"].unique().implode()
     for file in library.chunks():
-        chunk = pl.read_parquet(file)
+        chunk = pl.read_parquet(file, glob=False)
         kept = chunk.filter(pl.col("content").is_in(needed))
         if len(kept) < len(chunk):
             write_parquet(file, kept)

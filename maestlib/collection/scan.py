@@ -287,8 +287,15 @@ def _summary(library: Library, report: ScanReport) -> str:
     return f"{library.folder.name}: {done}; {report.audio_s / 3600:.2f} h of audio in {report.elapsed_s:.0f} s"
 
 # %% ../../nbs/collection/scan.ipynb #b4a0e015
+def _check_job(flush_s: float, **counts: int | None) -> float:
+    for name, value in counts.items():
+        check_number(name, value, 1, integer=True, optional=True)
+    return check_number("flush_s", flush_s, 0)
+
+
 def _list_folders(paths) -> tuple[list[str], list]:  # absolute folders and files; what is in them
-    folders = [os.path.abspath(resolve_path(p)) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    several = [paths] if isinstance(paths, str) or not isinstance(paths, Iterable) else paths
+    folders = [os.path.abspath(resolve_path(path)) for path in several]
     if not folders:
         raise ValueError("paths: none; give folders or audio files")
     return folders, list_audio(folders)
@@ -317,11 +324,11 @@ def scan(
     """Tag and embed the new and the changed files of a collection; the same call resumes after an interruption.
 
     Files that fail are listed in the report, and not tried again until they change. Settings are as for
-    `maestlib.embed`; `excerpt_s` seconds are from the middle of a file. Raises `FileNotFoundError` for a path,
-    `ValueError` for other settings and while another scan of it runs, `OSError` where it cannot be written.
+    `maestlib.embed`; `excerpt_s` seconds are of its middle, or `center=False` its start. Raises `FileNotFoundError`,
+    `ValueError` for other settings and while another scan of it runs, and `OSError` where it cannot be written.
     """
-    start, settings, flush_s = time.monotonic(), _expand_preset(**settings), check_number("flush_s", flush_s, 0)
-    check_number("batch_size", batch_size, 1, integer=True, optional=True)
+    start, settings = time.monotonic(), _expand_preset(**settings)
+    flush_s = _check_job(flush_s, batch_size=batch_size, num_workers=num_workers)
     folders, listing = _list_folders(paths)
     with contextlib.ExitStack() as stack:
         if dry_run and not (resolve_path(out) / "library.json").exists():

@@ -273,7 +273,7 @@ def nearest(
     table = embeddings
     if isinstance(table, str | Path):
         path = resolve_path(table)
-        table = pl.scan_parquet(path / "*.parquet" if path.is_dir() else path)
+        table = pl.scan_parquet(sorted(path.glob("*.parquet")) if path.is_dir() else path, glob=False)
     if not _has_vectors(table):
         raise ValueError("embeddings: give a library, or a table with vectors in a column `embedding`, as of `embed`")
     queries = _query_vectors(query, table := table.lazy())

@@ -27,12 +27,8 @@ from .files import rank_and_world_size
 # %% ../../nbs/core/device.ipynb #13390b61
 def default_device() -> torch.device:  # `cuda:{LOCAL_RANK}`, `mps` or `cpu`
     "Return the fastest device, or the one that `MAESTLIB_DEVICE` names. Raises `ValueError` if it cannot be used."
-    usable = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available() and rank_and_world_size()[1] == 1,
-        "cpu": True,
-    }
-    kinds = [kind for kind, is_usable in usable.items() if is_usable]
+    has_mps = torch.backends.mps.is_available() and rank_and_world_size()[1] == 1
+    kinds = ["cuda"] * torch.cuda.is_available() + ["mps"] * has_mps + ["cpu"]
     kind = os.environ.get("MAESTLIB_DEVICE") or kinds[0]
     if kind not in kinds:
         raise ValueError(f"MAESTLIB_DEVICE={kind}: give one that this process can use ({', '.join(kinds)})")
@@ -46,7 +42,7 @@ def resolve_device(
     try:
         return torch.empty(0, device=default_device() if device is None else device).device
     except (AssertionError, RuntimeError) as error:  # torch's, without CUDA and for an unknown name
-        raise ValueError(f"device={device}: cannot be used here; leave it out for the fastest") from error
+        raise ValueError(f"device={device}: cannot be used here; give cpu, or another that is there") from error
 
 # %% ../../nbs/core/device.ipynb #82b65ad6
 @functools.cache

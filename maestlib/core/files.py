@@ -110,12 +110,12 @@ def atomic_write(
     with explain_read_only(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # some writers replace the file by one that nobody else may read
+        mode = (path if path.exists() else temporary).stat().st_mode  # some writers leave one that only they may read
     try:
         yield temporary
-        temporary.chmod(mode)
         with open(temporary, "r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except Exception as error:  # polars has its own
         if os.strerror(errno.ENOSPC) not in str(error):

@@ -221,7 +221,7 @@ def _read_dump(path, out, tag: str, to_row: Callable, schema: dict) -> pl.DataFr
     if out is None:
         return table
     os.replace(partial, out)
-    return pl.scan_parquet(out)
+    return pl.scan_parquet(out, glob=False)
 
 # %% ../../nbs/datasets/discogs.ipynb #5d1d1007
 def read_masters(

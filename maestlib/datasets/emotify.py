@@ -29,7 +29,9 @@ def load_emotify(
     Source: Aljanaki, Wiering and Veltkamp, Studying emotion induced by music through a crowdsourcing game, 2016.
     """
     folder = resolve_path(folder)
-    votes = _read_votes(folder / "data.csv")
+    votes = read_table(folder / "data.csv", ("track id", "genre", *EMOTIONS))
+    votes = votes.with_columns(pl.col(EMOTIONS).cast(pl.Float64), number=(pl.col("track id").cast(int) - 1) % 100 + 1)
+    votes = votes.group_by("genre", "number").agg(pl.len().alias("votes"), pl.col(EMOTIONS).mean())
     files = pl.DataFrame({"path": [str(path) for path in sorted(folder.glob("*/*.mp3"))]}, {"path": pl.String})
     parts = pl.col("path").str.extract_groups(r"(?<genre>[^/\\]+)[/\\](?<number>\d+)\.mp3$")
     files = files.with_columns(parts.alias("name")).unnest("name").with_columns(pl.col("number").cast(pl.Int64))
@@ -41,9 +43,3 @@ def load_emotify(
         log.info(f"Emotify: {len(votes) - len(table)} of {len(votes)} recordings have no file in {folder}")
     artists = pl.Series("artist", [read_credits(path).get("author") for path in table["path"]], pl.String)
     return table.select("path", artists, "genre", "votes", *EMOTIONS)
-
-# %% ../../nbs/datasets/emotify.ipynb #b78a3164
-def _read_votes(path: Path) -> pl.DataFrame:  # genre, number (1 to 100), votes, shares
-    table = read_table(path, ("track id", "genre", *EMOTIONS))
-    table = table.with_columns(pl.col(EMOTIONS).cast(pl.Float64), number=(pl.col("track id").cast(int) - 1) % 100 + 1)
-    return table.group_by("genre", "number").agg(pl.len().alias("votes"), pl.col(EMOTIONS).mean())

@@ -115,12 +115,12 @@ def load_nsynth(
 # %% ../../nbs/datasets/probing_sets.ipynb #e0966d13
 def _read_fma_tracks(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:  # columns, such as "set.split", of strings
     "Read columns of tracks.csv, and track_id, which is the first one. Raises `ValueError` for a missing column."
-    top = pl.read_csv(path, has_header=False, n_rows=3, infer_schema=False)
+    top = pl.read_csv(path, has_header=False, n_rows=3, infer_schema=False, glob=False)
     names = [f"{group}.{name}" for group, name in zip(*top.head(2).rows(), strict=True)] if top.height == 3 else []
     if not set(columns) <= set(names) or top.item(2, 0) != "track_id":
         needed = ", ".join(columns)
         raise ValueError(f"{path}: its three header rows do not give track_id, {needed}; use the file as published")
-    table = pl.scan_csv(path, has_header=False, skip_rows=3, infer_schema=False)
+    table = pl.scan_csv(path, has_header=False, skip_rows=3, infer_schema=False, glob=False)
     picked = {column: pl.nth(names.index(column)) for column in columns}
     return table.select(track_id=pl.nth(0), **picked).collect()
 

@@ -24,7 +24,7 @@ PAPER_COUNTS = {  # MAEST paper, §3.3: tracks, labels
 
 def published_protocols() -> pl.DataFrame:  # columns as of `report_protocol`, one row per list
     "Return the counts and fingerprints of the lists as their authors publish them."
-    return pl.read_csv(asset_path("benchmarks/published.csv"), schema_overrides={"fingerprint": pl.String})
+    return pl.read_csv(asset_path("benchmarks/published.csv"), schema_overrides={"fingerprint": pl.String}, glob=False)
 
 # %% ../../nbs/datasets/protocol.ipynb #5d1d3006
 def _artists_in_two_splits(table: pl.DataFrame) -> int | None:  # None: the table does not know artists

@@ -105,14 +105,14 @@ def _list_tracks(folder: Path, credits: Path | None, num_workers: int) -> tuple[
     problems = []
     files = {Path(file).relative_to(folder).as_posix(): file for file in walk_audio(str(folder), problems=problems)}
     unnamed = [name for name in files if printable_path(name) != name]
-    problems += [(printable_path(name), "its name is no UTF-8; rename it") for name in unnamed]
+    problems += [(name, "its name is no UTF-8; rename it") for name in unnamed]
     names, table, rows = sorted(files.keys() - set(unnamed)), credits and CreditsTable(credits), []
     tags = imap_isolated(read_credits, map(files.get, names), num_workers, on_crash=lambda error: {})
     for name, found in zip(names, tqdm(tags, total=len(names), unit="file", delay=2), strict=True):
         found = {"source": name.rpartition("/")[0].partition("/")[0]} | (table.find(name) if table else {}) | found
         rows.append((name, files[name], *map(found.get, CREDITS)))
     schema = dict.fromkeys(("track_id", "path", *CREDITS), pl.String)
-    return pl.DataFrame(rows, schema, orient="row"), problems
+    return pl.DataFrame(rows, schema, orient="row"), [(printable_path(path), why) for path, why in problems]
 
 # %% ../../nbs/datasets/recordings.ipynb #c0ffee18
 def _same_titles(tracks: pl.DataFrame) -> Iterator[tuple[int, int]]:  # rows: of a double, and of the track it repeats
@@ -162,7 +162,7 @@ def _extraction_table(tracks: pl.DataFrame, out: Path) -> pl.DataFrame:  # track
     "What a store holds already comes first, in its order, as only rows at the end can be added to it."
     wanted = tracks.select("track_id", "path")
     if (out / "tracks.parquet").exists():
-        held = pl.read_parquet(out / "tracks.parquet", columns=["track_id", "path"])
+        held = pl.read_parquet(out / "tracks.parquet", columns=["track_id", "path"], glob=False)
         return pl.concat([held, wanted.join(held, "track_id", how="anti", maintain_order="left")])
     return wanted
 

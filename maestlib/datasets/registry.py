@@ -6,7 +6,6 @@
 __all__ = ['RENDERED', 'DATASETS', 'ROLLS', 'fill_columns', 'load_folder', 'find_mels', 'load_dataset', 'load_columns']
 
 # %% ../../nbs/datasets/registry.ipynb #f0d0271e
-import importlib
 import os
 import pkgutil
 import unicodedata
@@ -28,9 +27,9 @@ def _read_tags(
 ) -> pl.DataFrame:  # as in the file; labels are sorted lists, and name is the path as it is in the file
     "Read a table of tags; labels are stripped and deduplicated. Raises as `read_table`, and for a name of two lines."
     table = read_table(folder / tags, columns=("path", "labels"))
-    if table["labels"].dtype == pl.String:
-        table = table.with_columns(pl.col("labels").fill_null("").str.split(";"))
-    labels = pl.col("labels").fill_null([]).list.eval(pl.element().str.strip_chars())
+    if not table["labels"].dtype.is_nested():
+        table = table.with_columns(pl.col("labels").cast(pl.String).fill_null("").str.split(";"))
+    labels = pl.col("labels").cast(pl.List(pl.String)).fill_null([]).list.eval(pl.element().str.strip_chars())
     labels = labels.list.eval(pl.element().filter(pl.element() != "")).list.unique().list.sort()
     table = table.drop("name", strict=False).with_columns(labels).rename({"path": "name"})
     for name in (*table["name"], *table["labels"].explode()):
@@ -117,8 +116,14 @@ def load_folder(
     Raises `ValueError` where none of the files exists, and as `read_table`, `fill_columns` and `validate_table`.
     """
     path = resolve_path(path)
-    table = _drop_missing(_read_tags(path, tags), path, tags)
-    return validate_table(fill_columns(table, seed, validation, test).drop("name"), str(path / tags))
+    try:
+        table = _drop_missing(_read_tags(path, tags), path, tags)
+        table = validate_table(fill_columns(table, seed, validation, test).drop("name"), str(path / tags))
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path / tags}: a column has another type, {str(error).splitlines()[0]}") from error
+    shared = table.group_by("artist").agg(pl.col("split").n_unique()).filter(pl.col("split") > 1)
+    _log_names("artists are in more than one split", sorted(shared["artist"]))
+    return table
 
 # %% ../../nbs/datasets/registry.ipynb #0564be81
 RENDERED = {  # name: module and function that builds the mel store of a rendered corpus
@@ -155,7 +160,7 @@ def _load_path(path: Path, message: str, **options) -> pl.DataFrame:
     if not path.is_dir():
         raise ValueError(message)
     if find_mels(path) and (path / "tracks.parquet").exists():
-        return validate_table(pl.read_parquet(path / "tracks.parquet"), str(path))
+        return validate_table(pl.read_parquet(path / "tracks.parquet", glob=False), str(path))
     tags = next((name for name in ("tags.csv", "tags.parquet") if (path / name).exists()), None)
     if tags is None:
         raise ValueError(f"{path}: no tags.csv or tags.parquet in it (columns path, labels)")
@@ -190,5 +195,5 @@ def load_columns(
     "Load the targets of each patch column. Raises `ValueError` for a dataset without them."
     if str(name) not in ROLLS:
         raise ValueError(f"dataset={name}: only {', '.join(ROLLS)} has targets for each column of patches")
-    module = importlib.import_module(ROLLS[str(name)])
+    module = pkgutil.resolve_name(ROLLS[str(name)])
     return module.COLUMN_LABELS, module.load_rolls(track_ids, **options)

@@ -119,7 +119,7 @@ def read_table(
     try:
         if suffix != ".parquet":
             return _read_text(path, columns, separator or ("\t" if suffix == ".tsv" else ","))
-        table = pl.read_parquet(path)
+        table = pl.read_parquet(path, glob=False)
     except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a table ({str(error).splitlines()[0]})") from error
     _check_columns(path, table.columns, columns)

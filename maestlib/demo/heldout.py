@@ -73,7 +73,7 @@ def sample_excerpt(
 # %% ../../nbs/demo/heldout.ipynb #f64011a9
 @functools.lru_cache(1)
 def _read_tables(folder: str) -> tuple[dict, dict]:  # excerpts by track_id; parts by collection and title
-    excerpts, works = (pl.read_parquet(Path(folder) / f"{name}.parquet") for name in ("excerpts", "works"))
+    excerpts, works = (pl.read_parquet(Path(folder) / f"{name}.parquet", glob=False) for name in ("excerpts", "works"))
     parts = {(row["collection"], row["title"]): row["parts"] for row in works.iter_rows(named=True)}
     return {row["track_id"]: row for row in excerpts.iter_rows(named=True)}, parts
 

@@ -58,7 +58,7 @@ def render_score_tasks(
     works, table = folder / "works.parquet", folder / f"answers-{clips}.parquet"
     with file_lock(folder):
         if table.exists():
-            return pl.read_parquet(table)
+            return pl.read_parquet(table, glob=False)
         if not works.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_parquet(works, training_works(0))
@@ -67,4 +67,4 @@ def render_score_tasks(
         if len(rows) < clips:
             log.info(f"score tasks: {clips - len(rows)} of {clips} clips cannot be rendered and are left out")
         write_parquet(table, pl.DataFrame(rows))
-    return pl.read_parquet(table)
+    return pl.read_parquet(table, glob=False)

@@ -103,7 +103,7 @@ def read_plans(
     path: str,  # plans.parquet, beside the mel store
 ) -> dict[str, dict]:  # plans by track_id, as from `plan_clip`
     "Read the plans of a rendered corpus."
-    return {plan["track_id"]: plan for plan in pl.read_parquet(path).iter_rows(named=True)}
+    return {plan["track_id"]: plan for plan in pl.read_parquet(path, glob=False).iter_rows(named=True)}
 
 # %% ../../nbs/demo/tunes.ipynb #faaaee0f
 def load_or_render(

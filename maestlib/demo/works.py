@@ -99,7 +99,7 @@ def read_scores(
             rows = imap_isolated(_read_row, map(str, files), workers or cpu_count())
             rows = list(tqdm(rows, f"reading {name}", total=len(files), unit="score", delay=2))
             write_parquet(path, pl.DataFrame(rows, infer_schema_length=None))
-    table = pl.read_parquet(path)
+    table = pl.read_parquet(path, glob=False)
     failed = table.filter(pl.col("error").is_not_null())
     if len(failed):
         log.info(f"{len(failed)} of {len(table)} scores cannot be read, such as {failed['error'][0]}")
@@ -111,7 +111,7 @@ def read_works(
     path: str,  # a parquet file
 ) -> pl.DataFrame:
     "Read a table of works, which worker processes keep."
-    return pl.read_parquet(path)
+    return pl.read_parquet(path, glob=False)
 
 # %% ../../nbs/demo/works.ipynb #a8f9ee9b
 def training_works(

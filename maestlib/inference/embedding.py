@@ -72,7 +72,7 @@ def list_sources(
     folders = [resolve_path(path) for path in sources]
     paths = [_audio_in(f) if f.is_dir() else [str(path)] for path, f in zip(sources, folders, strict=True)]
     given, here = [path for part in paths for path in part], project_root()
-    return [*dict(zip((os.path.abspath(here / path) for path in given), given, strict=True)).values()]
+    return [*dict(zip((os.path.abspath(os.path.join(here, path)) for path in given), given, strict=True)).values()]
 
 # %% ../../nbs/inference/embedding.ipynb #555faf6f
 def resolve_model(
@@ -199,14 +199,12 @@ def prepare_embedding(
             raise ValueError(f"windows={windows}, tokens='f': frames are those of whole recordings; leave windows out")
         return *prepare_frames(model, blocks, patchout, hop_s, average, dtype, batch_size, num_workers), choices
     forward = make_embedder(model, blocks, tokens, patchout, dtype)
-    if batch_size is None:
-        batch_size = auto_batch_size(model, patchout)
+    batch_size = auto_batch_size(model, patchout) if batch_size is None else batch_size
     options = dict(model=model, forward=forward, hop_s=hop_s, batch_size=batch_size, num_workers=num_workers)
-    options["windows"] = windows
     to_table = partial(_to_table, blocks=blocks, average=average)
     values = np.zeros((len(blocks), count_vectors(model, tokens, patchout) * model.config.embed_dim), np.float32)
     schema = dict(to_table(None, [(0.0, 0.0, values)]).schema)
-    return partial(iter_results, **options), to_table, schema, choices
+    return partial(iter_results, windows=windows, **options), to_table, schema, choices
 
 # %% ../../nbs/inference/embedding.ipynb #ea3f8559
 def embed(
@@ -230,8 +228,8 @@ def embed(
     A waveform is (samples,) float, mono, full scale ±1, at the model's 16 kHz unless `sample_rate` is given. Returns a
     row per window, or with `average` per recording: `path` (null for a waveform), `start_s`, `end_s`, `block` if there
     are several, and `embedding`, (vectors * embed_dim,) float32. With `out` the table is streamed there and returned
-    lazily; files that it holds are not read again, and all processes that call this alike share the work. With
-    tokens="f" it returns a row per column of patches, every 160 ms, from the window in whose middle the column lies.
+    lazily; files that it holds are not read again, changed or not, and processes that call this alike share the work.
+    With tokens="f" it has a row per column of patches, every 160 ms, from the window in whose middle the column lies.
 
     Raises `ValueError` for parameters out of range, a model in training mode and an `out` made with other settings; if
     no file can be read, the first error. Other files that fail are left out and logged; with `out="emb.parquet"` they

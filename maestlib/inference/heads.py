@@ -152,7 +152,7 @@ def resolve_heads(
     "Load heads unless they are. Raises what `load_head` raises, and `ValueError` for a head of another model."
     if isinstance(heads, AttachedHeads):
         return heads
-    several = [] if heads is None else [heads] if isinstance(heads, Head | str | Path) else heads
+    several = [] if heads is None else [heads] if isinstance(heads, str) or not isinstance(heads, Iterable) else heads
     loaded = [head if isinstance(head, Head) else load_head(head) for head in several]
     fingerprint = model_fingerprint(model) if loaded else ""
     for config in (head.config for head in loaded):

@@ -60,7 +60,7 @@ def _metadata(file: Path, settings: str) -> dict[str, str]:
 def _paths_in(files: list[Path]) -> pl.Series:
     "The different paths in some parquet files."
     empty = pl.LazyFrame(schema={"path": pl.String})
-    return (pl.scan_parquet(files) if files else empty).select(pl.col("path").unique()).collect()["path"]
+    return (pl.scan_parquet(files, glob=False) if files else empty).select(pl.col("path").unique()).collect()["path"]
 
 # %% ../../nbs/inference/jobs.ipynb #39cafda3
 def _without(paths: list[str], held: pl.Series) -> list[str]:
@@ -121,9 +121,7 @@ class ParquetJob:
 
     out: Path  # one file, if it ends in .parquet, else a folder of chunks
     paths: list[str]  # all files of the job; every worker gives the same
-    to_table: Callable[
-        [str, list], pl.DataFrame | pl.LazyFrame
-    ]  # a path and its windows -> rows with the columns of `schema`
+    to_table: Callable[[str, list], pl.DataFrame | pl.LazyFrame]  # a path and its windows -> rows as of `schema`
     schema: dict[str, pl.DataType]
     settings: str  # how the results are made; must not change between calls
 
@@ -156,7 +154,7 @@ def _merge(groups: list[list[Path]], out: Path, settings: str) -> None:
     "Concatenate groups of parquet files; a path that is in several has the rows of the last one."
     rows, later = [], pl.Series(dtype=pl.String)
     for group in reversed(groups):
-        table = pl.scan_parquet(group)
+        table = pl.scan_parquet(group, glob=False)
         rows.insert(0, table.filter(~pl.col("path").is_in(later.implode())) if len(later) else table)
         later = pl.concat([later, _paths_in(group)])
     with atomic_write(out) as temporary:
@@ -196,7 +194,8 @@ def finish_job(
         log.info(f"{job.out.name}: {count}, the last of which completes it; if they died, run this again")
     elif job.is_unfinished and claims.acquire("merge"):
         _complete(job)
-    return pl.scan_parquet(job.out if job.is_file else job.out / "*.parquet")
+    files = [job.out] if job.is_file else sorted(job.out.glob("*.parquet"))
+    return pl.scan_parquet(files, glob=False, schema=job.schema)
 
 # %% ../../nbs/inference/jobs.ipynb #0677c6be
 def stream_to_parquet(

@@ -22,7 +22,7 @@ def preset_values(
     *ways: float | None,  # numbers of other ways to read a part, such as windows, hop_s and excerpt_s; None: not given
 ) -> dict:  # keep_every, and windows unless another way was given
     "Look up a preset. Raises `ValueError` for another name."
-    if preset not in SPEED_PRESETS:
+    if preset not in [*SPEED_PRESETS]:
         raise ValueError(f"preset={preset!r}: give {', '.join(SPEED_PRESETS)}")
     is_chosen = any(way is not None for way in ways)
     return {name: value for name, value in SPEED_PRESETS[preset].items() if name != "windows" or not is_chosen}

@@ -46,7 +46,7 @@ class ReleasedModel:
 
 # %% ../../nbs/models/hub.ipynb #09b8e010
 RELEASED_MODELS: dict[str, ReleasedModel] = {
-    row["name"]: ReleasedModel(**row) for row in pl.read_csv(asset_path("models.csv")).iter_rows(named=True)
+    row["name"]: ReleasedModel(**row) for row in pl.read_csv(asset_path("models.csv"), glob=False).iter_rows(named=True)
 }
 
 # %% ../../nbs/models/hub.ipynb #4fde438c
@@ -90,10 +90,7 @@ def verify_checkpoint(
         raise ValueError(f"{path}: its sha256 is {digest}, but {entry.name}'s is {entry.sha256}; {hint}")
 
 # %% ../../nbs/models/hub.ipynb #0fed9201
-def download(
-    entry: ReleasedModel,  # the model wanted
-    timeout: float = 5,  # seconds without an answer before giving up
-) -> Path:  # of a verified file
+def download(entry: ReleasedModel) -> Path:  # the model wanted → of a verified file
     """Download a checkpoint, unless it is cached, and verify it.
 
     Raises `ConnectionError` where it cannot be downloaded, and `ValueError` for a file that is not that checkpoint.
@@ -102,17 +99,17 @@ def download(
     if not path.exists():
         with explain_read_only(path), FileLock(cache_path("locks", f"{path.name}.lock")):  # also of torchrun's ranks
             if not path.exists():  # no other process was faster
-                _download_part(entry, path, timeout)
+                _download_part(entry, path)
     verify_checkpoint(path, entry)
     return path
 
 # %% ../../nbs/models/hub.ipynb #ce00e709
-def _download_part(entry, path, timeout):
+def _download_part(entry, path):
     "Continue or begin a download, and rename it when it is complete and verified."
     part = path.with_name(f"{path.name}.part")
     with open(part, "ab") as f:
         try:
-            _append_missing(entry, f, timeout)
+            _append_missing(entry, f)
         except (OSError, http.client.HTTPException) as error:
             kept = f"; {f.tell() / 1e6:.0f} MB are kept, and loading again continues there" if f.tell() else ""
             by_hand = f"or download {entry.url} elsewhere and copy it to {path}"
@@ -125,11 +122,11 @@ def _download_part(entry, path, timeout):
     os.replace(part, path)
 
 # %% ../../nbs/models/hub.ipynb #81a3f31f
-def _append_missing(entry, f, timeout):
+def _append_missing(entry, f):
     "Request the bytes that `f` lacks and append them."
     request = urllib.request.Request(entry.url, headers={"Range": f"bytes={f.tell()}-"})
     try:
-        response = urllib.request.urlopen(request, timeout=timeout)
+        response = urllib.request.urlopen(request, timeout=5)  # seconds without an answer
     except urllib.error.HTTPError as error:
         if error.code == 416 and f.tell():  # range not satisfiable: nothing is missing
             return
@@ -155,10 +152,7 @@ def is_hub_name(name: str | Path) -> bool:
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # as Hugging Face names them; the first is preferred
 
 
-def download_from_hub(
-    name: str,  # owner/name, or owner/name@revision
-    timeout: float = 5,  # seconds without an answer before giving up
-) -> Path:  # of the weights in Hugging Face's cache, with config.json beside them
+def download_from_hub(name: str) -> Path:  # owner/name[@revision] → of the weights, with config.json beside them
     """Download weights and `config.json` of a repository; without a connection, take what is cached.
 
     Raises `FileNotFoundError` for a repository, a revision or weights that do not exist or are not accessible,
@@ -171,7 +165,7 @@ def download_from_hub(
     fetch = partial(snapshot_download, repository, revision=revision or None)
     offline = (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError)  # no network, or the hub is down
     try:
-        model = HfApi().model_info(repository, revision=revision or None, timeout=timeout)
+        model = HfApi().model_info(repository, revision=revision or None, timeout=5)
         weights = _choose_weights({file.rfilename for file in model.siblings}, name)
         return Path(fetch(allow_patterns=["config.json", weights]), weights)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:

@@ -38,15 +38,11 @@ def merge_tokens(
     merged, unmerged = order[:, :n_merged], order[:, n_merged:].sort(-1).values
     sums = torch.cat([x * counts.sum(2, keepdim=True), counts], 2)  # of the patches of each token
     sources, targets = sums[:, 2::2], sums[:, 3::2]
-    moved, destination = _gather_tokens(sources, merged), best_target.gather(1, merged)
+    moved, destination = sources.take_along_dim(merged[..., None], 1), best_target.gather(1, merged)
     targets = targets.scatter_add(1, destination[..., None].expand_as(moved), moved)
-    sums = torch.cat([sums[:, :2], _gather_tokens(sources, unmerged), targets], 1)
+    sums = torch.cat([sums[:, :2], sources.take_along_dim(unmerged[..., None], 1), targets], 1)
     x_sums, counts = sums.split([x.shape[2], counts.shape[2]], 2)
     return (x_sums / counts.sum(2, keepdim=True)).to(x.dtype), counts
-
-# %% ../../nbs/models/reduction.ipynb #4f6b8a6c
-def _gather_tokens(x, index):  # (batch, token, channel), (batch, n) → (batch, n, channel)
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 # %% ../../nbs/models/reduction.ipynb #3559edb0
 def top_attended(
@@ -122,8 +118,8 @@ class ReducedMAEST(MAEST):
             if self.merge:
                 x, counts = merge_tokens(x, counts, k.mean(1), self.merge)
             if self.keep_rate < 1 and i == self.drop_after_block:
-                attended = top_attended(q, k, self.keep_rate)
-                x, counts = _gather_tokens(x, attended), _gather_tokens(counts, attended)
+                attended = top_attended(q, k, self.keep_rate)[..., None]
+                x, counts = x.take_along_dim(attended, 1), counts.take_along_dim(attended, 1)
             x = x + block.mlp(block.norm2(x))
             yield x, counts
 

@@ -28,7 +28,7 @@ def _read_dumps(config: PaperConfig) -> tuple[pl.LazyFrame, pl.LazyFrame]:
     tables, out = [], resolve_path(config.out_dir)
     for read, dump in ((read_masters, resolve_path(config.masters)), (read_releases, resolve_path(config.releases))):
         kept = out / f"{dump.name}-{zlib.crc32(str(dump).encode()):08x}.parquet"  # of this dump
-        tables.append(pl.scan_parquet(kept) if kept.exists() else read(dump, kept))
+        tables.append(pl.scan_parquet(kept, glob=False) if kept.exists() else read(dump, kept))
     return tuple(tables)
 
 

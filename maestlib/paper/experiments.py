@@ -91,7 +91,7 @@ class PaperReport:
     def results(self) -> pl.DataFrame:
         "Read these experiments' results from the file; those of other parameters, data or machines are left out."
         asked = pl.concat([report.results for report in self.reports.values()])
-        return pl.read_parquet(results_path(self.config)).join(asked, on=KEY, how="semi", nulls_equal=True)
+        return pl.read_parquet(results_path(self.config), glob=False).join(asked, on=KEY, how="semi", nulls_equal=True)
 
     def check(self) -> None:
         "Raise `RuntimeError` if an experiment failed, so that the process exits with an error."

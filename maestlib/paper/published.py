@@ -40,6 +40,7 @@ PAPER_CURATION = {  # §3.1 and §3.3
 # %% ../../nbs/paper/published.ipynb #4253d384
 def published_scores() -> pl.DataFrame:  # experiment, dataset, setting, weights (last, SWA or null), metric, published
     "Return the paper's ROC-AUC and mAP, as fractions, and the counts of its curation."
-    table = pl.read_csv(asset_path("paper.csv"), schema_overrides={"weights": pl.String, "published": pl.Float64})
+    types = {"weights": pl.String, "published": pl.Float64}
+    table = pl.read_csv(asset_path("paper.csv"), schema_overrides=types, glob=False)
     counts = [("curation", "discogs20", name, None, "count", float(n)) for name, n in PAPER_CURATION.items()]
     return table.vstack(pl.DataFrame(counts, table.schema, orient="row"))

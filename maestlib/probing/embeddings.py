@@ -57,7 +57,9 @@ def subset_corpus(
     fraction = tracks / len(corpus.table)
     splits = [corpus.indices(name) for name in SPLITS]
     keep = np.sort(np.concatenate([split[: max(1, round(fraction * len(split)))] for split in splits]))
-    return replace(corpus, table=corpus.table[keep], store_rows=corpus.store_rows[keep], targets=corpus.targets[keep])
+    columns = None if corpus.columns is None else corpus.columns[keep]
+    kept = dict(store_rows=corpus.store_rows[keep], targets=corpus.targets[keep], columns=columns)
+    return replace(corpus, table=corpus.table[keep], **kept)
 
 # %% ../../nbs/probing/embeddings.ipynb #5681b439
 def embed_tracks(
@@ -85,9 +87,6 @@ def embed_tracks(
         return np.stack([total / count for total, count in zip(sums, counts, strict=True)]).astype(np.float16)
 
 # %% ../../nbs/probing/embeddings.ipynb #356b57c2
-_MAX_CHECKED = 100  # headers that are read
-
-
 def check_whole_tracks(corpus: Corpus):  # its store and the lengths of its files
     "Raise `ValueError` where the store holds only the middle of tracks, unlike the paper's protocol (§3.3)."
     store = corpus.store
@@ -95,7 +94,7 @@ def check_whole_tracks(corpus: Corpus):  # its store and the lengths of its file
         return
     frames = store.index["frames"].to_numpy()[corpus.store_rows]
     full = np.flatnonzero(frames >= store.config.num_frames(store.seconds))
-    for track in corpus.table[full[:: len(full) // _MAX_CHECKED + 1]].iter_rows(named=True):
+    for track in corpus.table[full[:: len(full) // 100 + 1]].iter_rows(named=True):  # a hundred headers at most
         duration_s = track.get("duration_s") or read_duration(resolve_path(track["path"]))
         if duration_s is None or duration_s > store.seconds + 0.5:  # codecs add some milliseconds
             what = f"holds the middle {store.seconds:g} s of {track['track_id']} and others"

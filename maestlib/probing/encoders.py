@@ -91,16 +91,12 @@ def mel_encoder() -> AudioEncoder:
     return AudioEncoder("mel statistics", embed_track, MEL.sample_rate, 0.016, "none", MEL.fingerprint())
 
 # %% ../../nbs/probing/encoders.ipynb #89668ebf
-def check_varied(
-    vectors: np.ndarray,  # (tracks, layers, width)
-    name: str,  # of the encoder, for the error
-    least: float = 1e-3,  # deviation over tracks, relative to the size of the values
-):
+def check_varied(vectors: np.ndarray, name: str):  # (tracks, layers, width); of the encoder, for the error
     "Raise `ValueError` for NaN, infinity, and for a layer that is the same for all tracks."
     for layer, x in enumerate(np.moveaxis(np.asarray(vectors, np.float64), 1, 0)):
         if not np.isfinite(x).all():
             raise ValueError(f"{name}, layer {layer}: NaN or infinity; the model has diverged or its input was wrong")
-        if len(x) > 1 and x.std(0).mean() <= least * np.abs(x).mean():
+        if len(x) > 1 and x.std(0).mean() <= 1e-3 * np.abs(x).mean():
             raise ValueError(f"{name}, layer {layer}: the same vector for all tracks; is its export or input broken?")
 
 # %% ../../nbs/probing/encoders.ipynb #1a48a03f
@@ -153,7 +149,10 @@ def _decode_ahead(pool: ThreadPoolExecutor, paths: list[str], encoder: AudioEnco
 # %% ../../nbs/probing/encoders.ipynb #867b217d
 def _embed_once(wave: torch.Tensor | None, encoder: AudioEncoder, file: Path) -> np.ndarray:
     if wave is None:
-        return np.load(file)
+        try:
+            return np.load(file)
+        except (ValueError, EOFError) as error:
+            raise OSError(f"{file}: damaged; delete it, and run this again") from error
     values = np.asarray(encoder.embed_track(wave), np.float32)
     if values.ndim != 2:
         raise TypeError(f"{encoder.name}: embed_track returned {values.shape}; it must be (layers, width)")

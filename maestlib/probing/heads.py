@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..core.checks import check_number
-from ..core.files import log, resolve_path
+from ..core.files import log, path_key, resolve_path
 from ..datasets.registry import load_folder
 from ..datasets.splits import artist_components, artist_folds
 from ..datasets.table import label_vocabulary, multi_hot
@@ -40,8 +40,9 @@ def _read_labels(table: str | Path | pl.DataFrame) -> pl.DataFrame:  # track_id,
     if "split" in table.columns:
         table = table.filter(pl.col("split").fill_null("") != "test")
     artist = "artist" if "artist" in table.columns else pl.lit(None, pl.String)
-    if not (paths := table["path"].drop_nulls()).is_unique().all():
-        raise ValueError(f"table: {paths.filter(paths.is_duplicated())[0]} is in two rows; join their labels")
+    paths = table["path"].drop_nulls()
+    if (twice := paths.map_elements(path_key, pl.String).is_duplicated()).any():
+        raise ValueError(f"table: {paths.filter(twice)[0]} is in two rows; join their labels")
     return table.select("path", "labels", track_id="path", artist=artist)
 
 # %% ../../nbs/probing/heads.ipynb #316e527c
@@ -135,14 +136,14 @@ def _cross_validate(config: HeadConfig, examples: HeadExamples, seed: int) -> tu
     return best[1:]
 
 # %% ../../nbs/probing/heads.ipynb #bb3a1b12
-def _check_options(out, tokens, **numbers) -> Path:  # of the head
-    for name, value in numbers.items():
-        check_number(name, value, {"folds": 2, "min_positives": 1}.get(name, 0), integer=True)
+def _check_options(out, tokens, *numbers) -> tuple:  # the path of the head, and the numbers as integers
+    least = zip(("folds", "hidden", "min_positives", "seed"), (2, 0, 1, 0), numbers, strict=True)
+    numbers = [check_number(name, value, low, integer=True) for name, low, value in least]
     if tokens == "f":
         raise ValueError("tokens='f': a head reads one vector of a window; give some of c, d, t, r, s")
     if (out := resolve_path(out)).suffix != ".safetensors" or out.is_dir():
         raise ValueError(f"out={out}: give the name of a file that ends in .safetensors")
-    return out
+    return out, *numbers
 
 # %% ../../nbs/probing/heads.ipynb #d74cf680
 def train_head(
@@ -163,7 +164,7 @@ def train_head(
 
     Raises `ValueError` for a table without enough examples, and as `load_folder` and `embed` do.
     """
-    out = _check_options(out, tokens, folds=folds, hidden=hidden, min_positives=min_positives, seed=seed)
+    out, folds, hidden, min_positives, seed = _check_options(out, tokens, folds, hidden, min_positives, seed)
     name = BUNDLED_MODEL if model is None else "" if isinstance(model, MAEST) else Path(model).name
     model = resolve_model(model)
     blocks = resolve_blocks(model.config.middle_block if block is None else block, model.config.depth)

@@ -161,10 +161,6 @@ class _BatchedMLP:
         dropout = torch.tensor([p.config.dropout for p in probes], device=sources.device)
         self.dropout_scale = (1 / (1 - dropout)).to(sources.dtype)[:, None, None]
 
-    def set_epoch(self, epoch: int):
-        for group in self.optimizer.param_groups:
-            group["lr"] = float(group["lr_schedule"][epoch])
-
     def gather(self, tracks: torch.Tensor) -> torch.Tensor:  # (probes, batch) -> (probes, batch, in)
         index = self.source_ids[:, None, :] * self.sources.shape[1] + tracks[..., None]
         return F.embedding(index, self.sources.flatten(0, 1)).flatten(2)
@@ -183,15 +179,10 @@ class _BatchedMLP:
         self.optimizer.step()
 
 # %% ../../nbs/probing/probe.ipynb #67605bc4
-def _predict(
-    net: _BatchedMLP,
-    tracks: torch.Tensor,  # (n,) positions
-    weights: list[torch.Tensor],  # of the network, current or best
-    chunk: int = 1024,  # tracks at a time
-) -> torch.Tensor:  # (probes, n, labels) logits
+def _predict(net: _BatchedMLP, tracks: torch.Tensor, weights: list) -> torch.Tensor:  # (n,) → (probes, n, labels)
     w1, b1, w2, b2 = weights
     w1, b1 = w1.to(net.sources.dtype), b1.to(net.sources.dtype)
-    inputs = (net.gather(part.expand(net.num_probes, -1)) for part in tracks.split(chunk))
+    inputs = (net.gather(part.expand(net.num_probes, -1)) for part in tracks.split(1024))
     return torch.cat([torch.baddbmm(b2, torch.baddbmm(b1, x, w1).relu_().float(), w2) for x in inputs], 1)
 
 # %% ../../nbs/probing/probe.ipynb #4287e429
@@ -214,7 +205,8 @@ def _fit(
     dropout_ids = torch.tensor([dropouts.index(p.config.dropout) for p in probes], device=device)
     best_auc, best_epoch = np.full(len(probes), -1.0), np.zeros(len(probes), int)
     for epoch in range(config.epochs):
-        net.set_epoch(epoch)
+        for group in net.optimizer.param_groups:
+            group["lr"] = float(group["lr_schedule"][epoch])
         order = np.stack([named_rng(seed, "probe", epoch).permutation(train.cpu().numpy()) for seed in seeds])
         for tracks in torch.from_numpy(order).to(device).split(config.batch_size, 1):
             shape = (tracks.shape[1], config.hidden_dim)
@@ -232,9 +224,6 @@ def _fit(
     return [ProbeResult(*values) for values in best]
 
 # %% ../../nbs/probing/probe.ipynb #6a6fd546
-_MAX_WEIGHT_BYTES = 2e9  # of the first layers of one network on a GPU
-
-
 def _group_probes(probes: list[Probe], embed_dim: int, probes_per_network: int | None, on_cpu: bool) -> list[list[int]]:
     "Return the positions of the probes of each network, the most expensive network first."
     shapes = defaultdict(list)
@@ -247,7 +236,7 @@ def _group_probes(probes: list[Probe], embed_dim: int, probes_per_network: int |
         size = probes_per_network
         if not size:
             weight_bytes = 4 * num_sources * embed_dim * hidden_dim
-            size = 16 if on_cpu else max(1, int(_MAX_WEIGHT_BYTES / weight_bytes))
+            size = 16 if on_cpu else max(1, int(2e9 / weight_bytes))  # 2 GB of first layers
         networks += [members[start : start + size] for start in range(0, len(members), size)]
     return sorted(networks, key=lambda m: -len(m) * len(probes[m[0]].sources) * probes[m[0]].config.epochs)
 

@@ -138,7 +138,7 @@ def append_rows(
 ) -> pl.DataFrame:  # all that the file holds now
     "Add rows to a file, in place of those with the same key. Raises `ValueError` for a file with other columns."
     with file_lock(path):
-        known = pl.read_parquet(path) if path.exists() else rows[:0]
+        known = pl.read_parquet(path, glob=False) if path.exists() else rows[:0]
         if known.schema != rows.schema:
             raise ValueError(f"{path}: other columns than expected ({', '.join(known.columns)}); give another out")
         table = pl.concat([known.join(rows, on=key, how="anti", nulls_equal=True), rows])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from ..core.checks import check_number
 from ..core.extras import optional_import
 from ..core.files import resolve_path
 from ..core.plotting import style_figure
@@ -91,8 +92,7 @@ def answer_suite(
         known = append_rows(path, known, ANSWER_KEY)
     for encoder in encoders:
         for task, of_task, parts in zip(tasks, data, folds, strict=True):
-            common = {"task": task.name, "data": of_task}
-            common |= {"model": encoder.name, "revision": encoder.revision}
+            common = dict(task=task.name, data=of_task, model=encoder.name, revision=encoder.revision)
             asked = [common | {"probe": probe, "feature": feature} for probe, feature in probes]
             missing = [key for key in asked if known.filter(**key).is_empty()]
             done += [known.filter(**key) for key in asked if key not in missing]
@@ -184,6 +184,7 @@ def few_shot_curve(
     "Score a probe that learnt from few tracks of each class. Raises `ValueError` for a task of another kind."
     if task.kind != "multiclass":
         raise ValueError(f"{task.name}: a task of kind {task.kind}; give one of kind multiclass")
+    layer = check_number("layer", layer, 0, vectors.shape[1] - 1, integer=True)
     kept = np.arange(len(task.tracks)) if kept is None else kept
     fold, rng, rows = Fold(*(np.intersect1d(part, kept) for part in make_folds(task)[0])), np.random.default_rng(0), []
     pool, classes = np.concatenate([fold.train, fold.validation]), task.targets.argmax(1)
@@ -219,15 +220,11 @@ def plot_layer_map(
     low, high = scores.min(1, keepdims=True), scores.max(1, keepdims=True)
     shade = (scores - low) / np.maximum(high - low, 1e-9)
     tied = table["tied"].to_list() if values == "layers" else np.zeros(scores.shape, bool)
-    text = [
-        [f"{s:.3f}{' ≈' if t else ''}" for s, t in zip(*row, strict=True)] for row in zip(scores, tied, strict=True)
-    ]
+    pairs = zip(scores, tied, strict=True)
+    text = [[f"{s:.3f}{' ≈' if t else ''}" for s, t in zip(*row, strict=True)] for row in pairs]
     heat = go.Heatmap(z=shade, x=[f"layer {i}" for i in range(scores.shape[1])], y=table["task"], text=text,
                       texttemplate="%{text}", colorscale="Blues", showscale=False, hoverinfo="skip")  # fmt: skip
-    titles = {
-        "layers": "Score of each layer (≈ not clearly below the best)",
-        "weights": "Weights in a learned sum of layers",
-    }
-    title = titles[values]
+    weights, layers = "Weights in a learned sum of layers", "Score of each layer (≈ not clearly below the best)"
+    title = layers if values == "layers" else weights
     figure = style_figure(go.Figure(heat), f"{title}: {table['model'][0]}")
     return figure.update_yaxes(autorange="reversed").update_layout(height=140 + 44 * len(scores))

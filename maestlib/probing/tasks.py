@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from ..core.checks import check_number
 from ..core.extras import optional_import
 from ..core.files import log, resolve_path
 from ..core.text import KEYS, normalize_key
@@ -222,7 +223,7 @@ def make_folds(
         if empty := [split for split, part in zip(SPLITS, parts, strict=True) if not len(part)]:
             raise ValueError(f"{task.name}: no track in {empty[0]}; give it some, or leave the column split out")
         return [Fold(*parts)]
-    made = []
+    made, folds = [], check_number("folds", folds, 2, integer=True)
     with optional_import("probe"):
         for number, test in enumerate(_divide(task, np.arange(len(task.tracks)), folds, seed)):
             rest = np.setdiff1d(np.arange(len(task.tracks)), test)

@@ -144,7 +144,7 @@ def _measured_table(path: str | Path | None) -> pl.DataFrame:  # None: of this m
         path = next(path for path in (*measured, asset_path("songs-per-hour.parquet")) if path.exists())
     if not path.exists():
         raise FileNotFoundError(f"{path}: nothing was measured yet; run nbs/speed/tradeoff.ipynb")
-    table = pl.read_parquet(path)
+    table = pl.read_parquet(path, glob=False)
     if "val_map" not in table.columns:
         raise ValueError(f"{path}: no column val_map, by which settings are chosen; run nbs/speed/tradeoff.ipynb again")
     return table

@@ -83,14 +83,12 @@ def _score_table(order, bounds, table):  # table (tracks, resamples) → (metric
     return torch.stack([roc_auc, average_precision]).numpy()
 
 # %% ../../nbs/stats/metrics.ipynb #57a70005
-_TABLE_SIZE = 2**22  # weights at once: 16 MB of float32, and a few times that of intermediate results
-
-
 def _score_ranked(ranked, weights):  # list from `_rank_tracks`, (resamples, tracks) → (labels, metrics, resamples)
     "Score in float64; after the first row in float32, if the weights are counts, whose sums are exact there."
     values = np.empty((len(ranked), len(METRICS), len(weights)))
     exact = np.issubdtype(weights.dtype, np.integer) and weights.sum(1).max() < 2**24
-    starts = [0, *range(1, len(weights), max(1, _TABLE_SIZE // weights.shape[1])), len(weights)]
+    rows = max(1, 2**22 // weights.shape[1])  # at once: 16 MB of float32, and a few times that of intermediate results
+    starts = [0, *range(1, len(weights), rows), len(weights)]
     parts = [slice(*pair) for pair in itertools.pairwise(starts)]
     for columns in tqdm(parts, "resamples", delay=2, leave=False, disable=len(parts) <= 2):
         dtype = np.float32 if exact and columns.start else np.float64
@@ -127,8 +125,8 @@ def bootstrap_weights(
     if not n_tracks:
         raise ValueError("n_tracks=0: there is nothing to resample; give at least one track")
     n_bootstrap = check_number("n_bootstrap", n_bootstrap, 0, integer=True)
-    if clusters is not None and len(clusters) != n_tracks:
-        raise ValueError(f"clusters: {len(clusters)} for {n_tracks} tracks; give one for each")
+    if clusters is not None and (len(clusters) != n_tracks or pl.Series(clusters).null_count()):
+        raise ValueError(f"clusters: {len(clusters)} for {n_tracks} tracks; give one for each, none of them null")
     unit = np.unique(clusters if clusters is not None else np.arange(n_tracks), return_inverse=True)[1]
     n_units = unit.max() + 1
     rng = named_rng(seed, "bootstrap", n_units)

@@ -37,8 +37,8 @@ def simultaneous_intervals(
     2.5); `p` is of each contrast by itself, `p_holm` its adjustment (Holm 1979). Null where a contrast is undefined.
     Raises `ValueError` where there is not one row for each name.
     """
-    if not names or np.ndim(differences) != 2 or len(names) != len(differences):
-        raise ValueError(f"differences {np.shape(differences)}: give ({len(names)} contrasts, 1 + resamples)")
+    if not names or np.ndim(differences) != 2 or len(names) != len(differences) or np.shape(differences)[1] < 2:
+        raise ValueError(f"differences {np.shape(differences)}: give ({len(names)} contrasts, 1 + resamples, from 1)")
     observed, resampled = np.split(np.asarray(differences, np.float64), [1], 1)
     observed, count = observed[:, 0], np.isfinite(resampled).sum(1)
     statistics, scaled, errors = _standardize(observed, resampled, count)

@@ -152,7 +152,7 @@ def read_predictions(run: str | Path) -> pl.DataFrame:  # of `write_predictions`
         hint = f"test it by python -m maestlib.train --resume {run}" if path.parent.is_dir() else "give a run folder"
         raise FileNotFoundError(f"{path}: no predictions of test tracks; {hint}")
     with contextlib.suppress(pl.exceptions.PolarsError):
-        return pl.read_parquet(path, columns=["track_id", "artist", "labels", "activations"])
+        return pl.read_parquet(path, columns=["track_id", "artist", "labels", "activations"], glob=False)
     raise ValueError(f"{path}: not the predictions of a run, or damaged; delete it and test the run again")
 
 # %% ../../nbs/training/evaluation.ipynb #5c0e0005

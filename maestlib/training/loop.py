@@ -97,7 +97,8 @@ def _best_map(rows: list[dict]) -> float:  # 0 if there is none
 # %% ../../nbs/training/loop.ipynb #ceb6927b
 def _training_row(trainer: Trainer) -> dict:
     "The columns of `metrics.parquet` that describe the training since the last validation."
-    last_step, steps = trainer.history[-1]["step"] if trainer.history else 0, pl.concat(trainer.step_log)
+    last_step = trainer.history[-1]["step"] if trainer.history else 0
+    steps = pl.concat([pl.DataFrame(schema=_STEP_SCHEMA), *trainer.step_log])
     clips = trainer.step * trainer.batches.batch_size
     progress = {"step": trainer.step, "epoch": trainer.step / trainer.batches.steps_per_epoch, "clips": clips}
     return progress | {
@@ -166,7 +167,7 @@ def _read_checkpoint(trainer: Trainer) -> dict | None:  # None: there is none ye
     if not path.exists():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
-    steps = pl.read_parquet(trainer.run_dir / "steps.parquet").filter(pl.col("step") < state["step"])
+    steps = pl.read_parquet(trainer.run_dir / "steps.parquet", glob=False).filter(pl.col("step") < state["step"])
     return state | {"step_log": [steps]}
 
 
@@ -175,7 +176,7 @@ def _load_checkpoint(trainer: Trainer):
     state = call_in_rank_0(lambda: _read_checkpoint(trainer))
     if state is None:
         return
-    if state["data"] != trainer.data:
+    if state.get("data", trainer.data) != trainer.data:
         raise ValueError(f"{trainer.config.dataset} changed since {trainer.run_dir} began; restore it, or start anew")
     if swa_state := state.pop("swa_model"):
         trainer.swa_model = _create_swa_model(trainer)
@@ -323,7 +324,7 @@ def _finished_metrics(trainer: Trainer) -> pl.DataFrame | None:  # None: the run
     if not (trainer.run_dir / "last.safetensors").exists():
         return None
     log.info(f"{trainer.config.out_dir}: finished already")
-    return pl.read_parquet(trainer.run_dir / "metrics.parquet")
+    return pl.read_parquet(trainer.run_dir / "metrics.parquet", glob=False)
 
 
 def fit(

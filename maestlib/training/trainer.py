@@ -252,7 +252,7 @@ class Trainer(RunState):
         self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
         sampling = config.balanced_sampling, config.tracks_per_epoch
         self.batches = batches = BatchDataset(corpus, config.seconds, config.batch_size, config.seed, *sampling)
-        super().__init__(config, min(round(config.epochs * batches.steps_per_epoch), config.max_steps or 10**12))
+        super().__init__(config, min(round(config.epochs * batches.steps_per_epoch) or 1, config.max_steps or 10**12))
         self.micro_batch_size = _micro_batch_size(config, batches.batch_size, batches.batch_size // self.world_size)
         _check_corpus(config, corpus, teacher, batches.num_frames)
         shape = dict(mel_shape=(corpus.mel.n_mels, batches.num_frames), rank_slice=batches.rank_slice)
