@@ -118,10 +118,14 @@ def test_steps_are_the_presets_unless_something_else_is_chosen(monkeypatch):
 def test_run_folders_do_not_overwrite(tmp_path, monkeypatch):
     monkeypatch.setattr("maestlib.core.files.project_root", lambda: tmp_path)
     monkeypatch.delenv("MAESTLIB_RUNS")
+    (tmp_path / "[live]").mkdir()
+    (tmp_path / "[live]/a.wav").touch()
+    (tmp_path / "[live]/tags.csv").write_text("path,labels\na.wav,x\n")
     for names, settings in (
         (("maest-30s-tunes-1", "maest-30s-tunes-2", "maest-30s-tunes-3"), {}),  # maest-30s-tunes is a model
         (("maest-10s-scores-1", "maest-10s-scores-2"), {"preset": "bundled"}),
         (("maest-5s-tunes", "maest-5s-tunes-2", "maest-5s-tunes-3"), {"seconds": 5}),
+        (("maest-5s-[live]", "maest-5s-[live]-2"), {"seconds": 5, "dataset": str(tmp_path / "[live]")}),
     ):
         for name in names:
             assert TrainConfig(**settings).resolve_auto().out_dir == f"runs/{name}"

@@ -85,10 +85,12 @@ def test_only_files_are_opened(music, model, tmp_path):
 def test_folders_with_brackets_are_read(music, model, tmp_path):
     "Albums are often called so; to polars and to a shell, brackets are a pattern."
     live = music.rename(tmp_path / "Live [2020]")
-    for out in ("e.parquet", "e"):
+    (live / ".e [1].parquet.parts.0.tmp").mkdir()  # of a worker that was killed
+    for out in ("e [1].parquet", "e [1]"):
         for _ in range(2):  # anew, and resumed
             table = ml.embed(live, model, average=True, out=live / out).collect()
         assert len(table) == 3 and nearest(table.head(1), live / out)["cosine"][0] > 0.999
+    assert not [*live.glob(".*")]
     assert scan(live, live / "library", model, progress=False).read == 3
     assert scan(live, live / "library", progress=False).unchanged == 3
     library = Library(live / "library")

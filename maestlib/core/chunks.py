@@ -7,6 +7,7 @@ __all__ = ['CLAIM_TIMEOUT_S', 'EMPTY_CLAIM_TIMEOUT_S', 'ChunkClaims', 'discard_f
 
 # %% ../../nbs/core/chunks.ipynb #c1a0e003
 import contextlib
+import glob
 import itertools
 import os
 import shutil
@@ -153,5 +154,5 @@ def discard_folder(folder: Path) -> None:  # may be gone
     aside = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.tmp")
     with contextlib.suppress(FileNotFoundError, PermissionError):  # gone; on Windows: a late worker has a file open
         os.rename(folder, aside)
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # that, and what a worker left that was killed here
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # that, and what a worker left that was killed here
         shutil.rmtree(left, ignore_errors=True)

@@ -177,7 +177,7 @@ _MODEL_NAMES = (*BUNDLED_MODELS, *RELEASED_MODELS, *SHORT_NAMES)  # no run bears
 
 def _free_run_dir(name: str) -> str:
     "`runs/NAME`, or `runs/NAME-2`, `runs/NAME-3`, … if there is one already; from -1 on for the name of a model."
-    taken = {path.name for path in resolve_path(runs_dir()).glob(f"{name}*")}.union(_MODEL_NAMES)
+    taken = {path.name for path in resolve_path(runs_dir()).glob("*")}.union(_MODEL_NAMES)
     candidates = (name, *(f"{name}-{i}" for i in range(2 - (name in _MODEL_NAMES), len(taken) + 3)))
     return f"{runs_dir()}/{next(c for c in candidates if c not in taken)}"
 
