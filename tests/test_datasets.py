@@ -319,7 +319,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 
 def make_folder(path: Path, rows: list[str], songs=("a.wav", "b.wav", "sub/c.ogg")) -> Path:
     for song in songs:
-        (path / song).parent.mkdir(exist_ok=True)
+        (path / song).parent.mkdir(exist_ok=True, parents=True)
         soundfile.write(path / song, np.zeros(800), 16000)
     (path / "tags.csv").write_text("\n".join(rows) + "\n")
     return path
@@ -355,6 +355,25 @@ def test_load_folder_reports_artists_in_two_given_splits(tmp_path, capsys):
     registry.load_dataset(make_folder(tmp_path, ["path,artist,labels,split", *rows]))
     output = capsys.readouterr().out
     assert "1 artists are in more than one split: Nina" in output and "Ella" not in output
+
+
+def test_characters_of_tables(tmp_path, caplog, monkeypatch):
+    "One artist in two forms of Unicode is one; a file name may hold the character of a bad unzip."
+    forms = [unicodedata.normalize(form, "Beyoncé") for form in ("NFC", "NFD")]
+    folder = make_folder(tmp_path / "tunes", ["path,labels", "caf\ufffd.wav,x"], ["caf\ufffd.wav", "b.wav"])
+    assert registry.load_dataset(folder)["track_id"].to_list() == ["caf\ufffd.wav"]
+    rows = {"path": ["caf\ufffd.wav", "b.wav"], "artist": forms, "labels": [[forms[0]], [forms[1], ""]]}
+    pl.DataFrame(rows).write_parquet(folder / "own.parquet")
+    table = registry.load_dataset(folder / "own.parquet")
+    assert table["artist"].n_unique() == 1 == len(label_vocabulary(table))
+    (folder / "tags.csv").rename(folder / "TAGS.CSV")
+    assert len(registry.load_dataset(folder / "TAGS.CSV")) == 1
+    (folder / "TAGS.CSV").rename(folder / "tags.csv")
+    monkeypatch.setattr("maestlib.core.files.project_root", lambda: tmp_path)
+    monkeypatch.setitem(registry.RENDERED, "tunes", "maestlib.datasets.registry:load_folder")
+    with pytest.raises(TypeError):  # of the replacement; nothing is rendered
+        registry.load_dataset("tunes")
+    assert "give ./tunes" in caplog.text
 
 
 def test_labels_of_a_parquet_file_may_be_numbers(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from maestlib.collection.cli import main
 from maestlib.collection.clusters import cluster_songs
 from maestlib.collection.files import read_identity
 from maestlib.collection.library import Library
+from maestlib.collection.library_controls import SongColors
 from maestlib.collection.library_map import SongSpaces
 from maestlib.collection.scan import scan
 from maestlib.collection.search import SongIndex
@@ -398,6 +400,41 @@ def test_links_to_folders_are_followed_once(music, tmp_path):
     (tmp_path / "c").symlink_to(music)
     files = list_audio([tmp_path]).files
     assert len(files) == 12 and files["path"].str.contains("/b/").all()
+
+
+def test_names_that_start_with_a_dot_are_hidden_if_a_letter_follows(music, tmp_path):
+    shown = [
+        "...And Justice for All/01.wav",
+        "...Baby One More Time.wav",
+        ".38 Special/x.wav",
+        ".5 The Gray Chapter.wav",
+    ]
+    for name in (*shown, "._01.wav", ".Trash/x.wav", "@eaDir/x.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    files = list_audio([tmp_path]).files["path"]
+    assert [str(Path(path).relative_to(tmp_path)) for path in files if "/music/" not in path] == sorted(shown)
+
+
+@POSIX
+def test_names_are_found_in_either_form_and_whatever_their_bytes(music, model, tmp_path):
+    "Unicode composes é, or a Mac decomposes it; a title may be longer than a file name; names may be no UTF-8."
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(music, folder)
+    song = next(folder.rglob("*.wav"), None) or next(p for p in folder.rglob("*") if p.is_file())
+    (folder / unicodedata.normalize("NFD", f"Café{song.suffix}")).write_bytes(song.read_bytes()[:-2])
+    (folder / f"~love{song.suffix}").write_bytes(song.read_bytes()[:-4])
+    scan(folder, tmp_path / "library", model, progress=False)
+    index = SongIndex(tmp_path / "library")
+    assert index.find("café") == index.find(unicodedata.normalize("NFD", "Café")) is not None
+    assert index.find("~love") is not None
+    with pytest.raises(ValueError, match="no such song"):
+        index.find("x" * 300)
+    colors = SongColors(SongSpaces(Library(tmp_path / "library"))).values("folder")[0]
+    assert "caf" not in colors and any("xe9" in color for color in colors), "its folder, as it is printed"
+    (folder / f"~love{song.suffix}").unlink()
+    report = scan(folder, tmp_path / "library", prune=True, force=True, progress=False)
+    assert report.pruned == 1
 
 
 def test_the_module_runs_as_a_program(tmp_path):

@@ -23,7 +23,7 @@ import torch
 from maestlib.collection.cli import main
 from maestlib.core import device as device_module
 from maestlib.core.device import default_device, default_dtype, device_name, peak_memory, processor_name
-from maestlib.core.files import atomic_write, cache_path, file_lock, write_json
+from maestlib.core.files import atomic_write, cache_path, file_lock, resolve_path, write_json
 from maestlib.models.checkpoint import load_model
 from maestlib.models.hub import ReleasedModel, download
 
@@ -235,6 +235,19 @@ def test_a_full_disk_is_not_called_read_only(tmp_path, monkeypatch):
         write_json(tmp_path / "a.json", [2])
     assert raised.value.errno == errno.ENOSPC and "written" not in str(raised.value)
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "[1]"
+
+
+def test_any_name_of_a_file_is_written(tmp_path, monkeypatch):
+    "A file system takes 255 bytes; `~love` is no home folder, but `~` is one."
+    for name in ("л" * 122 + ".json", "~love.json"):
+        write_json(tmp_path / name, [1])
+        assert (tmp_path / name).read_text() and len([*tmp_path.iterdir()]) == 1
+        (tmp_path / name).chmod(0o640)
+        write_json(tmp_path / name, [2])
+        assert os.name == "nt" or (tmp_path / name).stat().st_mode & 0o777 == 0o640, "it keeps its permissions"
+        (tmp_path / name).unlink()
+    monkeypatch.setattr("maestlib.core.files.project_root", lambda: tmp_path)
+    assert resolve_path("~love") == tmp_path / "~love" and resolve_path("~/a") == Path.home() / "a"
 
 
 def test_one_core(monkeypatch):

@@ -163,6 +163,13 @@ def test_licenses_are_read_as_they_are_written():
     assert all(check_license(text) for text in ("CC BY-NC-SA 4.0", "CC BY-ND 3.0", "unknown", "GFDL-1.3"))
 
 
+def test_brackets_of_credits_are_no_pattern(tmp_path):
+    (tmp_path / "c.csv").write_text(HEADER + "Live [2020]/*,,Ben,CC BY,\nLive [2020]/a.mp3,A,,,\n")
+    found = CreditsTable(tmp_path / "c.csv")
+    assert found.find("Live [2020]/a.mp3") == {"title": "A", "author": "Ben", "license": "CC BY"}
+    assert found.find("Live 2/a.mp3") == {}
+
+
 def test_credits_without_a_column_name_the_file(tmp_path):
     (tmp_path / "c.csv").write_text("path,license\na,CC0\n")
     with pytest.raises(ValueError, match=r"c.csv: no column title, author, source"):

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -304,7 +305,7 @@ def _entries(folder: str, problems: list) -> list[os.DirEntry]:
     "What is in a folder, without what is hidden."
     try:
         with os.scandir(folder) as entries:
-            return [e for e in entries if not e.name.startswith(".") and e.name != "@eaDir"]
+            return [e for e in entries if not re.match(r"\.(?![.\d])|@eaDir$", e.name)]  # .38 Special is shown
     except OSError as error:
         problems.append((folder, f"cannot be read ({error.strerror}); its files are left as they were"))
         return []

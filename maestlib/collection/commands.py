@@ -10,6 +10,7 @@ __all__ = ['DEFAULT_MODEL', 'MODELS', 'MODEL_HELP', 'AddOption', 'LIBRARY_COMMAN
 # %% ../../nbs/collection/commands.ipynb #b8a0e003
 import argparse
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ def add_model_options(add: AddOption) -> None:
 # %% ../../nbs/collection/commands.ipynb #1ec8e5ef
 def from_shell(path: str) -> str:  # absolute
     "Make a path absolute that is relative to the current folder."
-    return path and str(Path(path).expanduser().absolute())  # an empty one is refused later
+    return path and str(Path(os.path.expanduser(path)).absolute())  # an empty one is refused later
 
 
 def model_from_shell(
@@ -190,7 +191,7 @@ def run_scan(args: argparse.Namespace) -> int:  # the exit code
 
 # %% ../../nbs/collection/commands.ipynb #e4db2207
 def _songs_from_shell(songs: list[str]) -> list[str]:
-    return [from_shell(song) if Path(song).is_file() else song for song in songs]
+    return [from_shell(song) if os.path.isfile(song) else song for song in songs]
 
 # %% ../../nbs/collection/commands.ipynb #496cecca
 def _print_labels(tags: str | None, labels: Sequence[str]) -> None:

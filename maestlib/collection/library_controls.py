@@ -131,9 +131,6 @@ class SongMap:
         self.figure.data[0].selectedpoints = songs or None
 
 # %% ../../nbs/collection/library_controls.ipynb #df6d8094
-_FOLDER = r"([^/\\]+)[/\\][^/\\]+$"
-
-
 class SongColors:
     "What the songs of a map can be colored by."
 
@@ -165,5 +162,6 @@ class SongColors:
             return [words.get(value) for value in self.tags.labels(name, songs)], name
         if kind == "my":
             return probe.degrees, name
-        column = {"artist": songs["artist"], "folder": songs["path"].str.extract(_FOLDER)}.get(kind)
-        return (None, "") if column is None else (column.to_list(), kind)
+        folders = [Path(path).parent.name for path in songs["path"]]
+        column = {"artist": songs["artist"].to_list(), "folder": folders}.get(kind)
+        return (None, "") if column is None else (column, kind)

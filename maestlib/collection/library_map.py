@@ -189,7 +189,7 @@ def _category_marker(categories: Sequence[str | None]) -> tuple[dict, list[go.Sc
     ids = [number.get(name, rest) for name in categories]
     colors, symbols, sizes = [*PALETTE[:rest], TEXT_COLOR], [*_SYMBOLS[:rest], "circle-open"], [8] * rest + [5]
     legend = [
-        go.Scatter(x=[None], y=[None], mode="markers", name=html.escape(name), hoverinfo="skip")
+        go.Scatter(x=[None], y=[None], mode="markers", name=html.escape(name, quote=False), hoverinfo="skip")
         for name in [*common, *(["other"] if rest in ids else [])]
     ]
     for i, trace in enumerate(legend):
@@ -208,13 +208,13 @@ def plot_song_map(
     "Plot a map of songs, on which a lasso selects."
     legend, marker = [], dict(color=PALETTE[0], size=7)
     if isinstance(values, np.ndarray):
-        bar = dict(title=html.escape(name), thickness=12, len=0.6, outlinewidth=0)
+        bar = dict(title=html.escape(name, quote=False), thickness=12, len=0.6, outlinewidth=0)
         marker = dict(color=values.astype(np.float32), size=6 + 6 * np.clip(values, 0, 1), colorbar=bar)
         marker |= dict(colorscale=DEGREE_COLORS, cmin=0, cmax=1, showscale=True)
     elif values is not None:
         marker, legend = _category_marker(values)
     trace = go.Scattergl if len(songs) > _WEBGL_FROM else go.Scatter
-    text = [html.escape(text) for text in song_names(songs)]
+    text = [html.escape(text, quote=False) for text in song_names(songs)]
     x, y = np.asarray(layout, np.float32).T
     dots = trace(x=x, y=y, mode="markers", marker=marker, text=text, hoverinfo="text", showlegend=False)
     dots.update(selected_marker_opacity=1, unselected_marker_opacity=0.25, marker_line_width=0)
@@ -227,7 +227,7 @@ def plot_song_map(
     figure.update_yaxes(showticklabels=False, range=[-limit, limit])
     size = dict(height=480, width=FIGURE_WIDTH, margin=dict(l=10, r=10, t=40, b=10))
     style_figure(figure, title, dragmode="lasso", hovermode="closest", uirevision="map", **size)
-    figure.update_layout(legend_title=html.escape(name))
+    figure.update_layout(legend_title=html.escape(name, quote=False))
     return neutral_theme(figure).update_layout(modebar=dict(remove=["zoomIn", "zoomOut", "autoScale"]))
 
 # %% ../../nbs/collection/library_map.ipynb #c1a0e011

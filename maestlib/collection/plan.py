@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from ..audio.decode import Listing
+from ..audio.decode import Listing, printable_path
 from ..audio.isolated import decoder_processes, read_duration
 from .files import real_path
 from .library import LibrarySettings
@@ -46,7 +46,7 @@ def plan_scan(
     todo = listing.files.join(known, ["path", "size", "mtime_ns"], how="anti", maintain_order="left")
     unchanged = known.join(listing.files, ["path", "size", "mtime_ns"], how="semi")
     missing = known.join(listing.files, "path", how="anti")["path"].to_list()
-    roots = tuple(os.path.join(folder, "") for folder in folders)
+    roots = tuple(printable_path(os.path.join(folder, "")) for folder in folders)
     unread = tuple(os.path.join(path, "") for path, _ in listing.problems)
     gone = [path for path in missing if path.startswith(roots) and not path.startswith(unread)]
     return ScanPlan(todo, len(unchanged), int(unchanged["failed"].sum()), gone)

@@ -8,6 +8,7 @@ __all__ = ['DUPLICATE_COSINE', 'Selection', 'match_text', 'LibraryVectors', 'Son
 # %% ../../nbs/collection/search.ipynb #b5a0e003
 import contextlib
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ class Selection:
         vectors: Callable[[int], np.ndarray] | None = None,  # row -> (dim,) of unit length; None: do not compare
         per_artist: int | None = None,  # songs of one artist at most
     ):
-        names = songs.select("artist", "title").iter_rows()
+        names = songs.select(pl.col("artist", "title").str.normalize("NFC")).iter_rows()
         self._names = [tuple(name and name.casefold() for name in row) for row in names]
         self._limit = check_number("per_artist", per_artist, 1, integer=True, optional=True)
         self._vectors, self._count = vectors, Counter()
@@ -69,8 +70,9 @@ def match_text(
     text: str,
 ) -> pl.Series:  # (songs,) bool
     "Find the songs with a text in path, artist or title, in any case."
-    fields = pl.concat_str(["path", "artist", "title"], separator=" ", ignore_nulls=True).str.to_lowercase()
-    return songs.select(fields.str.contains(text.strip().lower(), literal=True)).to_series()
+    fields = pl.concat_str(["path", "artist", "title"], separator=" ", ignore_nulls=True)
+    fields, text = (part.str.normalize("NFC").str.to_lowercase() for part in (fields, pl.lit(text.strip())))
+    return songs.select(fields.str.contains(text, literal=True)).to_series()
 
 # %% ../../nbs/collection/search.ipynb #33d0fb14
 class LibraryVectors:
@@ -116,7 +118,7 @@ class SongLookup(LibraryVectors):
     ) -> int | None:  # row of `songs`; None: a file that is not in the library
         "Find a song. Raises `ValueError` where there is none, or more than one."
         path = str(resolve_path(song))
-        if printable_path(path) in self.rows or Path(path).is_file():
+        if printable_path(path) in self.rows or os.path.isfile(path):
             return self.rows.get(printable_path(path))
         found = match_text(self.songs, str(song))
         named = match_text(self.songs.with_columns(pl.col("path").str.extract(r"([^/\\]*)$")), str(song))

@@ -154,5 +154,5 @@ def discard_folder(folder: Path) -> None:  # may be gone
     aside = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.tmp")
     with contextlib.suppress(FileNotFoundError, PermissionError):  # gone; on Windows: a late worker has a file open
         os.rename(folder, aside)
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # that, and what a worker left that was killed here
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # and what a killed worker left
         shutil.rmtree(left, ignore_errors=True)

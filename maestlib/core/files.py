@@ -43,7 +43,7 @@ def resolve_path(
     "Make a path absolute, with the same meaning in a notebook that a person opens and under papermill."
     if path == "":
         raise ValueError("a path is empty; give a file or a folder, . for this one")
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     return path if path.is_absolute() else project_root() / path
 
 
@@ -106,7 +106,7 @@ def atomic_write(
 ) -> Iterator[Path]:  # a temporary path in the same folder; write the contents there
     "Write a file completely or, if the `with` block raises, not at all. Raises `OSError` as `explain_read_only` does."
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # also between machines
+    temporary = path.with_name(f".{path.name[:60]}.{os.urandom(4).hex()}.tmp")  # also between machines
     with explain_read_only(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()

@@ -91,11 +91,12 @@ class CreditsTable:
         "Read the table. Raises as `read_table`."
         table = read_table(file, columns=("path", *CREDITS)).filter(pl.col("path").is_not_null())
         self.rows = {row["path"]: row for row in reversed(table.to_dicts())}
-        self.patterns = [row for row in table.to_dicts() if re.search(r"[*?\[]", row["path"])]
+        self.patterns = [row for row in table.to_dicts() if re.search(r"[*?]", row["path"])]
 
     def find(self, path: str) -> dict[str, str]:  # relative to the folder → of `CREDITS` those that are known
         "Find the credits of a file."
-        rows = [self.rows.get(path, {}), *(row for row in self.patterns if fnmatchcase(path, row["path"]))]
+        fitting = (row for row in self.patterns if fnmatchcase(path, row["path"].replace("[", "[[]")))
+        rows = [self.rows.get(path, {}), *fitting]
         found = {field: next((row[field] for row in rows if row.get(field)), None) for field in CREDITS}
         return {field: text for field, text in found.items() if text}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ..audio.decode import AUDIO_SUFFIXES
+from ..audio.decode import AUDIO_SUFFIXES, printable_path
 from ..audio.store import MelStore
 from ..core.files import log, named_rng, path_key, resolve_path
 from .benchmarks import BENCHMARKS
@@ -29,7 +29,8 @@ def _read_tags(
     table = read_table(folder / tags, columns=("path", "labels"))
     if not table["labels"].dtype.is_nested():
         table = table.with_columns(pl.col("labels").cast(pl.String).fill_null("").str.split(";"))
-    labels = pl.col("labels").cast(pl.List(pl.String)).fill_null([]).list.eval(pl.element().str.strip_chars())
+    labels = pl.col("labels").cast(pl.List(pl.String)).fill_null([])
+    labels = labels.list.eval(pl.element().str.strip_chars().str.normalize("NFC"))
     labels = labels.list.eval(pl.element().filter(pl.element() != "")).list.unique().list.sort()
     table = table.drop("name", strict=False).with_columns(labels).rename({"path": "name"})
     for name in (*table["name"], *table["labels"].explode()):
@@ -87,7 +88,8 @@ def _find_files(names: pl.Series, folder: Path, tags: str) -> tuple[list[str | N
         files.append(file and str(file))
         if file and (first := row_of.setdefault(key if key in audio else _file_key(file), row)) != row:
             raise ValueError(f"{folder / tags}: {names[first]!r} and {name!r} are the same file; keep one of the rows")
-    return files, sorted(str(file.relative_to(folder)) for key, file in audio.items() if key not in row_of)
+    untagged = [file.relative_to(folder) for key, file in audio.items() if key not in row_of]
+    return files, sorted(printable_path(str(file)) for file in untagged)
 
 
 def _drop_missing(table: pl.DataFrame, folder: Path, tags: str) -> pl.DataFrame:
@@ -155,7 +157,7 @@ def _load_rendered(name: str, first: int | None = None, **options) -> pl.DataFra
 # %% ../../nbs/datasets/registry.ipynb #a57313e4
 def _load_path(path: Path, message: str, **options) -> pl.DataFrame:
     "Load a folder, a table of tags or a mel store. Raises `ValueError` with `message` for any other path."
-    if path.is_file() and path.suffix in (".csv", ".parquet"):
+    if path.is_file() and path.suffix.lower() in (".csv", ".parquet"):
         return load_folder(path.parent, tags=path.name, **options)
     if not path.is_dir():
         raise ValueError(message)
@@ -176,6 +178,8 @@ def load_dataset(
     Raises `ValueError` where the name is unknown, listing the known ones, or where a table is not valid; and whatever
     the loader of the named dataset raises.
     """
+    if str(name) in DATASETS and (resolve_path(name) / "tags.csv").exists():
+        log.warning(f"{name}: the data set of this name, not the folder; for that, give ./{name}")
     if str(name) in RENDERED:
         return validate_table(_load_rendered(str(name), **options), str(name))
     if str(name) in BENCHMARKS:

@@ -55,8 +55,9 @@ def _read_records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]
     "Yield the records of a text file, without empty ones. Raises `ValueError` with the line that is not valid."
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         data = file.read()
-    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
-    if invalid := re.search("[\0\ufffd]", text):
+    is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    text = data.decode("utf-16", "replace") if is_utf16 else data.decode("utf-8-sig", "surrogateescape")
+    if invalid := re.search("[\0\ufffd]" if is_utf16 else "[\0\udc80-\udcff]", text):
         line = sum(1 for _ in io.StringIO(text[: invalid.end()], newline=""))
         raise ValueError(f"{path}: line {line} is not UTF-8; save the file with this encoding")
     reader, start = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1
@@ -95,9 +96,12 @@ def _read_text(path: Path, columns: tuple[str, ...], separator: str) -> pl.DataF
             found = f"line {wrong[0]} has {len(wrong[1])} fields, not {len(names)}"
             raise ValueError(f"{path}: {found}; put a field that contains {separator!r} in quotes")
         tables.append(pl.DataFrame([fields[: len(names)] for _, fields in chunk], schema, orient="row"))
-    table = pl.concat([pl.DataFrame(schema=schema), *tables])
-    table = table.with_columns(pl.exclude("path").str.strip_chars().str.normalize("NFC"))  # a path is as on disk
-    return table.with_columns(pl.all().replace("", None))
+    return _normalize(pl.concat([pl.DataFrame(schema=schema), *tables]))
+
+
+def _normalize(table: pl.DataFrame) -> pl.DataFrame:
+    texts = pl.col(pl.String).exclude("path").str.strip_chars().str.normalize("NFC")  # a path is as on disk
+    return table.with_columns(texts).with_columns(pl.col(pl.String).replace("", None))
 
 # %% ../../nbs/datasets/table.ipynb #4a44ad1c
 def read_table(
@@ -119,7 +123,7 @@ def read_table(
     try:
         if suffix != ".parquet":
             return _read_text(path, columns, separator or ("\t" if suffix == ".tsv" else ","))
-        table = pl.read_parquet(path, glob=False)
+        table = _normalize(pl.read_parquet(path, glob=False))
     except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a table ({str(error).splitlines()[0]})") from error
     _check_columns(path, table.columns, columns)
@@ -185,5 +189,5 @@ def plot_labels(
     in_splits = counts.filter(pl.col("labels").is_in(names)).group_by("labels").len()["len"]
     coverage = "all of them in every split" if (in_splits == len(SPLITS)).all() else "some of them not in every split"
     title = f"{len(table):,} tracks, {len(names)} labels, {coverage}"
-    yaxis = {"dtick": 1, "tickfont_size": 10, "automargin": True}
+    yaxis = {"type": "category", "dtick": 1, "tickfont_size": 10, "automargin": True}
     return style_figure(figure, title, 190 + 15 * len(names), barmode="stack", xaxis_title="tracks", yaxis=yaxis)

@@ -65,7 +65,7 @@ def load_models(config: PaperConfig) -> dict[str, torch.nn.Module]:
     for name in split_names(config.model):
         model = load_model(name).to(default_device())
         title = model_title(name, model)
-        models[title if title not in models else f"{title}, {Path(name).stem}"] = model
+        models[title if title not in models else f"{title}, {name}"] = model
     if not models:
         raise ValueError(f"model={config.model!r}: give at least one")
     return models
@@ -104,7 +104,7 @@ def embed_all(
     for name in split_names(config.rivals):
         try:
             title, values = _embed_rival(config, corpus, name, next(iter(models.values())))
-            embeddings[title] = values
+            embeddings[f"{title}, {name}" if title in embeddings else title] = values
         except (OSError, ValueError) as error:
             skipped.append(f"rival {name} is skipped: {error}")
             log.info(skipped[-1])

@@ -151,7 +151,8 @@ def run_init(config: PaperConfig) -> Report:
             run = train_run(replace(config, pretraining=config.downstream), "related", 0)
             changed = {"init": str(run / "last.safetensors")}
         size = {"size": "base"} if name in ("deit", "passt") else {}
-        settings[INIT_TITLES.get(name, Path(name).stem)] = changed | size
+        title = INIT_TITLES.get(name, Path(name).stem)
+        settings[name if title in settings else title] = changed | size
     if "related task" in settings:
         limits.append("*related task* was trained on the training split of the downstream data, as its probe is")
     return _report(config, "init", settings, limits)

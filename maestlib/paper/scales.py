@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLIC_DATASETS', 'SCALES', 'PROTOCOLS', 'PaperParameters', 'split_names', 'PaperConfig', 'dataset_names',
-           'audio_folder', 'describe_scale']
+           'audio_folders', 'audio_folder', 'describe_scale']
 
 # %% ../../nbs/paper/scales.ipynb #fc19880f
 import dataclasses
@@ -136,6 +136,12 @@ def _check(config: PaperConfig) -> PaperConfig:
     return config
 
 
+def audio_folders(config: PaperConfig) -> dict[str, str]:  # data set → folder, whose name may contain a comma
+    "Read `audio` where it names folders: `emotify=FOLDER, mtt=FOLDER`."
+    parts = re.split(r",\s*(?=[\w.-]+=)", config.audio.strip(" ,")) if "=" in config.audio else []
+    return dict(part.split("=", 1) for part in parts)
+
+
 def audio_folder(config: PaperConfig, dataset: str) -> str:
     """Return the folder of a registered dataset's audio: the one named for it, or the common one.
 
@@ -143,8 +149,7 @@ def audio_folder(config: PaperConfig, dataset: str) -> str:
     """
     if dataset not in PUBLIC_DATASETS:
         return ""
-    folders = dict(part.split("=", 1) for part in split_names(config.audio) if "=" in part)
-    folders = {dataset_names(name)[0]: folder for name, folder in folders.items()}
+    folders = {dataset_names(name)[0]: folder for name, folder in audio_folders(config).items()}
     if folders and dataset not in folders:
         raise ValueError(f"audio={config.audio}: names no folder for {dataset}; add {dataset}=FOLDER")
     return folders.get(dataset, config.audio)

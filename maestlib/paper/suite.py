@@ -25,7 +25,7 @@ from ..models.checkpoint import load_model
 from ..models.maest import MAEST
 from .comparison import describe_differences
 from .results import Report, make_manifest, make_results
-from .scales import PaperConfig, split_names
+from .scales import PaperConfig, audio_folders, split_names
 from ..probing.encoders import AudioEncoder
 from ..probing.frames import Frames, answer_events, score_events
 from ..probing.rivals import ENCODERS, load_encoder
@@ -59,10 +59,6 @@ SUITE_TASKS = {
     "mtg-moodtheme": TaskSource("mtg_jamendo_autotagging_moodtheme", "multilabel", ("moods",)),
 }
 
-# %% ../../nbs/paper/suite.ipynb #b8ebb528
-def _folders(config: PaperConfig) -> dict[str, str]:  # data set → folder
-    return dict(part.split("=", 1) for part in split_names(config.audio) if "=" in part)
-
 # %% ../../nbs/paper/suite.ipynb #346054d4
 ONSETS = "scores-onsets"  # of frames, not of tracks: F1 within 70 ms
 
@@ -71,7 +67,7 @@ def task_names(config: PaperConfig) -> list[str]:
     "List the tasks of a run: those that are named, or the rendered ones and those whose folders are given."
     if config.tasks != "auto":
         return split_names(config.tasks)
-    known = {"scores", *_folders(config)}
+    known = {"scores", *audio_folders(config)}
     return [*(name for name, source in SUITE_TASKS.items() if source.dataset in known), ONSETS]
 
 # %% ../../nbs/paper/suite.ipynb #a1537d3b
@@ -86,7 +82,7 @@ def load_task(
             raise ValueError(f"tasks: {name}; give FILE:KIND:COLUMN, or some of {', '.join(SUITE_TASKS)}")
         file = resolve_path(parts[0])
         return make_task(f"{file.stem}-{parts[2]}", parts[1], str(file), parts[2].split("+"))
-    source, folders = SUITE_TASKS[name], _folders(config)
+    source, folders = SUITE_TASKS[name], audio_folders(config)
     if source.dataset == "scores":
         table = importlib.import_module("maestlib.demo.score_tasks").render_score_tasks()
     elif source.dataset not in folders:

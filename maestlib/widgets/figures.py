@@ -121,7 +121,8 @@ def _shared_labels(table: pl.DataFrame, track: int, neighbors: pl.DataFrame) -> 
         shared = labels[i] & labels[track]
         names = ", ".join(sorted(split_label(label)[1] for label in shared)) or "no label"
         fractions.append(len(shared) / max(1, len(labels[track])))
-        texts.append(f"block {block}: {html.escape(str(titles[i]))}, cosine {cosine:.2f}<br>shares {names}")
+        title = html.escape(str(titles[i]), quote=False)
+        texts.append(f"block {block}: {title}, cosine {cosine:.2f}<br>shares {names}")
     return fractions, texts
 
 # %% ../../nbs/widgets/figures.ipynb #46e931e1
@@ -142,7 +143,7 @@ def plot_neighbors(
         figure.add_shape(**frame, line=dict(color=PALETTE[3], width=3))
     figure.update_xaxes(title_text="neighbor, nearest first", dtick=1)
     figure.update_yaxes(title_text="block, counted from 0", dtick=1)
-    title = f"Neighbors of {html.escape(str(track_titles(table)[track]))}"
+    title = f"Neighbors of {html.escape(str(track_titles(table)[track]), quote=False)}"
     style_figure(figure, title, 460, width=390, margin=dict(l=60, r=10, t=40, b=45))
     modebar = dict(orientation="v", remove=["zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale", "toimage"])
     return neutral_theme(figure).update_layout(modebar=modebar)
