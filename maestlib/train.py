@@ -53,7 +53,7 @@ def torchrun_command(
     if has_started:
         params = {"resume": config.out_dir} | {name: params[name] for name in FREE_ON_RESUME}
     for name, value in params.items():
-        command += [f"--{name.replace('_', '-')}", value]
+        command += [f"--{name.replace('_', '-')}={value}"]  # which may start with a dash
     return [str(part) for part in command]
 
 # %% ../nbs/train.ipynb #164cb4d5
