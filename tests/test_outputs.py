@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import io
 import json
 from pathlib import Path
 
@@ -38,3 +39,10 @@ def test_code_and_results_make_outputs_stale_and_prose_does_not(tmp_path, monkey
     fingerprint()
     (tmp_path / "data/a.parquet").write_bytes(b"2")
     assert outputs.fingerprint(path) != first, "a result that is shown has changed"
+
+
+def test_a_transparent_picture_lies_on_white():
+    image, png = pytest.importorskip("PIL.Image"), io.BytesIO()
+    image.new("RGBA", (1200, 10), (0, 0, 0, 0)).save(png, "png")
+    packed = image.open(io.BytesIO(outputs.smaller(png.getvalue()))).convert("RGB")
+    assert packed.width == 1000 and packed.getpixel((500, 5)) == (255, 255, 255)
