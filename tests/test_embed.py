@@ -78,6 +78,12 @@ def test_a_decoder_that_crashes(corpus, model, tmp_path, crash_on):
     assert pl.read_parquet(tmp_path / "out.parquet")["path"].n_unique() == len(files) - 1
 
 
+def test_a_worker_that_comes_late_returns_what_there_is(corpus, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(ChunkClaims, "acquire", lambda claims, name: False)
+    table = embed(corpus, model, out=tmp_path / "folder").collect()
+    assert table.is_empty() and table.columns == ["path", "start_s", "end_s", "embedding"]
+
+
 def test_goes_on_after_sigkill(corpus, undisturbed, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
     process = start_python(["maestlib.collection.cli", *command_line(corpus, tmp_path)], PROJECT, env)
