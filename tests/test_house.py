@@ -17,7 +17,7 @@ FLOORS = [*LIBRARY, *APPLICATIONS, "top"]
 MAX_MODULE_LINES, MAX_FUNCTION_LINES = 400, 60
 MAX_EXPORT_CELL_LINES, MEDIAN_EXPORT_CELL_LINES, MAX_PROSE_WORDS = 40, 15, 120
 LONG_EXPORT_CELLS, LONG_PROSE_CELLS = 0, 0  # how many exceed it today; may only fall
-MAX_LIBRARY_LINES, MAX_LINES = 18_120, 23_850  # exported, without and with the applications; may only fall
+MAX_LIBRARY_LINES, MAX_LINES = 18_110, 23_840  # exported, without and with the applications; may only fall
 TOP_NOTEBOOKS = {"index", "train", "explore", "paper"}
 
 MODULES = {
