@@ -84,6 +84,11 @@ def test_a_worker_that_comes_late_returns_what_there_is(corpus, model, tmp_path,
     assert table.is_empty() and table.columns == ["path", "start_s", "end_s", "embedding"]
 
 
+def test_the_command_line_goes_on_with_what_earlier_versions_wrote(undisturbed):
+    "They gave the patchout that keeps all, and results are resumed only with the settings that made them."
+    assert "Patchout(keep_every=1, drop_rows=()" in pl.read_parquet_metadata(undisturbed / "emb.parquet")["maestlib"]
+
+
 def test_goes_on_after_sigkill(corpus, undisturbed, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
     process = start_python(["maestlib.collection.cli", *command_line(corpus, tmp_path)], PROJECT, env)

@@ -28,7 +28,7 @@ from maestlib.paper.experiments import RUNNERS, PaperReport, results_path, run_e
 from maestlib.paper.probes import embed_all, model_title
 from maestlib.paper.published import EXPERIMENTS
 from maestlib.paper.results import KEY, Report, make_manifest, make_results, plot_results, to_latex
-from maestlib.paper.scales import PUBLIC_DATASETS, PaperConfig
+from maestlib.paper.scales import PUBLIC_DATASETS, PaperConfig, audio_folders
 from maestlib.probing.study import append_rows
 
 pytest.importorskip("papermill")
@@ -383,3 +383,9 @@ def test_answers_of_earlier_parameters_are_not_counted(tmp_path):
         append_rows(results_path(paper.config), results, KEY)
     paper.reports["length"] = Report(now)
     assert paper.results().equals(now)
+
+
+def test_a_folder_of_audio_may_have_a_comma():
+    config = PaperConfig.from_params({"experiment": "suite", "audio": "emotify=/m/Crosby, Stills & Nash, irmas=/x=y,"})
+    assert audio_folders(config) == {"emotify": "/m/Crosby, Stills & Nash", "irmas": "/x=y"}
+    assert audio_folders(PaperConfig.from_params({"experiment": "suite", "audio": "/m/Crosby, Stills"})) == {}
