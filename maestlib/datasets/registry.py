@@ -18,6 +18,7 @@ from ..audio.decode import AUDIO_SUFFIXES, printable_path
 from ..audio.store import MelStore
 from ..core.files import log, named_rng, path_key, resolve_path
 from .benchmarks import BENCHMARKS
+from .protocol import artists_in_two_splits
 from .table import read_table, validate_table
 
 # %% ../../nbs/datasets/registry.ipynb #04c46525
@@ -65,10 +66,10 @@ def fill_columns(
     return table.with_columns(split=artist.replace_strict(shuffled, names, return_dtype=pl.String))
 
 # %% ../../nbs/datasets/registry.ipynb #389c49a3
-def _log_names(what: str, names: list[str]):
+def _log_names(what: str, names: list[str] | None):
     "Log how many there are and the first five names."
     if names:
-        log.info(f"{len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
+        log.info(f"{len(names)} {what}: {', '.join(map(printable_path, names[:5]))}{' …' if len(names) > 5 else ''}")
 
 # %% ../../nbs/datasets/registry.ipynb #02435c87
 def _file_key(path: Path) -> str:
@@ -88,8 +89,7 @@ def _find_files(names: pl.Series, folder: Path, tags: str) -> tuple[list[str | N
         files.append(file and str(file))
         if file and (first := row_of.setdefault(key if key in audio else _file_key(file), row)) != row:
             raise ValueError(f"{folder / tags}: {names[first]!r} and {name!r} are the same file; keep one of the rows")
-    untagged = [file.relative_to(folder) for key, file in audio.items() if key not in row_of]
-    return files, sorted(printable_path(str(file)) for file in untagged)
+    return files, sorted(str(file.relative_to(folder)) for key, file in audio.items() if key not in row_of)
 
 
 def _drop_missing(table: pl.DataFrame, folder: Path, tags: str) -> pl.DataFrame:
@@ -123,8 +123,7 @@ def load_folder(
         table = validate_table(fill_columns(table, seed, validation, test).drop("name"), str(path / tags))
     except pl.exceptions.PolarsError as error:
         raise ValueError(f"{path / tags}: a column has another type, {str(error).splitlines()[0]}") from error
-    shared = table.group_by("artist").agg(pl.col("split").n_unique()).filter(pl.col("split") > 1)
-    _log_names("artists are in more than one split", sorted(shared["artist"]))
+    _log_names("artists are in more than one split", artists_in_two_splits(table))
     return table
 
 # %% ../../nbs/datasets/registry.ipynb #0564be81
